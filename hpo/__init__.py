@@ -1,0 +1,1 @@
+"""What a person runs: studies, fronts, plots and the `hpo` command."""

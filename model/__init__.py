@@ -1,0 +1,1 @@
+"""The network: length configs, the length-adaptive encoder, its training and its evaluation."""

@@ -1,0 +1,105 @@
+"""What a multiply-accumulate (MAC) is here, and how many one sequence costs.
+
+One MAC is one multiplication with its addition: 2 FLOPs. Counted are the matrix products of every layer and
+of the head, and one MAC per element of each LayerNorm. Not counted: the embedding look-ups, softmax, GELU, biases, residual
+additions and the sums that score tokens, none of which is a matrix product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.length_config import LengthConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """The sizes that decide an encoder's cost.
+
+    Attributes:
+        num_layers: Transformer layers.
+        hidden_size: Width d of a token vector.
+        feed_forward_size: Inner width f of the feed-forward block.
+        head_macs_per_sequence: MACs of the task head that do not depend on length (a classifier's).
+        head_macs_per_token: MACs of the task head for each token of the restored sequence (a span head's).
+    """
+
+    num_layers: int
+    hidden_size: int
+    feed_forward_size: int
+    head_macs_per_sequence: int = 0
+    head_macs_per_token: int = 0
+
+
+def layer_macs(
+    arriving: NDArray[np.int64], kept: NDArray[np.int64], hidden_size: int, feed_forward_size: int
+) -> NDArray[np.int64]:
+    """MACs of one layer: `4nd² + 2n²d + 2mdf` plus `nd + md` for its two LayerNorms.
+
+    Args:
+        arriving: n, tokens entering self-attention.
+        kept: m, tokens entering the feed-forward block; dropping happens between the two.
+        hidden_size: d.
+        feed_forward_size: f.
+    Source: the counter of clovaai/length-adaptive-transformer; it gives the published totals.
+    """
+    n, m, d, f = arriving, kept, hidden_size, feed_forward_size
+    return 4 * n * d * d + 2 * n * n * d + 2 * m * d * f + n * d + m * d
+
+
+def sequence_macs(
+    shape: EncoderShape, num_tokens_N: Sequence[int] | NDArray[np.int64], config: LengthConfig | None = None
+) -> NDArray[np.int64]:
+    """MACs of each sequence, head included, as int64 (N,).
+
+    Args:
+        shape: The encoder's sizes.
+        num_tokens_N: Real tokens of each sequence; padding costs nothing here because none is computed.
+        config: Tokens left after each layer; None keeps all of them.
+    Raises:
+        ValueError: `config` speaks of another number of layers.
+    """
+    num_tokens = np.asarray(num_tokens_N, dtype=np.int64)
+    config = config or LengthConfig.full(shape.num_layers)
+    if config.num_layers != shape.num_layers:
+        raise ValueError(f"The length config has {config.num_layers} layers, the encoder {shape.num_layers}.")
+    counts_NL = config.count_table(num_tokens)
+    macs = num_tokens * shape.hidden_size  # the embeddings' LayerNorm
+    arriving = num_tokens
+    for layer in range(shape.num_layers):
+        kept = counts_NL[:, layer]
+        macs = macs + layer_macs(arriving, kept, shape.hidden_size, shape.feed_forward_size)
+        arriving = kept
+    return macs + shape.head_macs_per_sequence + num_tokens * shape.head_macs_per_token
+
+
+def mean_macs(shape: EncoderShape, num_tokens_N: NDArray[np.int64], config: LengthConfig | None = None) -> float:
+    """Mean MACs of a split's real sequences, without padding."""
+    lengths, counts = np.unique(num_tokens_N, return_counts=True)
+    return float((sequence_macs(shape, lengths, config) * counts).sum() / counts.sum())
+
+
+def constant_rate_config(shape: EncoderShape, num_tokens_N: NDArray[np.int64], relative_macs: float) -> LengthConfig:
+    """The config with one retention for all layers whose mean cost is `relative_macs` of full length.
+
+    Counts are whole tokens, so the cost is a step function of the rate; the largest rate that stays within
+    the budget is returned, to 1e-6. Where even the smallest rate exceeds the budget, that smallest is returned.
+
+    Args:
+        shape: The encoder's sizes.
+        num_tokens_N: Real tokens of each sequence of the split that the cost is averaged over.
+        relative_macs: Share of the full-length cost, in (0, 1].
+    """
+    if not 0.0 < relative_macs <= 1.0:
+        raise ValueError(f"relative_macs={relative_macs}; choose a share in (0, 1].")
+    if relative_macs == 1.0:
+        return LengthConfig.full(shape.num_layers)
+    budget = relative_macs * mean_macs(shape, num_tokens_N)
+    low, high = 1e-3, 1.0
+    while high - low > 1e-6:
+        rate = (low + high) / 2
+        config = LengthConfig.from_retention((rate,) * shape.num_layers)
+        low, high = (rate, high) if mean_macs(shape, num_tokens_N, config) <= budget else (low, rate)
+    return LengthConfig.from_retention((low,) * shape.num_layers)

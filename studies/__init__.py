@@ -1,0 +1,1 @@
+"""What is searched: one TOML file per study, and the loader that checks them."""
