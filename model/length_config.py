@@ -78,7 +78,9 @@ class LengthConfig:
         numbers, at, max_length = text.strip().strip("()").partition("@")
         try:
             if at:
-                return cls.from_lengths([int(number) for number in numbers.strip().strip("()").split(",")], int(max_length))
+                return cls.from_lengths(
+                    [int(number) for number in numbers.strip().strip("()").split(",")], int(max_length)
+                )
             return cls.from_shares([float(number) for number in numbers.split(",")])
         except ValueError as error:
             forms = "shares as in '0.9,0.81,0.65' or lengths as in '269,253,252@384'"
@@ -132,7 +134,8 @@ class LengthConfig:
             counts_NL = np.ceil(np.array(self.shares) * num_tokens_N1 - ROUNDING_SLACK).astype(np.int64)
         else:
             counts_NL = np.broadcast_to(np.array(self.caps, dtype=np.int64), (len(num_tokens_N1), self.num_layers))
-        return np.minimum(np.maximum(counts_NL, MIN_TOKENS), num_tokens_N1)
+        counts: NDArray[np.int64] = np.minimum(np.maximum(counts_NL, MIN_TOKENS), num_tokens_N1)
+        return counts
 
 
 def _check_shares(shares: tuple[float, ...]) -> None:

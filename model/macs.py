@@ -1,8 +1,8 @@
 """What a multiply-accumulate (MAC) is here, and how many one sequence costs.
 
 One MAC is one multiplication with its addition: 2 FLOPs. Counted are the matrix products of every layer and
-of the head, and one MAC per element of each LayerNorm. Not counted: the embedding look-ups, softmax, GELU, biases, residual
-additions and the sums that score tokens, none of which is a matrix product.
+of the head, and one MAC per element of each LayerNorm. Not counted: the embedding look-ups, softmax, GELU, biases,
+residual additions and the sums that score tokens, none of which is a matrix product.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,369 @@
+"""The Pareto front of a length study: quality against cost, in plain numbers.
+
+Everything here is recomputed from the study's database; `hpo.plot` draws it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from hpo.errors import EmptyFront, HpoError
+from hpo.storage import display_url, finished_trials
+
+BASELINE = "the same model at full length without padding"
+FLOPS_PER_MAC = 2
+RETENTION = "retention_"
+DECIMALS = 9  # beyond these, retentions differ only in how a grid's step was added up
+SLACK = 1e-9  # lets a metric of 0.89 pass a bound of 0.9 - 0.01, however the two were rounded
+SHARES_PER_LINE = 6  # keeps the table within 80 columns
+
+
+class NotLengthStudy(HpoError):
+    """The study was not made by `hpo search-lengths`."""
+
+
+class NothingFits(HpoError):
+    """No point of the front keeps within the budget asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontPoint:
+    """One scored length config.
+
+    Attributes:
+        trial: Number of the trial in its study.
+        shares: Share of the sequence's own tokens left after each layer.
+        metric: Quality on the search split, on which trials are selected.
+        report_metric: Quality on the report split; None where it was not scored there.
+        macs: Mean MACs of the search split's real sequences.
+        relative_macs: `macs` as a share of the same model at full length without padding.
+        report_relative_macs: The same share on the report split; None where it was not scored there.
+        latency_ms: Measured time of one sequence; None where it was not measured.
+    """
+
+    trial: int
+    shares: tuple[float, ...]
+    metric: float
+    report_metric: float | None
+    macs: float
+    relative_macs: float
+    report_relative_macs: float | None = None
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """What a length study found.
+
+    Attributes:
+        study: Name of the study.
+        storage: URL of its database, any password hidden.
+        trials: Finished trials, completed or stopped early.
+        metric: Name of the quality metric.
+        direction: Of the metric: "maximize".
+        cost: Name of the cost.
+        unit: Unit of the cost.
+        full: The full-length config, which costs are compared with.
+        hypervolume: See `hypervolume`.
+        points: The non-dominated trials by rising cost and quality; of equals the earliest.
+        dominated: The other completed trials, by number.
+        constant_rate: Trials with one retention for all layers, by rising cost; of equals the earliest.
+        median_tokens: Median number of real tokens per sequence of the search split, where known.
+        task: What was searched: "model", "dataset" and more, where known.
+    """
+
+    study: str
+    storage: str
+    trials: int
+    metric: str
+    direction: str
+    cost: str
+    unit: str
+    full: FrontPoint
+    hypervolume: float
+    points: tuple[FrontPoint, ...]
+    dominated: tuple[FrontPoint, ...] = ()
+    constant_rate: tuple[FrontPoint, ...] = ()
+    median_tokens: int | None = None
+    task: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compute_front(study: optuna.Study, storage: str) -> Front:
+    """The front of a length study, with what a reader compares it with.
+
+    Only completed trials can be points; those stopped early have no score of their own.
+
+    Args:
+        study: A study that `hpo search-lengths` filled.
+        storage: URL of its database; a password in it is hidden.
+    Raises:
+        EmptyFront: No trial completed, or none at full length.
+        NotLengthStudy: The study has other objectives, or its trials lack their length configs.
+    """
+    _check_objectives(study)
+    finished = finished_trials(study)
+    completed = [trial for trial in finished if trial.state is TrialState.COMPLETE]
+    if not completed:
+        raise EmptyFront(f"Study {study.study_name!r} has no completed trial yet; start it with `hpo search-lengths`.")
+    attrs = study.user_attrs
+    points = [_front_point(trial, study.study_name, attrs) for trial in completed]
+    rates = {trial.number: _constant_rate(trial) for trial in completed}
+    full = next((point for point in points if rates[point.trial] == 1.0), None)
+    if full is None:
+        raise EmptyFront(
+            f"Study {study.study_name!r} has no completed trial at full length to compare with; "
+            "run `hpo search-lengths` again to complete the study."
+        )
+    on_front = [points[index] for index in non_dominated([p.macs for p in points], [p.metric for p in points])]
+    scores_on_front = {(point.metric, point.macs) for point in on_front}
+    metric, cost = study.metric_names or ("metric", "macs")
+    return Front(
+        study=study.study_name,
+        storage=display_url(storage),
+        trials=len(finished),
+        metric=metric,
+        direction=study.directions[0].name.lower(),
+        cost=cost,
+        unit="MAC",
+        full=full,
+        hypervolume=hypervolume([point.relative_macs for point in points], [point.metric for point in points]),
+        points=tuple(on_front),
+        dominated=tuple(point for point in points if (point.metric, point.macs) not in scores_on_front),
+        constant_rate=_distinct_by_cost([point for point in points if rates[point.trial] is not None]),
+        median_tokens=attrs.get("median_tokens"),
+        task=attrs.get("task") or {},
+    )
+
+
+def non_dominated(costs: Sequence[float], qualities: Sequence[float]) -> NDArray[np.int64]:
+    """Indices of the points that no other point beats, by rising cost.
+
+    A point is beaten by one that is no worse in both respects and better in one. Of points equal in both, the
+    first is listed.
+
+    Args:
+        costs: Cost of each of N points; less is better.
+        qualities: Quality of each point; more is better.
+    """
+    cost_N, quality_N = np.asarray(costs, dtype=np.float64), np.asarray(qualities, dtype=np.float64)
+    order_N = np.lexsort((-quality_N, cost_N))  # stable: equals stay in their order
+    sorted_N = quality_N[order_N]
+    best_before_N = np.maximum.accumulate(np.concatenate(([-np.inf], sorted_N)))[:-1]
+    return order_N[sorted_N > best_before_N]
+
+
+def hypervolume(relative_costs: Sequence[float], qualities: Sequence[float]) -> float:
+    """Area that the points dominate up to quality 0 at full cost.
+
+    In units of the metric times the share of the full cost: in [0, 1] for a metric in [0, 1]. Points that cost
+    more than full length, or whose quality is below 0, add nothing.
+
+    Args:
+        relative_costs: Cost of each point as a share of full length.
+        qualities: Quality of each point; more is better.
+    """
+    cost_N = np.minimum(np.asarray(relative_costs, dtype=np.float64), 1.0)
+    order_N = np.argsort(cost_N)
+    width_N = np.diff(cost_N[order_N], append=1.0)
+    best_N = np.maximum.accumulate(np.maximum(np.asarray(qualities, dtype=np.float64)[order_N], 0.0))
+    return float(width_N @ best_N)
+
+
+def hypervolume_history(study: optuna.Study) -> list[float]:
+    """The hypervolume after each finished trial of a length study, in order of trial number.
+
+    A trial stopped early leaves it as it was.
+
+    Raises:
+        NotLengthStudy: The study has other objectives, or does not know the cost of full length.
+    """
+    _check_objectives(study)
+    finished = finished_trials(study)
+    if not finished:
+        return []
+    full_macs = _full_macs(study.study_name, study.user_attrs)
+    nothing = (0.0, full_macs)  # the reference point itself
+    scores_N2 = np.array([trial.values if trial.state is TrialState.COMPLETE else nothing for trial in finished])
+    return _growing_areas(scores_N2[:, 1] / full_macs, scores_N2[:, 0])
+
+
+def choose(front: Front, *, max_drop: float | None = None, budget: float | None = None) -> FrontPoint:
+    """The point of the front that serves a wish; exactly one wish is given.
+
+    The report split is never looked at: it stays an honest check of the choice.
+
+    Args:
+        front: Where to choose.
+        max_drop: The cheapest point whose metric is at most this far below full length's, in the metric's units.
+        budget: The best point that costs at most this share of full length, in (0, 1].
+    Raises:
+        NothingFits: Every point exceeds the budget.
+        ValueError: Both or no wish is given, or its value is out of range.
+    """
+    if (max_drop is None) == (budget is None):
+        raise ValueError(f"max_drop={max_drop} and budget={budget}; give exactly one of them.")
+    if max_drop is not None:
+        if not max_drop >= 0.0:
+            raise ValueError(f"max_drop={max_drop}; choose 0 or more, in units of {front.metric}.")
+        floor = front.full.metric - max_drop - SLACK
+        return next(point for point in front.points if point.metric >= floor)  # some point is as good as full length
+    if budget is None or not 0.0 < budget <= 1.0:
+        raise ValueError(f"budget={budget}; choose a share of full length in (0, 1].")
+    affordable = [point for point in front.points if point.relative_macs <= budget + SLACK]
+    if not affordable:
+        cheapest = front.points[0]
+        raise NothingFits(
+            f"No point of study {front.study!r} costs {budget:g} of full length or less; the cheapest is trial "
+            f"{cheapest.trial}: ask for a budget of {math.ceil(cheapest.relative_macs * 1e4) / 1e4:g} or more."
+        )
+    return affordable[-1]
+
+
+def front_to_json(front: Front, chosen: FrontPoint | None) -> dict[str, Any]:
+    """The document of `hpo pareto --json`, made of plain numbers, strings, lists and dicts."""
+    return {
+        "study": front.study,
+        "storage": front.storage,
+        "trials": front.trials,
+        "metric": {"name": front.metric, "direction": front.direction},
+        "cost": {"name": front.cost, "unit": front.unit},
+        "full": _point_to_json(front.full),
+        "hypervolume": front.hypervolume,
+        "points": [_point_to_json(point) for point in front.points],
+        "chosen": None if chosen is None else _point_to_json(chosen),
+    }
+
+
+def front_table(front: Front, chosen: FrontPoint | None) -> Table:
+    """The front for a terminal of 80 columns or more: one row per point, then full length for comparison."""
+    table = Table(
+        title=Text(
+            f"{front.study}: {len(front.points)} best of {front.trials} trials, hypervolume {front.hypervolume:.4f}"
+        ),
+        caption=Text(
+            f"{front.metric} on the search split, which selects, and on the report split. FLOPs: mean per sequence of "
+            f"the search split, {FLOPS_PER_MAC} per MAC; shares are of {BASELINE}."
+            + ("" if chosen is None else " * marks the choice.")
+        ),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("")
+    table.add_column("trial", justify="right")
+    table.add_column("tokens left after\neach layer, %", no_wrap=True)
+    for split in ("search", "report"):
+        table.add_column(Text(f"{front.metric}\n{split}", overflow="fold"), justify="right", min_width=6)
+    table.add_column("share\nof full", justify="right", no_wrap=True)
+    table.add_column("FLOPs", justify="right", no_wrap=True)
+    for point in front.points:
+        is_chosen = chosen is not None and point.trial == chosen.trial
+        mark = "*" if is_chosen else ""
+        table.add_row(mark, *_cells(point, percents(point.shares)), style="bold" if is_chosen else None)
+    table.add_section()
+    table.add_row("", *_cells(front.full, "full length"))
+    return table
+
+
+def percents(shares: Sequence[float]) -> str:
+    """Shares in whole percent, six to a line and aligned: `(0.9, 0.81)` -> `' 90  81'`."""
+    numbers = [f"{share:.0%}".rstrip("%") if share >= 0.005 else "<1" for share in shares]
+    lines = [numbers[start : start + SHARES_PER_LINE] for start in range(0, len(numbers), SHARES_PER_LINE)]
+    return "\n".join(" ".join(f"{number:>3}" for number in line) for line in lines)
+
+
+def flops_text(macs: float) -> str:
+    """Floating-point operations of `macs` multiply-accumulates, e.g. `'1.23 GFLOPs'`."""
+    flops = FLOPS_PER_MAC * macs
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if flops >= 0.9995 * size:  # 999,500 and more read as mega
+            number = f"{flops / size:#.3g}".rstrip(".")
+            return f"{number} {prefix}FLOPs"
+    return f"{flops:.0f} FLOPs"
+
+
+def _cells(point: FrontPoint, kept: str) -> tuple[str, ...]:
+    report = "-" if point.report_metric is None else f"{point.report_metric:.4f}"
+    share = f"{point.relative_macs:.1%}"
+    return str(point.trial), kept, f"{point.metric:.4f}", report, share, flops_text(point.macs)
+
+
+def _check_objectives(study: optuna.Study) -> None:
+    if study.directions != [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]:
+        directions = ", ".join(direction.name.lower() for direction in study.directions)
+        raise NotLengthStudy(
+            f"Study {study.study_name!r} has the objectives ({directions}), a front needs (maximize, minimize); "
+            "name a study made with `hpo search-lengths`."
+        )
+
+
+def _full_macs(name: str, attrs: Mapping[str, Any]) -> float:
+    if "full_macs" not in attrs:
+        raise NotLengthStudy(
+            f"Study {name!r} does not record the cost of full length; name a study made with `hpo search-lengths`."
+        )
+    return float(attrs["full_macs"])
+
+
+def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any]) -> FrontPoint:
+    if "shares" not in trial.user_attrs:
+        raise NotLengthStudy(
+            f"Trial {trial.number} of study {study!r} records no length config; "
+            "name a study made with `hpo search-lengths`."
+        )
+    metric, macs = trial.values
+    report_macs, report_full_macs = attrs.get(f"report_macs:{trial.number}"), attrs.get("report_full_macs")
+    return FrontPoint(
+        trial=trial.number,
+        shares=tuple(float(share) for share in trial.user_attrs["shares"]),
+        metric=metric,
+        report_metric=attrs.get(f"report_metric:{trial.number}"),
+        macs=macs,
+        relative_macs=macs / _full_macs(study, attrs),
+        report_relative_macs=report_macs / report_full_macs if report_macs and report_full_macs else None,
+    )
+
+
+def _constant_rate(trial: FrozenTrial) -> float | None:
+    """The retention that all layers share; None where they differ."""
+    rates = {round(value, DECIMALS) for name, value in trial.params.items() if name.startswith(RETENTION)}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def _growing_areas(relative_cost_N: NDArray[np.float64], quality_N: NDArray[np.float64]) -> list[float]:
+    """`hypervolume` of the first point, of the first two, and so on to all N; each point costs O(N) at most."""
+    cost_N = np.minimum(relative_cost_N, 1.0)
+    order_N = np.argsort(cost_N)
+    rank_N = np.argsort(order_N)
+    width_N = np.diff(cost_N[order_N], append=1.0)
+    best_N = np.zeros_like(cost_N)  # the best quality so far at each cost or below, cheapest first
+    areas = []
+    for rank, quality in zip(rank_N, quality_N, strict=True):
+        np.maximum(best_N[rank:], quality, out=best_N[rank:])
+        areas.append(float(width_N @ best_N))
+    return areas
+
+
+def _distinct_by_cost(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:
+    earliest: dict[tuple[float, float], FrontPoint] = {}
+    for point in points:
+        earliest.setdefault((point.macs, point.metric), point)
+    return tuple(earliest[score] for score in sorted(earliest))
+
+
+def _point_to_json(point: FrontPoint) -> dict[str, Any]:
+    names = ("trial", "shares", "metric", "report_metric", "macs", "relative_macs", "latency_ms")
+    fields = asdict(point)
+    return {name: list(fields[name]) if name == "shares" else fields[name] for name in names}

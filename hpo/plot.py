@@ -1,0 +1,398 @@
+"""Draws a front and its search: plotly figures, one offline HTML page, PNG and SVG."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import plotly.graph_objects as go
+
+from hpo.front import BASELINE, FLOPS_PER_MAC, SHARES_PER_LINE, Front, FrontPoint, flops_text, percents
+from model.length_config import LengthConfig
+
+logger = logging.getLogger(__name__)
+
+# Okabe & Ito's colours, told apart by colour-blind readers too; marker shapes say the same without colour.
+BLUE, SKY, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#222222", "#9A9A9A"
+FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
+STEP = "hv"  # what a budget buys stays the same until the next point is affordable
+IMAGE_WIDTH, IMAGE_HEIGHT, IMAGE_SCALE = 1000, 620, 2
+PAGE_CONFIG = {  # nothing on the page offers to send the chart elsewhere
+    "displaylogo": False,
+    "showSendToCloud": False,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+}
+IMAGE_KINDS = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
+IMAGE_TIMEOUT_S = 30
+CLOSE_TIMEOUT_S = 2
+
+
+def draw_front(front: Front, chosen: FrontPoint | None = None) -> go.Figure:
+    """Quality against cost: the front on both splits, and what to compare it with.
+
+    Each point stands at the cost it has on the split it was scored on.
+
+    Args:
+        front: What to draw.
+        chosen: The point to mark, if any.
+    """
+    figure = go.Figure()
+    if front.dominated:
+        marker = {"color": GREY, "size": 5, "opacity": 0.45}
+        figure.add_trace(_search_trace(front, front.dominated, "other trials", mode="markers", marker=marker))
+    if front.constant_rate:
+        marker = {"color": ORANGE, "size": 8, "symbol": "triangle-up"}
+        style = {"marker": marker, "line": {"color": ORANGE, "width": 1.5, "dash": "dot", "shape": STEP}}
+        name = "same retention in every layer"
+        figure.add_trace(_search_trace(front, front.constant_rate, name, mode="lines+markers", **style))
+    style = {"marker": {"color": BLUE, "size": 8}, "line": {"color": BLUE, "width": 2, "shape": STEP}}
+    figure.add_trace(_search_trace(front, front.points, "front, search split", mode="lines+markers", **style))
+    reported = [point for point in front.points if point.report_metric is not None]
+    if reported:
+        figure.add_trace(_report_trace(front, reported))
+    marker = {"color": BLACK, "size": 12, "symbol": "diamond"}
+    figure.add_trace(_search_trace(front, [front.full], "full length", mode="markers", marker=marker))
+    if chosen is not None:
+        marker = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"color": GREEN, "width": 3}}
+        figure.add_trace(_search_trace(front, [chosen], "chosen", mode="markers", marker=marker))
+    absolute = f"{flops_text(front.full.macs)} per sequence of the search split"
+    _lay_out(figure, f"{_text(front.metric)} against compute", f"100% is {BASELINE},<br>{absolute}")
+    figure.update_xaxes(title_text="FLOPs per sequence, share of full length", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title_text=_text(front.metric))
+    return figure
+
+
+def draw_hypervolume(history: Sequence[float]) -> go.Figure:
+    """The dominated area after each finished trial: where it is flat, more trials found nothing better.
+
+    The first trials rise so steeply that nothing else would be seen; the axis starts where a twentieth is done.
+
+    Args:
+        history: The hypervolume after each finished trial.
+    """
+    figure = go.Figure()
+    figure.add_trace(
+        go.Scatter(
+            x=list(range(1, len(history) + 1)),
+            y=list(history),
+            name="hypervolume",
+            mode="lines" if len(history) > 1 else "markers",
+            line={"color": BLUE, "width": 2, "shape": STEP},
+            hovertemplate="after %{x} trials: %{y:.4f}<extra></extra>",
+        )
+    )
+    _lay_out(
+        figure,
+        "Progress of the search",
+        "area that the front dominates up to quality 0 at full cost,<br>in units of the metric times the FLOPs share",
+    )
+    figure.update_xaxes(title_text="finished trials", rangemode="tozero")
+    figure.update_yaxes(title_text="hypervolume")
+    if history and history[-1] > (low := history[len(history) // 20]):
+        margin = (history[-1] - low) / 20
+        figure.update_yaxes(range=[low - margin, history[-1] + margin])
+    return figure
+
+
+def write_page(front: Front, history: Sequence[float], path: Path, chosen: FrontPoint | None = None) -> None:
+    """Write one HTML page with both figures and a table; it needs no network and no other file.
+
+    Args:
+        front: What to show.
+        history: The hypervolume after each finished trial.
+        path: Where the page goes; its folder is made where missing, an older page is replaced.
+        chosen: The point to mark, if any.
+    Raises:
+        OSError: The page cannot be written there; an older page stays as it was.
+    """
+    figures = (draw_front(front, chosen), draw_hypervolume(history))
+    front_div, history_div = (
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=index == 0,
+            div_id=f"figure-{index}",
+            default_height=f"{height}px",
+            config=PAGE_CONFIG,
+        )
+        for index, (figure, height) in enumerate(zip(figures, (600, 360), strict=True))
+    )
+    page = _PAGE.substitute(
+        title=escape(f"{front.study}: {front.metric} against compute"),
+        study=escape(front.study),
+        facts=_facts(front, chosen),
+        front=front_div,
+        history=history_div,
+        rows=_rows(front, chosen),
+        metric=escape(front.metric),
+        median="" if front.median_tokens is None else f"of {front.median_tokens} tokens, the median",
+        flops_per_mac=FLOPS_PER_MAC,
+        baseline=BASELINE,
+        storage=escape(front.storage),
+    )
+    _replace(path, page.encode())
+
+
+def write_image(figure: go.Figure, path: Path) -> bool:
+    """Write a figure as PNG, SVG, PDF, JPEG or WebP, by the path's ending; True where that worked.
+
+    kaleido draws with an installed Chrome or Chromium: the one named by `BROWSER_PATH`, else the first on the PATH.
+    Where there is none, or it does not draw in time, nothing is written, the log says so and the caller goes on.
+
+    Args:
+        figure: What to draw.
+        path: Where the image goes; its folder is made where missing, an older image is replaced.
+    Raises:
+        ValueError: The path has another ending.
+        OSError: The image cannot be written there; an older one stays as it was.
+    """
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in IMAGE_KINDS:
+        raise ValueError(f"Cannot draw {path.name!r}; end its name with one of {', '.join(IMAGE_KINDS)}.")
+    # Imported only here, since the import replaces the process's logger class.
+    from kaleido.errors import ChromeNotFoundError, KaleidoError
+
+    try:
+        # In a thread of its own, since the caller (a notebook, say) may be running an event loop.
+        with _silent("choreographer", "kaleido"), ThreadPoolExecutor(1) as executor:
+            image = executor.submit(asyncio.run, _render(figure, kind)).result()
+    except ChromeNotFoundError:
+        logger.warning("%s is not drawn: install Chrome or Chromium, or name one in BROWSER_PATH.", path.name)
+        return False
+    except (KaleidoError, RuntimeError, OSError) as error:  # the many ways in which a browser fails
+        reason = str(error.args[0] if error.args else f"no image within {IMAGE_TIMEOUT_S} s").splitlines()[0]
+        logger.warning("%s is not drawn: the browser failed (%s).", path.name, reason)
+        return False
+    _replace(path, image)
+    return True
+
+
+async def _render(figure: go.Figure, kind: str) -> bytes:
+    from kaleido import Kaleido
+
+    browser = Kaleido(mathjax=False, timeout=IMAGE_TIMEOUT_S)  # MathJax would come from the network
+    options = {"format": kind, "width": IMAGE_WIDTH, "height": IMAGE_HEIGHT, "scale": IMAGE_SCALE}
+    try:
+        async with asyncio.timeout(IMAGE_TIMEOUT_S):
+            await browser.open()
+            image: bytes = await browser.calc_fig(figure.to_dict(), options)
+            return image
+    finally:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):  # a browser that does not answer is then killed
+            await browser.close()
+
+
+@contextmanager
+def _silent(*names: str) -> Iterator[None]:
+    """Log nothing under `names` meanwhile: what matters of it arrives as an exception."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename into it, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _text(text: str) -> str:
+    """Text that plotly shows as it stands, rather than reading tags in it."""
+    return escape(text, quote=False)
+
+
+def _search_trace(front: Front, points: Sequence[FrontPoint], name: str, **style: Any) -> go.Scatter:
+    return go.Scatter(
+        x=[point.relative_macs for point in points],
+        y=[point.metric for point in points],
+        hovertext=[_hover(front, point) for point in points],
+        hoverinfo="text",
+        name=name,
+        **style,
+    )
+
+
+def _report_trace(front: Front, points: Sequence[FrontPoint]) -> go.Scatter:
+    return go.Scatter(
+        x=[point.report_relative_macs or point.relative_macs for point in points],
+        y=[point.report_metric for point in points],
+        hovertext=[_hover(front, point) for point in points],
+        hoverinfo="text",
+        name="front, report split",
+        mode="markers",
+        marker={"color": SKY, "size": 9, "symbol": "circle-open", "line": {"color": SKY, "width": 2}},
+    )
+
+
+def _hover(front: Front, point: FrontPoint) -> str:
+    shares = "<br>".join(_text(" ".join(line.split())) for line in percents(point.shares).splitlines())
+    lines = [
+        f"<b>trial {point.trial}</b>",
+        f"{_text(front.metric)}, search split: {point.metric:.4f}",
+        f"FLOPs: {point.relative_macs:.1%} of full length ({flops_text(point.macs)})",
+        f"left after each layer, %:<br>{shares}",
+    ]
+    if point.report_metric is not None:
+        share = "" if point.report_relative_macs is None else f" at {point.report_relative_macs:.1%} of FLOPs"
+        lines.insert(2, f"{_text(front.metric)}, report split: {point.report_metric:.4f}{share}")
+    if front.median_tokens is not None:
+        lengths = "<br>".join(_lines(_lengths(front, point)))
+        lines.append(f"of {front.median_tokens} tokens, the median:<br>{lengths}")
+    return "<br>".join(lines)
+
+
+def _lengths(front: Front, point: FrontPoint) -> tuple[int, ...]:
+    if front.median_tokens is None:
+        return ()
+    return LengthConfig.from_shares(point.shares).lengths(front.median_tokens)
+
+
+def _lines(numbers: Sequence[int]) -> Iterator[str]:
+    for start in range(0, len(numbers), SHARES_PER_LINE):
+        yield " ".join(str(number) for number in numbers[start : start + SHARES_PER_LINE])
+
+
+def _lay_out(figure: go.Figure, title: str, subtitle: str) -> None:
+    """The look that both figures share: white ground, title above, legend below the axis title."""
+    axis = {"showline": True, "linecolor": "#888888", "gridcolor": "#EBEBEB", "zeroline": False, "ticks": "outside"}
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": FONT, "size": 14, "color": BLACK},
+        title={
+            "text": title,
+            "subtitle": {"text": subtitle, "font": {"size": 13, "color": "#555555"}},
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "font": {"size": 19},
+        },
+        margin={"l": 70, "r": 24, "t": 104, "b": 60},
+        hoverlabel={"align": "left", "bgcolor": "white", "font": {"family": FONT, "size": 13, "color": BLACK}},
+        hovermode="closest",
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0, "yanchor": "bottom"},
+    )
+    figure.update_xaxes(automargin=True, title_standoff=12, **axis)
+    figure.update_yaxes(automargin=True, title_standoff=12, **axis)
+
+
+def _facts(front: Front, chosen: FrontPoint | None) -> str:
+    """The page's list of what was searched, as HTML."""
+    facts = {
+        "Model": str(front.task.get("model", "not recorded")),
+        "Dataset": str(front.task.get("dataset", "not recorded")),
+        "Metric": f"{front.metric} ({front.direction}); full length: {_scores(front.full)}",
+        "Baseline (100%)": f"{BASELINE}: {flops_text(front.full.macs)} per sequence of the search split",
+        "Trials": f"{front.trials} finished, {len(front.points)} on the front, hypervolume {front.hypervolume:.4f}",
+    }
+    if chosen is not None:
+        facts["Chosen"] = (
+            f"trial {chosen.trial} at {chosen.relative_macs:.1%} of the FLOPs ({flops_text(chosen.macs)}): "
+            f"{_scores(chosen)}"
+        )
+    return "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+
+
+def _scores(point: FrontPoint) -> str:
+    report = "" if point.report_metric is None else f", {point.report_metric:.4f} on the report split"
+    return f"{point.metric:.4f} on the search split{report}"
+
+
+def _rows(front: Front, chosen: FrontPoint | None) -> str:
+    """The page's table body, as HTML: the front, then full length."""
+    rows = [
+        _row(front, point, "chosen" if chosen is not None and point.trial == chosen.trial else "")
+        for point in front.points
+    ]
+    return "\n".join([*rows, _row(front, front.full, "full")])
+
+
+def _row(front: Front, point: FrontPoint, role: str) -> str:
+    label = {"chosen": f"{point.trial} (chosen)", "full": f"{point.trial} (full length)"}.get(role, str(point.trial))
+    cells = (
+        label,
+        f"{point.metric:.4f}",
+        "-" if point.report_metric is None else f"{point.report_metric:.4f}",
+        f"{point.relative_macs:.1%}",
+        flops_text(point.macs),
+        " ".join(percents(point.shares).split()),
+        " ".join(str(length) for length in _lengths(front, point)),
+    )
+    return f'<tr class="{role}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+_PAGE = Template("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { margin: 0 auto; max-width: 1100px; padding: 24px; color: #222; background: #fff;
+       font: 16px/1.5 Inter, "Segoe UI", "Helvetica Neue", Helvetica, Arial, "DejaVu Sans", sans-serif; }
+h1 { font-size: 26px; line-height: 1.25; margin: 0 0 12px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 32px 0 8px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 20px; margin: 0 0 24px; }
+dt { color: #555; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.figure { margin: 0 0 28px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th { vertical-align: bottom; color: #555; font-weight: 600; }
+td:nth-child(n+6), th:nth-child(n+6) { text-align: left; }
+tr.chosen td { background: #e3f4ee; font-weight: 600; }
+tr.full td { border-top: 2px solid #888; }
+p.note { color: #555; font-size: 14px; max-width: 75ch; overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  body { padding: 12px; }
+  dl { grid-template-columns: 1fr; }
+  dd { margin-bottom: 6px; }
+}
+</style>
+</head>
+<body>
+<h1>Study $study: $metric against compute</h1>
+<dl>
+$facts
+</dl>
+<div class="figure">$front</div>
+<div class="figure">$history</div>
+<h2>The front</h2>
+<div class="scroll">
+<table>
+<thead><tr>
+<th>trial</th>
+<th>$metric,<br>search split</th>
+<th>$metric,<br>report split</th>
+<th>share of<br>full length</th>
+<th>FLOPs per<br>sequence</th>
+<th>left after each layer,<br>% of the sequence's tokens</th>
+<th>left after each layer<br>$median</th>
+</tr></thead>
+<tbody>
+$rows
+</tbody>
+</table>
+</div>
+<p class="note">Trials are selected on the search split, carved out of the training data; the report split only checks
+them afterwards. FLOPs count $flops_per_mac per multiply-accumulate and are the mean over the search split's real
+sequences; shares are of $baseline. Computed from $storage.</p>
+</body>
+</html>
+""")

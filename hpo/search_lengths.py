@@ -1,0 +1,336 @@
+"""`hpo search-lengths`: a multi-objective study over how many tokens each layer keeps."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.samplers import nsgaii
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
+from hpo.storage import finished_trials, open_storage, open_study
+from hpo.workload import (
+    LoadedWorkload,
+    Workload,
+    compute_device,
+    library_versions,
+    load_encoder,
+    load_workload,
+    require_trials,
+)
+from model.encoder import LengthAdaptiveModel
+from model.evaluate import score
+from model.length_config import LengthConfig
+from model.macs import mean_macs
+from studies.loader import LengthsStudy
+
+logger = logging.getLogger(__name__)
+
+COST_NAME = "macs"
+COST_DIRECTION = "minimize"
+CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
+    "uniform": nsgaii.UniformCrossover,
+    "blxalpha": nsgaii.BLXAlphaCrossover,
+    "sbx": nsgaii.SBXCrossover,
+    "vsbx": nsgaii.VSBXCrossover,
+    "spx": nsgaii.SPXCrossover,
+    "undx": nsgaii.UNDXCrossover,
+}
+
+ProgressHook = Callable[[float, int, str], None]
+"""Called with the trials done (a running generation counts in part), the trials in all, and a remark."""
+
+
+@dataclass
+class SearchTimes:
+    """Where the wall time of a search went, in seconds.
+
+    Attributes:
+        total: The generations: asking, evaluating and telling.
+        model: In the encoder and its metric.
+        storage: Asking and telling: the sampler and the database.
+    """
+
+    total: float = 0.0
+    model: float = 0.0
+    storage: float = 0.0
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the time of the block to one of the attributes."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthSearch:
+    """A finished search.
+
+    Attributes:
+        study: The study, its front scored on the report split.
+        evaluated: Configs that went through the model in this run.
+        reused: Trials of this run whose lengths had been scored before.
+        times: Where this run's time went.
+    """
+
+    study: optuna.Study
+    evaluated: int
+    reused: int
+    times: SearchTimes
+
+
+def search_lengths(
+    definition: LengthsStudy,
+    workload: Workload,
+    checkpoint: Path,
+    *,
+    trials: int,
+    storage: str,
+    runs: Path,
+    seed: int = 0,
+    on_progress: ProgressHook | None = None,
+) -> LengthSearch:
+    """Run or complete a study over per-layer token retention of one checkpoint.
+
+    Args:
+        definition: Range and sampler.
+        workload: Dataset and metric.
+        checkpoint: Folder of the trained encoder with its tokenizer.
+        trials: Finished trials that the study shall have in all; none is added to a complete one.
+        storage: SQLAlchemy URL of the database.
+        runs: Folder whose lock keeps a second process off the study.
+        seed: Of the sampler.
+        on_progress: Told about each batch.
+    Raises:
+        HpoError: The study was made with something else or cannot be stored.
+        DataError: The dataset cannot be used.
+        CheckpointError: The encoder cannot be loaded.
+    """
+    require_trials(trials)
+    rdb = open_storage(storage)
+    loaded = load_workload(workload, checkpoint)
+    model = load_encoder(checkpoint, loaded.corpus).to(compute_device())
+    study = open_study(
+        rdb,
+        definition.name,
+        directions=[loaded.metric.direction, COST_DIRECTION],
+        metric_names=[loaded.metric.name, COST_NAME],
+        identity={
+            "model": model.fingerprint(),
+            "dataset": loaded.dataset_identity,
+            "search space": definition.space_fingerprint(),
+            "metric": workload.metric,
+        },
+        attributes={
+            "kind": "lengths",
+            "workload": workload.to_attribute(),
+            "checkpoint": str(checkpoint),
+            "seed": seed,
+            "versions": library_versions(),
+            "full_macs": mean_macs(model.shape, loaded.search.num_tokens),
+            "report_full_macs": mean_macs(model.shape, loaded.report.num_tokens),
+            "median_tokens": int(np.median(loaded.search.num_tokens)),
+            FOLDER_ATTRIBUTE: new_folder_name(definition.name),
+        },
+        sampler=optuna.samplers.RandomSampler(),
+    )
+    with StudyRuns(runs, study).locked():
+        study.sampler = _sampler(definition, seed + len(study.get_trials(deepcopy=False)))
+        run = _Run(study, rdb, definition, model, loaded, trials, on_progress)
+        run.complete()
+        run.score_front_on_report_split()
+    return LengthSearch(study=study, evaluated=run.evaluated, reused=run.reused, times=run.times)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A trial that is in the database with its parameters and waits for its values."""
+
+    number: int
+    trial_id: int
+    config: LengthConfig
+
+
+@dataclass
+class _Run:
+    """One process's work on the study."""
+
+    study: optuna.Study
+    storage: RDBStorage
+    definition: LengthsStudy
+    model: LengthAdaptiveModel
+    loaded: LoadedWorkload
+    trials: int
+    on_progress: ProgressHook | None
+    evaluated: int = 0
+    reused: int = 0
+    times: SearchTimes = field(default_factory=SearchTimes)
+    _scored: dict[bytes, tuple[int, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._lengths_present: NDArray[np.int64] = np.unique(self.loaded.search.num_tokens)
+        retention = self.definition.retention
+        self._distributions: dict[str, BaseDistribution] = {
+            f"retention_{layer}": FloatDistribution(retention.low, retention.high, step=retention.step)
+            for layer in range(self.model.num_layers)
+        }
+
+    def complete(self) -> None:
+        """Ask, evaluate and tell generations until the study has its trials."""
+        for trial in finished_trials(self.study):
+            self._remember(trial.number, config_of(trial.params), float(trial.values[0]))
+        adopted = self._adopt_orphans()
+        self._enqueue_first_generation()
+        while (done := len(finished_trials(self.study))) < self.trials:
+            size = self.definition.population_size
+            wanted = min(size - done % size, self.trials - done)
+            asked, adopted = adopted[:wanted], adopted[wanted:]
+            try:
+                with self.times.measure("total"):
+                    with self.times.measure("storage"):
+                        while len(asked) < wanted:
+                            asked.append(self._ask())
+                    metrics = self._evaluate(asked, done)
+                    with self.times.measure("storage"):
+                        self._tell(asked, metrics)
+            except BaseException as error:
+                self._abandon([*asked, *adopted], "interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+                raise
+        self._abandon(adopted, "not needed: the study was complete without it")
+
+    def score_front_on_report_split(self) -> None:
+        """Score the front and the full length once on the report split, and record both metric and cost."""
+        report = self.loaded.report
+        known = self.study.user_attrs
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        full = [trial for trial in complete if set(trial.params.values()) == {1.0}][:1]
+        wanted = {trial.number: config_of(trial.params) for trial in (*full, *self.study.best_trials)}
+        missing = {number: config for number, config in wanted.items() if f"report_metric:{number}" not in known}
+        if not missing:
+            return
+        values = score(self.model, report, list(missing.values()), self.loaded.metric)
+        for (number, config), value in zip(missing.items(), values, strict=True):
+            self.study.set_user_attr(f"report_macs:{number}", mean_macs(self.model.shape, report.num_tokens, config))
+            self.study.set_user_attr(f"report_metric:{number}", value)
+
+    def _ask(self) -> _Asked:
+        trial = self.study.ask(self._distributions)
+        return _Asked(trial.number, trial._trial_id, config_of(trial.params))
+
+    def _evaluate(self, asked: Sequence[_Asked], done: int) -> list[float]:
+        """The metric of each trial; those with lengths scored before, also within the generation, reuse it."""
+        new: dict[bytes, LengthConfig] = {}
+        for trial in asked:
+            key = self._key(trial.config)
+            if key not in self._scored:
+                new.setdefault(key, trial.config)
+
+        def report_share(share: float) -> None:
+            if self.on_progress is not None:
+                self.on_progress(done + share * len(asked), self.trials, f"{self.reused} reused")
+
+        with self.times.measure("model"):
+            configs = list(new.values())
+            metrics = (
+                score(self.model, self.loaded.search, configs, self.loaded.metric, on_progress=report_share)
+                if new
+                else []
+            )
+        self.evaluated += len(new)
+        metric_of = {key: metric for key, (_, metric) in self._scored.items()} | dict(zip(new, metrics, strict=True))
+        return [metric_of[self._key(trial.config)] for trial in asked]
+
+    def _tell(self, asked: Sequence[_Asked], metrics: Sequence[float]) -> None:
+        for trial, metric in zip(asked, metrics, strict=True):
+            earlier = self._scored.get(self._key(trial.config))
+            self.storage.set_trial_user_attr(trial.trial_id, "shares", list(trial.config.shares or ()))
+            if earlier is not None:
+                self.storage.set_trial_user_attr(trial.trial_id, "reused_from", earlier[0])
+                self.reused += 1
+            cost = mean_macs(self.model.shape, self.loaded.search.num_tokens, trial.config)
+            self.study.tell(trial.number, (metric, cost))
+            self._remember(trial.number, trial.config, metric)
+
+    def _abandon(self, asked: Sequence[_Asked], reason: str) -> None:
+        """Fail trials that this process asked for and will not tell, as far as the database still answers."""
+        try:
+            running = {trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+            for trial in asked:
+                if trial.number in running:
+                    self.storage.set_trial_user_attr(trial.trial_id, "failure", reason)
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+        except (SQLAlchemyError, StorageInternalError) as error:
+            logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", error)
+
+    def _adopt_orphans(self) -> list[_Asked]:
+        """Trials that a killed process asked for and never told: they are evaluated now, unless half asked."""
+        adopted = []
+        for orphan in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if set(orphan.params) == set(self._distributions):
+                adopted.append(_Asked(orphan.number, orphan._trial_id, config_of(orphan.params)))
+            else:
+                self.storage.set_trial_user_attr(orphan._trial_id, "failure", "the process ended while asking")
+                self.study.tell(orphan.number, state=TrialState.FAIL)
+        return adopted
+
+    def _enqueue_first_generation(self) -> None:
+        """Queue the constant-rate configs over the whole range, unless they are in the study already."""
+        live = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
+        there = {
+            tuple(sorted((trial.system_attrs.get("fixed_params") or trial.params).items()))
+            for trial in self.study.get_trials(deepcopy=False, states=live)
+        }
+        for rate in constant_rates(self.definition)[: self.trials]:
+            parameters = dict.fromkeys(self._distributions, rate)
+            if tuple(sorted(parameters.items())) not in there:
+                self.study.enqueue_trial(parameters)
+
+    def _remember(self, number: int, config: LengthConfig, metric: float) -> None:
+        self._scored.setdefault(self._key(config), (number, metric))
+
+    def _key(self, config: LengthConfig) -> bytes:
+        """Equal for configs that keep equal counts in every sequence of the search split."""
+        return config.count_table(self._lengths_present).tobytes()
+
+
+def config_of(parameters: dict[str, Any]) -> LengthConfig:
+    """The length config that a trial's `retention_0 .. retention_{L-1}` stand for."""
+    return LengthConfig.from_retention([parameters[f"retention_{layer}"] for layer in range(len(parameters))])
+
+
+def constant_rates(definition: LengthsStudy, most: int = 13) -> list[float]:
+    """Retentions of the first generation's constant-rate configs: full length, the smallest, then those between."""
+    low, high, step = definition.retention.low, definition.retention.high, definition.retention.step
+    between = np.linspace(low, high, most)
+    if step is not None:
+        between = low + np.round((between - low) / step) * step
+    rates = [float(high), float(low), *(round(float(rate), 10) for rate in between)]
+    return list(dict.fromkeys(rates))
+
+
+def _sampler(definition: LengthsStudy, seed: int) -> optuna.samplers.BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return optuna.samplers.NSGAIISampler(
+            population_size=definition.population_size,
+            mutation_prob=definition.mutation_prob,
+            crossover=CROSSOVERS[definition.crossover](),
+            crossover_prob=definition.crossover_prob,
+            swapping_prob=definition.swapping_prob,
+            seed=seed,
+        )

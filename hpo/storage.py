@@ -1,0 +1,213 @@
+"""The SQL database: opening it safely, and finding, making and resuming studies in it.
+
+Optuna's own tables hold everything, so optuna-dashboard and `optuna.load_study` see all of it.
+"""
+
+import logging
+import os
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+from hpo.errors import HpoError, StorageError, StudyChanged, StudyNotFound
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_URL = "sqlite:///hpo.db"
+BUSY_TIMEOUT_S = 60
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+IDENTITY = "identity"
+"""Study attribute: fingerprints of what a study may not change while it runs."""
+
+
+def storage_url(given: str | None) -> str:
+    """The storage to use: the given URL, else `HPO_STORAGE`, else `sqlite:///hpo.db`."""
+    return given or os.environ.get("HPO_STORAGE") or DEFAULT_URL
+
+
+def display_url(url: str) -> str:
+    """The URL with its password hidden, safe to print, log and store."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "(a malformed URL)"
+
+
+def open_storage(url: str, *, create: bool = True) -> RDBStorage:
+    """Open the database, and create Optuna's tables where it is empty.
+
+    SQLite runs in write-ahead mode with a busy timeout, so that optuna-dashboard may read while a study writes.
+
+    Args:
+        url: An SQLAlchemy URL.
+        create: Whether a SQLite file that does not exist may be made; other servers' databases must exist.
+    Raises:
+        StorageError: The URL is malformed, the database cannot be reached, or it is somebody else's.
+    """
+    parsed = _parse(url)
+    shown = display_url(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    if is_sqlite:
+        _prepare_sqlite(parsed, shown, create)
+    engine_kwargs: dict[str, Any] = (
+        {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if is_sqlite else {"pool_pre_ping": True}
+    )
+    try:
+        _refuse_foreign_tables(parsed, shown)
+        storage = RDBStorage(url, engine_kwargs=engine_kwargs)
+    except ImportError as error:
+        raise StorageError(f"The driver for {shown} is not installed ({error}); install it with pip.") from error
+    except (SQLAlchemyError, RuntimeError, OSError) as error:
+        raise StorageError(f"Cannot use the storage {shown}: {_reason(error)}") from error
+    if is_sqlite:
+        sqlalchemy.event.listen(storage.engine, "connect", _relax_sqlite_sync)
+        storage.engine.dispose()  # connections made before the listener
+    return storage
+
+
+def open_study(
+    storage: RDBStorage,
+    name: str,
+    *,
+    directions: Sequence[Literal["maximize", "minimize"]],
+    metric_names: Sequence[str],
+    identity: Mapping[str, str],
+    attributes: Mapping[str, Any],
+    sampler: optuna.samplers.BaseSampler,
+    pruner: optuna.pruners.BasePruner | None = None,
+) -> optuna.Study:
+    """Create the study, or resume the one of that name if it is the same one.
+
+    Args:
+        storage: An open storage.
+        name: The study's name in the database.
+        directions: "maximize" or "minimize" per objective.
+        metric_names: A name per objective, which optuna-dashboard shows on its axes.
+        identity: What a study may not change, such as its model's fingerprint, by the word the user knows it by.
+        attributes: Further facts, written once when the study is made.
+        sampler: Proposes parameters.
+        pruner: Stops trials early; single-objective studies only.
+    Raises:
+        StudyChanged: A study of that name has another identity; the message names what differs.
+    """
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=directions, sampler=sampler, pruner=pruner, load_if_exists=True
+    )
+    recorded = study.user_attrs.get(IDENTITY)
+    if recorded is None:
+        if study.get_trials(deepcopy=False):
+            raise StudyChanged(f"Study {name!r} holds trials that this tool did not make; choose another name.")
+        study.set_metric_names(list(metric_names))
+        for key, value in attributes.items():
+            study.set_user_attr(key, value)
+        study.set_user_attr(IDENTITY, dict(identity))  # last: a study cut short before is made anew
+    elif changed := [key for key in identity if recorded.get(key) != identity[key]]:
+        raise StudyChanged(
+            f"Study {name!r} was made with another {' and another '.join(changed)}, so its trials cannot be compared "
+            "with new ones. Go back to what it was made with, or start a new study: copy its .toml file, change `name` "
+            "and pass it as --study."
+        )
+    return study
+
+
+def find_study(storage: RDBStorage, name: str, start_with: str) -> optuna.Study:
+    """Load an existing study.
+
+    Args:
+        storage: An open storage.
+        name: The study's name.
+        start_with: The command that would make it, for the error's text.
+    Raises:
+        StudyNotFound: There is none; the message lists those that are.
+    """
+    try:
+        return optuna.load_study(study_name=name, storage=storage)
+    except KeyError as error:
+        there = ", ".join(repr(summary.study_name) for summary in optuna.get_all_study_summaries(storage)) or "none"
+        raise StudyNotFound(
+            f"No study {name!r} in {display_url(storage.url)} (studies there: {there}); start it with `{start_with}`."
+        ) from error
+
+
+def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that were completed or stopped early, by number; these count towards `--trials`."""
+    return study.get_trials(deepcopy=False, states=FINISHED)
+
+
+def explain_database_error(error: BaseException, url: str) -> HpoError:
+    """One sentence for a database that fails in the middle of a run."""
+    return StorageError(
+        f"The database {display_url(url)} failed: {_reason(error)} Trials that were finished are safe in it; "
+        "put it right and run the same command again to continue."
+    )
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        raise StorageError(
+            f"--storage {display_url(url)} is not a database URL; write for example sqlite:///hpo.db or "
+            "postgresql+psycopg://user@host/database."
+        ) from error
+    except ImportError as error:
+        raise StorageError(
+            f"The driver for {display_url(url)} is not installed ({error}); install it with pip."
+        ) from error
+    return parsed
+
+
+def _prepare_sqlite(url: URL, shown: str, create: bool) -> None:
+    """Check the file and switch it to write-ahead mode, which it then keeps."""
+    if url.database in (None, "", ":memory:"):
+        raise StorageError(f"{shown} would be lost when the command ends; name a file, as in sqlite:///hpo.db.")
+    path = Path(str(url.database))
+    if not path.exists() and not create:
+        raise StorageError(f"There is no database {path}; `hpo tune` makes one, or pass --storage.")
+    if not path.parent.is_dir():
+        raise StorageError(
+            f"There is no folder {path.parent} for the database {path.name}; make it, or pass --storage."
+        )
+    try:
+        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise StorageError(f"Cannot use {path} as a SQLite database: {error}. Pass another --storage.") from error
+
+
+def _relax_sqlite_sync(connection: Any, _record: Any) -> None:
+    """In write-ahead mode NORMAL keeps the file consistent; only a power cut may lose the last commits."""
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _refuse_foreign_tables(url: URL, shown: str) -> None:
+    engine = sqlalchemy.create_engine(url)
+    try:
+        tables = set(sqlalchemy.inspect(engine).get_table_names())
+    finally:
+        engine.dispose()
+    if tables and not tables & {"studies", "trials", "version_info"}:
+        raise StorageError(
+            f"{shown} holds somebody else's tables ({', '.join(sorted(tables)[:3])}, ...); use a database of its own."
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The driver's own words, without SQL, parameters or links."""
+    cause: BaseException = error
+    while (inner := getattr(cause, "orig", None) or cause.__cause__) is not None:
+        cause = inner
+    lines = str(cause).strip().splitlines()
+    return (lines[0] if lines else type(cause).__name__).rstrip(".") + "."

@@ -1,0 +1,273 @@
+"""The length-adaptive encoder: a transformers network whose layers pass on only the tokens they attend to most.
+
+Shape letters: B sequences, L tokens arriving, K tokens kept, D hidden size.
+"""
+
+import hashlib
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from model.families import FAMILIES
+from model.length_config import LengthConfig
+from model.macs import EncoderShape, sequence_macs
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("classification",)
+
+
+class CheckpointError(ValueError):
+    """A model folder or hub id that cannot be loaded as a length-adaptive encoder; the message says why."""
+
+
+class LengthAdaptiveModel(nn.Module):
+    """A transformers encoder that runs under any `LengthConfig`.
+
+    The wrapped network stays an ordinary transformers model: `network` can be used, saved and loaded without
+    this class. A call leaves nothing to reset: the config is an argument, never a setting.
+
+    Attributes:
+        network: The transformers model that holds the weights.
+        task: What the head predicts.
+        shape: The sizes that decide the cost.
+    """
+
+    def __init__(self, network: PreTrainedModel, task: str = "classification") -> None:
+        super().__init__()
+        model_type = str(network.config.model_type)
+        if model_type not in FAMILIES:
+            raise CheckpointError(f"Encoders of type {model_type!r} are not supported; use one of {sorted(FAMILIES)}.")
+        _check_task(task)
+        self.network = network
+        self.task = task
+        self.family = FAMILIES[model_type]
+        self.shape: EncoderShape = self.family.shape(network.config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_id: str | Path,
+        task: str = "classification",
+        num_labels: int | None = None,
+        label_names: Collection[str] | None = None,
+    ) -> "LengthAdaptiveModel":
+        """Load a transformers folder or hub id in float32; a missing task head is initialised anew.
+
+        Args:
+            folder_or_id: Folder that `save_pretrained` wrote (ours or transformers'), or a hub id.
+            task: What the head predicts.
+            num_labels: Classes; None takes the checkpoint's.
+            label_names: Names of the classes, in order of their ids.
+        Raises:
+            CheckpointError: There is no such model, its weights are damaged or of another architecture.
+            ValueError: Unknown task.
+        """
+        _check_task(task)
+        labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+        if label_names is not None:
+            labels["id2label"] = dict(enumerate(label_names))
+            labels["label2id"] = {name: index for index, name in enumerate(label_names)}
+        try:
+            config = AutoConfig.from_pretrained(folder_or_id, **labels)
+            if config.model_type not in FAMILIES:
+                raise CheckpointError(
+                    f"{folder_or_id} holds a {config.model_type!r} model; supported are {', '.join(sorted(FAMILIES))}."
+                )
+            _check_config(config, folder_or_id)
+            network, report = AutoModelForSequenceClassification.from_pretrained(
+                folder_or_id, config=config, dtype=torch.float32, output_loading_info=True
+            )
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+            raise CheckpointError(_explain_load_failure(folder_or_id, error)) from error
+        model = cls(network, task)
+        if absent := sorted(key for key in report["missing_keys"] if model._is_encoder_weight(key)):
+            raise CheckpointError(
+                f"{folder_or_id} lacks {len(absent)} of the encoder's weights (first: {absent[0]}); "
+                "it is damaged or holds another architecture. Use a complete BERT checkpoint."
+            )
+        if report["mismatched_keys"]:
+            key = sorted(str(entry[0]) for entry in report["mismatched_keys"])[0]
+            raise CheckpointError(f"{folder_or_id}: the weight {key} does not have the shape its config.json says.")
+        return model
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers."""
+        return self.shape.num_layers
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence the position embeddings allow."""
+        return int(self.network.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def macs(self, num_tokens: int, length_config: LengthConfig | None = None) -> int:
+        """Exact multiply-accumulates of one sequence of `num_tokens` real tokens, head included (see `model.macs`)."""
+        return int(sequence_macs(self.shape, [num_tokens], length_config)[0])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        length_config: LengthConfig | None = None,
+        skip_layers: Collection[int] = (),
+    ) -> SequenceClassifierOutput:
+        """Classify a batch, dropping tokens between the two halves of each layer as `length_config` says.
+
+        Args:
+            input_ids: int64 (B, L); padding, if any, on the right.
+            attention_mask: (B, L), 1 at real tokens; None where all are real.
+            token_type_ids: (B, L) or None.
+            labels: int64 (B,); with them the output carries the mean cross-entropy as `loss`.
+            length_config: Tokens left after each layer; None runs the plain model.
+            skip_layers: Layers left out altogether, as LayerDrop does in training.
+        Raises:
+            ValueError: The config has another number of layers, or a sequence starts with padding.
+        """
+        if length_config is not None and length_config.num_layers != self.num_layers:
+            raise ValueError(f"The length config has {length_config.num_layers} layers, the model {self.num_layers}.")
+        mask_BL, num_tokens_B = _real_tokens(input_ids, attention_mask)
+        counts_BN = None if length_config is None else length_config.count_table(num_tokens_B)
+        hidden = self.family.embed(self.network, input_ids, token_type_ids)
+        arriving_B = num_tokens_B
+        for layer in range(self.num_layers):
+            if layer in skip_layers:
+                continue
+            keep_B = arriving_B if counts_BN is None else counts_BN[:, layer]
+            drops = bool((keep_B < arriving_B).any())
+            hidden, score = self.family.attend(self.network, layer, hidden, mask_BL, with_scores=drops)
+            if score is not None:
+                hidden, mask_BL = keep_significant(hidden, score, keep_B, mask_BL)
+                arriving_B = keep_B
+            hidden = self.family.feed_forward(self.network, layer, hidden)
+        logits = self.family.classify(self.network, hidden)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _is_encoder_weight(self, name: str) -> bool:
+        return name.startswith(f"{self.network.base_model_prefix}.") and ".pooler." not in name
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and safetensors weights as transformers does; plain transformers loads the folder too."""
+        self.network.save_pretrained(folder)
+
+    def fingerprint(self, *, encoder_only: bool = False) -> str:
+        """SHA-256 over names, shapes and values of the weights: equal wherever and in whatever file they lie.
+
+        Args:
+            encoder_only: Leave out the task head and the pooler, which a fresh head comes with.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            if encoder_only and not self._is_encoder_weight(name):
+                continue
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def keep_significant(
+    hidden_BLD: Tensor,
+    score_BL: Tensor,
+    keep_B: np.ndarray[Any, np.dtype[np.int64]] | int,
+    mask_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Keep [CLS] and each sequence's most attended other tokens, in reading order.
+
+    Among equal scores the earlier token wins, so that the choice does not depend on padding or batch mates.
+
+    Args:
+        hidden_BLD: Token vectors after self-attention; the first of each sequence is [CLS].
+        score_BL: Attention each token received.
+        keep_B: Tokens to keep of each sequence, or one count for all; at least 1 and no more than are real.
+        mask_BL: True at real tokens; None where all are real.
+    Returns:
+        The kept vectors (B, K, D), K being the largest count, and their mask (B, K): None where every
+        sequence keeps K tokens; else slots past a sequence's own count are padding.
+    Raises:
+        ValueError: A count is outside 1..L.
+    Source: Kim & Cho 2021, "Drop-and-Restore"; the score is from Goyal et al. 2020 (PoWER-BERT).
+    """
+    size, length = score_BL.shape
+    counts_B = np.broadcast_to(np.asarray(keep_B, dtype=np.int64), (size,))
+    most, least = int(counts_B.max()), int(counts_B.min())
+    if least < 1 or most > length:
+        raise ValueError(f"keep={least if least < 1 else most}, but {length} tokens arrive; choose 1..{length}.")
+    if mask_BL is not None:
+        score_BL = score_BL.masked_fill(~mask_BL, -torch.inf)
+    score_BL = F.pad(score_BL[:, 1:], (1, 0), value=torch.inf)  # the classifier reads [CLS]
+    positions_BK = score_BL.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    kept_mask_BK = None
+    if least < most:
+        counts_B1 = torch.from_numpy(counts_B.copy()).to(score_BL.device)[:, None]
+        surplus = torch.arange(most, device=score_BL.device) >= counts_B1
+        positions_BK = positions_BK.masked_fill(surplus, length)  # sorts behind every real position
+    positions_BK = positions_BK.sort(dim=1).values
+    if least < most:
+        kept_mask_BK = positions_BK < length
+        positions_BK = positions_BK.clamp(max=length - 1)
+    return hidden_BLD.take_along_dim(positions_BK[:, :, None], dim=1), kept_mask_BK
+
+
+def _real_tokens(
+    input_ids_BL: Tensor, attention_mask_BL: Tensor | None
+) -> tuple[Tensor | None, np.ndarray[Any, np.dtype[np.int64]]]:
+    """The boolean mask (None where nothing is padded) and each sequence's number of real tokens."""
+    size, length = input_ids_BL.shape
+    if attention_mask_BL is None:
+        return None, np.full(size, length, dtype=np.int64)
+    mask_BL = attention_mask_BL.bool()
+    if not bool(mask_BL[:, 0].all()):
+        raise ValueError("A sequence starts with padding; pad on the right, so that [CLS] comes first.")
+    num_tokens_B = mask_BL.sum(dim=1).cpu().numpy()
+    return (None if (num_tokens_B == length).all() else mask_BL), num_tokens_B
+
+
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"task={task!r} is not supported; choose one of {', '.join(TASKS)}.")
+
+
+def _check_config(config: Any, source: str | Path) -> None:
+    """Refuse settings of the architecture that the layer loop does not honour."""
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise CheckpointError(f"{source} is a decoder; LengthDrop needs a bidirectional encoder.")
+    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
+        raise CheckpointError(
+            f"{source} uses {config.position_embedding_type!r} positions; only absolute ones are supported."
+        )
+
+
+def _explain_load_failure(source: str | Path, error: Exception) -> str:
+    path = Path(source)
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            return f"{source} is no model folder: it has no config.json; give one that `save_pretrained` wrote."
+        if isinstance(error, SafetensorError):
+            return f"The weights in {source} are damaged or cut off ({first_line}); fetch or save the model again."
+        return f"Cannot load the model in {source}: {first_line}"
+    if path.exists():
+        return f"{source} is a file; give the model's folder."
+    if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
+        return f"There is no model folder {source}; give one that exists, or a hub id as in 'owner/name'."
+    return f"{source} is no local folder and could not be fetched from the hub ({first_line}); give a local folder."

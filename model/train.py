@@ -1,0 +1,310 @@
+"""Training with LengthDrop: one encoder that works at any length config.
+
+Each step follows the sandwich rule: the full model learns from the labels, the smallest and a few randomly
+shortened passes of the same batch learn from the full pass.
+"""
+
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from model.data import EncodedSplit
+from model.distill import Divergence, distillation_loss
+from model.encoder import LengthAdaptiveModel
+from model.length_config import LengthConfig
+
+logger = logging.getLogger(__name__)
+
+EpochHook = Callable[[int], None]
+ProgressHook = Callable[[int, int], None]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How one encoder is trained; checks itself.
+
+    Attributes:
+        learning_rate: Peak of the linear schedule.
+        batch_size: Sequences per step.
+        plain_epochs: First epochs, at full length only.
+        epochs: Epochs with LengthDrop after them.
+        warmup_ratio: Share of all steps over which the learning rate rises.
+        weight_decay: AdamW's decay, not on biases and LayerNorms.
+        length_drop: p; each layer passes on a share of its tokens drawn from [1 - p, 1].
+        layer_drop: Probability that a shortened pass skips a layer; the full pass never does.
+        sandwich_size: Randomly shortened passes per step, beside the full and the smallest one.
+        temperature: Divides the logits of both sides of the in-place distillation.
+        distillation_weight: Share of the full pass's logits in a shortened pass's loss; the rest is the labels'.
+        divergence: "forward" KL(full‖short), or "reverse" as in the reference code.
+        max_grad_norm: Clipping of the gradient's norm.
+        precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
+        seed: Of dropout, batch order and length configs.
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    plain_epochs: int = 1
+    epochs: int = 2
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    length_drop: float = 0.2
+    layer_drop: float = 0.0
+    sandwich_size: int = 2
+    temperature: float = 1.0
+    distillation_weight: float = 1.0
+    divergence: Divergence = "forward"
+    max_grad_norm: float = 1.0
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges: Mapping[str, tuple[bool, str]] = {
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "plain_epochs": (self.plain_epochs >= 0, "at least 0"),
+            "epochs": (self.epochs >= 0 and self.epochs + self.plain_epochs >= 1, "at least 0, and one epoch in all"),
+            "warmup_ratio": (0 <= self.warmup_ratio < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
+            "length_drop": (0 <= self.length_drop < 1, "in [0, 1)"),
+            "layer_drop": (0 <= self.layer_drop < 1, "in [0, 1)"),
+            "sandwich_size": (self.sandwich_size >= 0, "at least 0"),
+            "temperature": (0 < self.temperature < math.inf, "above 0"),
+            "distillation_weight": (0 <= self.distillation_weight <= 1, "in [0, 1]"),
+            "divergence": (self.divergence in ("forward", "reverse"), "'forward' or 'reverse'"),
+            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
+            "precision": (self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'"),
+        }
+        for name, (holds, wanted) in ranges.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What a finished training run says of itself.
+
+    Attributes:
+        steps: Optimizer steps.
+        final_loss: Mean loss of the last steps that were logged, all passes of the sandwich together.
+        precision: "bf16" or "fp32".
+    """
+
+    steps: int
+    final_loss: float
+    precision: str
+
+
+def train(
+    model: LengthAdaptiveModel,
+    split: EncodedSplit,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TrainingSettings,
+    *,
+    on_epoch: EpochHook | None = None,
+    on_progress: ProgressHook | None = None,
+) -> TrainingReport:
+    """Train the model in place: plain epochs at full length, then epochs with LengthDrop.
+
+    Args:
+        model: The encoder; a GPU is used where there is one.
+        split: Tokenised training examples.
+        tokenizer: Pads the batches.
+        settings: How to train.
+        on_epoch: Called after each epoch with the number of epochs done; what it raises ends the training.
+        on_progress: Called after each step with the steps done and the steps in all.
+    Raises:
+        TrainingDiverged: A loss is not finite.
+        ValueError: The split is empty.
+    """
+    if not len(split.labels):
+        raise ValueError("The training split is empty; give at least one example.")
+    use_cpu = not torch.cuda.is_available()
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16())
+    with tempfile.TemporaryDirectory(prefix="hpo-trainer-") as unused_output:
+        arguments = TrainingArguments(
+            output_dir=unused_output,
+            num_train_epochs=settings.plain_epochs + settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_ratio,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+            bf16=bf16,
+            use_cpu=use_cpu,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            save_strategy="no",
+            logging_strategy="steps",
+            logging_steps=10,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=not use_cpu,
+        )
+        trainer = LengthDropTrainer(
+            settings,
+            model=model,
+            args=arguments,
+            train_dataset=_as_dataset(split),
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[_Hooks(on_epoch, on_progress)],
+        )
+        trainer.remove_callback(_printer_callback())
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return TrainingReport(
+        steps=trainer.state.global_step,
+        final_loss=float(losses[-1]) if losses else math.nan,
+        precision="bf16" if bf16 else "fp32",
+    )
+
+
+class LengthDropTrainer(Trainer):
+    """transformers' Trainer whose step is the sandwich of Kim & Cho 2021."""
+
+    def __init__(self, settings: TrainingSettings, **trainer_arguments: Any) -> None:
+        super().__init__(**trainer_arguments)
+        self.settings = settings
+        self.generator = np.random.default_rng(settings.seed)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One batch: the full pass learns from the labels, each shortened pass from the full one.
+
+        Every pass is run backward before the next starts, so that one graph is in memory at a time.
+        """
+        model.train()
+        inputs = dict(self._prepare_inputs(inputs))
+        labels = inputs.pop("labels")
+        plain = (self.state.epoch or 0.0) < self.settings.plain_epochs
+        sandwich = [] if plain else sample_sandwich(self.settings, _unwrapped(model).num_layers, self.generator)
+        scale = 1.0 / ((1 + len(sandwich)) * self.current_gradient_accumulation_steps)
+
+        with self.compute_loss_context_manager():
+            full = model(**inputs)
+            loss = F.cross_entropy(full.logits.float(), labels)
+        total = self._learn(loss * scale)
+        teacher = full.logits.detach()
+        for short_pass in sandwich:
+            with self.compute_loss_context_manager():
+                short = model(**inputs, length_config=short_pass.length_config, skip_layers=short_pass.skip_layers)
+                loss = self._short_loss(short.logits, teacher, labels)
+            total = total + self._learn(loss * scale)
+        return total
+
+    def _short_loss(self, logits_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor) -> Tensor:
+        weight = self.settings.distillation_weight
+        loss = logits_BC.new_zeros(())
+        if weight > 0:
+            taught = distillation_loss(logits_BC, teacher_BC, self.settings.temperature, self.settings.divergence)
+            loss = loss + weight * taught
+        if weight < 1:
+            loss = loss + (1 - weight) * F.cross_entropy(logits_BC.float(), labels_B)
+        return loss
+
+    def _learn(self, loss: Tensor) -> Tensor:
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}; lower the learning rate."
+            )
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class ShortPass:
+    """One shortened pass of a step: its length config and the layers that LayerDrop leaves out."""
+
+    length_config: LengthConfig
+    skip_layers: frozenset[int] = field(default_factory=frozenset)
+
+
+def sample_sandwich(settings: TrainingSettings, num_layers: int, generator: np.random.Generator) -> list[ShortPass]:
+    """The shortened passes of one step: the smallest config first, then `sandwich_size` random ones.
+
+    Retentions are drawn from the continuous range [1 - p, 1] and shared by the batch, each sequence keeping its
+    own share; the paper draws whole lengths of the padded batch instead.
+
+    Source: Kim & Cho 2021, "LengthDrop"; the sandwich rule is from Yu & Huang 2019.
+    """
+    smallest = np.full(num_layers, 1.0 - settings.length_drop)
+    drawn = generator.uniform(1.0 - settings.length_drop, 1.0, size=(settings.sandwich_size, num_layers))
+    skipped = generator.random((1 + settings.sandwich_size, num_layers)) < settings.layer_drop
+    return [
+        ShortPass(LengthConfig.from_retention(retention.tolist()), frozenset(np.flatnonzero(skip).tolist()))
+        for retention, skip in zip((smallest, *drawn), skipped, strict=True)
+    ]
+
+
+def computes_in_bf16() -> bool:
+    """Whether the GPU, or without one this processor, has bf16 matrix products."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+class _Hooks(TrainerCallback):
+    """Passes the Trainer's events on to the caller."""
+
+    def __init__(self, on_epoch: EpochHook | None, on_progress: ProgressHook | None) -> None:
+        self.on_epoch = on_epoch
+        self.on_progress = on_progress
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.on_progress is not None:
+            self.on_progress(state.global_step, state.max_steps)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.on_epoch is not None:
+            self.on_epoch(round(state.epoch or 0.0))
+
+
+def _as_dataset(split: EncodedSplit) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": split.input_ids,
+            "token_type_ids": split.token_type_ids,
+            "attention_mask": [[1] * len(tokens) for tokens in split.input_ids],
+            "labels": split.labels,
+            "length": split.num_tokens,
+        }
+    )
+
+
+def _unwrapped(model: nn.Module) -> LengthAdaptiveModel:
+    inner = getattr(model, "module", model)
+    assert isinstance(inner, LengthAdaptiveModel)
+    return inner
+
+
+def _printer_callback() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback

@@ -1,0 +1,294 @@
+"""Reading and checking the TOML files that declare what is searched."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+FOLDER = Path(__file__).parent
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OBJECTIVES = ("area", "metric")
+CROSSOVERS = ("uniform", "blxalpha", "sbx", "vsbx", "spx", "undx")
+
+Value: TypeAlias = bool | int | float | str
+
+
+class StudyFileError(ValueError):
+    """A study file that is absent, unreadable or declares something impossible; the message says what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers from `low` to `high`, both included; whole ones where both bounds are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    def __post_init__(self) -> None:
+        for bound in (self.low, self.high):
+            if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
+                raise StudyFileError(f"a range's low and high are numbers, not {bound!r}")
+        if self.low > self.high:
+            raise StudyFileError(f"low={self.low} is above high={self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise StudyFileError("a log range needs low above 0 and no step")
+        if self.step is not None and not self.step > 0:
+            raise StudyFileError(f"step={self.step} is not above 0")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the range holds whole numbers only."""
+        return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """One of a few values."""
+
+    choices: tuple[Value, ...]
+
+    def __post_init__(self) -> None:
+        if not self.choices or not all(isinstance(choice, Value) for choice in self.choices):
+            raise StudyFileError("choices is a list of numbers or words, with at least one")
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
+
+
+Space: TypeAlias = Mapping[str, Range | Choices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneStudy:
+    """A study over training hyperparameters.
+
+    Attributes:
+        name: The study's name in the database.
+        objective: "area" (mean metric over four costs) or "metric" (full length only).
+        space: What is searched.
+        fixed: Settings that are not.
+        first: Parameter sets tried before the sampler takes over.
+        multivariate: Whether TPE models parameters jointly.
+        startup_trials: Random trials before TPE learns.
+        pruner_startup_trials: Trials that are never stopped early.
+        pruner_warmup_epochs: Epochs before a trial may be stopped.
+    """
+
+    name: str
+    objective: Literal["area", "metric"]
+    space: Space
+    fixed: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
+    first: tuple[Mapping[str, Value], ...] = ()
+    multivariate: bool = True
+    startup_trials: int = 8
+    pruner_startup_trials: int = 4
+    pruner_warmup_epochs: int = 2
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if self.objective not in OBJECTIVES:
+            raise StudyFileError(f"objective={self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        if not self.space:
+            raise StudyFileError("[space] declares nothing to search")
+        if both := sorted(set(self.space) & set(self.fixed)):
+            raise StudyFileError(f"{', '.join(both)} stands both in [space] and in [fixed]; keep one")
+        for number, parameters in enumerate(self.first, start=1):
+            for key, value in parameters.items():
+                if key not in self.space:
+                    raise StudyFileError(f"[[first]] number {number} sets {key}, which [space] does not search")
+                if value not in self.space[key]:
+                    raise StudyFileError(f"[[first]] number {number} sets {key}={value}, outside its range in [space]")
+        for key in ("startup_trials", "pruner_startup_trials", "pruner_warmup_epochs"):
+            _check_count(key, getattr(self, key), least=0)
+
+    def space_fingerprint(self) -> str:
+        """Hash of what decides the values that trials are compared by: the space, the fixed settings, the objective."""
+        return _fingerprint({"space": self.space, "fixed": self.fixed, "objective": self.objective})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthsStudy:
+    """A study over per-layer token retention.
+
+    Attributes:
+        name: The study's name in the database.
+        retention: Range of every layer's retention; with a step, so that configs share prefixes.
+        population_size: Trials of one generation.
+        crossover: How NSGA-II mixes two parents.
+        crossover_prob: How often it does.
+        swapping_prob: Share of parameters swapped by uniform crossover.
+        mutation_prob: Per parameter; None is 1 / number of layers.
+    """
+
+    name: str
+    retention: Range
+    population_size: int = 50
+    crossover: str = "uniform"
+    crossover_prob: float = 0.9
+    swapping_prob: float = 0.5
+    mutation_prob: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if not 0 < self.retention.low <= self.retention.high or self.retention.high != 1:
+            raise StudyFileError(
+                f"[retention] runs from {self.retention.low} to {self.retention.high}; "
+                "it must start above 0 and end at 1.0, so that the full length is part of the search"
+            )
+        if self.retention.log:
+            raise StudyFileError("[retention] cannot be logarithmic")
+        _check_count("population_size", self.population_size, least=4)
+        if self.crossover not in CROSSOVERS:
+            raise StudyFileError(f"crossover={self.crossover!r}; choose one of {', '.join(CROSSOVERS)}")
+        for key in ("crossover_prob", "swapping_prob", "mutation_prob"):
+            probability = getattr(self, key)
+            if probability is not None and not 0 <= probability <= 1:
+                raise StudyFileError(f"{key}={probability}; choose a probability in [0, 1]")
+
+    def space_fingerprint(self) -> str:
+        """Hash of the retention range, which all trials must share."""
+        return _fingerprint({"retention": self.retention})
+
+
+Study: TypeAlias = FinetuneStudy | LengthsStudy
+
+
+def load_finetune(name_or_path: str) -> FinetuneStudy:
+    """Read a study file of `kind = "finetune"`: one of ours by its name, or any by its path."""
+    study = load(name_or_path)
+    if not isinstance(study, FinetuneStudy):
+        raise StudyFileError(
+            f"Study {name_or_path!r} searches lengths; run it with `hpo search-lengths --study {name_or_path}`."
+        )
+    return study
+
+
+def load_lengths(name_or_path: str) -> LengthsStudy:
+    """Read a study file of `kind = "lengths"`: one of ours by its name, or any by its path."""
+    study = load(name_or_path)
+    if not isinstance(study, LengthsStudy):
+        raise StudyFileError(
+            f"Study {name_or_path!r} searches training settings; run it with `hpo tune --study {name_or_path}`."
+        )
+    return study
+
+
+def load(name_or_path: str) -> Study:
+    """Read a study file.
+
+    Args:
+        name_or_path: The name of a file in this folder (`finetune`), or a path ending in `.toml`.
+    Raises:
+        StudyFileError: There is no such file, it is not TOML, or declares something impossible.
+    """
+    path = _find(name_or_path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyFileError(f"Cannot read the study file {path}: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise StudyFileError(f"The study file {path} is not valid TOML: {error}.") from error
+    document.setdefault("name", path.stem)
+    try:
+        match document.pop("kind", None):
+            case "finetune":
+                return _read_finetune(document)
+            case "lengths":
+                return _read_lengths(document)
+            case kind:
+                raise StudyFileError(f'kind={kind!r}; write kind = "finetune" or kind = "lengths"')
+    except (StudyFileError, TypeError) as error:
+        raise StudyFileError(f"The study file {path} cannot be used: {error}.") from error
+
+
+def built_in() -> tuple[str, ...]:
+    """Names of the study files in this folder."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+
+
+def _find(name_or_path: str) -> Path:
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise StudyFileError(f"There is no study file {name_or_path}; copy one from {FOLDER} and edit it.")
+        return path
+    if name_or_path not in built_in():
+        raise StudyFileError(
+            f"There is no study {name_or_path!r}; choose {' or '.join(built_in())}, or give the path of a .toml file."
+        )
+    return FOLDER / f"{name_or_path}.toml"
+
+
+def _read_finetune(document: dict[str, Any]) -> FinetuneStudy:
+    sampler, pruner = _table(document, "sampler"), _table(document, "pruner")
+    space = {key: _read_parameter(key, value) for key, value in _table(document, "space").items()}
+    first = document.pop("first", [])
+    if not isinstance(first, list) or not all(isinstance(parameters, dict) for parameters in first):
+        raise StudyFileError("[[first]] is a list of tables")
+    renamed = {f"pruner_{key}": value for key, value in pruner.items()}
+    return FinetuneStudy(
+        space=MappingProxyType(space),
+        fixed=MappingProxyType(_table(document, "fixed")),
+        first=tuple(MappingProxyType(parameters) for parameters in first),
+        **sampler,
+        **renamed,
+        **document,
+    )
+
+
+def _read_lengths(document: dict[str, Any]) -> LengthsStudy:
+    retention = _read_parameter("retention", _table(document, "retention"))
+    if not isinstance(retention, Range):
+        raise StudyFileError("[retention] is a range with low and high")
+    return LengthsStudy(retention=retention, **_table(document, "sampler"), **document)
+
+
+def _read_parameter(name: str, value: Any) -> Range | Choices:
+    if not isinstance(value, dict):
+        raise StudyFileError(f"{name} needs low and high, or choices; a single value belongs in [fixed]")
+    try:
+        if "choices" in value:
+            return Choices(**{**value, "choices": tuple(value["choices"])})
+        return Range(**value)
+    except (StudyFileError, TypeError) as error:
+        raise StudyFileError(f"{name}: {error}") from error
+
+
+def _table(document: dict[str, Any], key: str) -> dict[str, Any]:
+    table = document.pop(key, {})
+    if not isinstance(table, dict):
+        raise StudyFileError(f"[{key}] is a table")
+    return table
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+        raise StudyFileError(
+            f"name={name!r}; use letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit"
+        )
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise StudyFileError(f"{name}={value!r}; choose a whole number from {least} up")
+
+
+def _fingerprint(parts: Mapping[str, object]) -> str:
+    def plain(part: object) -> object:
+        if isinstance(part, Mapping):
+            return {key: plain(value) for key, value in part.items()}
+        return dataclasses.asdict(part) if isinstance(part, Range | Choices) else part
+
+    return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()
