@@ -79,7 +79,7 @@ class Front:
         dominated: The other completed trials, by number.
         constant_rate: Trials with one retention for all layers, by rising cost; of equals the earliest.
         median_tokens: Median number of real tokens per sequence of the search split, where known.
-        task: What was searched: "model", "dataset" and more, where known.
+        workload: What was searched, as `hpo.workload.Workload` records it; empty where unknown.
     """
 
     study: str
@@ -95,7 +95,7 @@ class Front:
     dominated: tuple[FrontPoint, ...] = ()
     constant_rate: tuple[FrontPoint, ...] = ()
     median_tokens: int | None = None
-    task: Mapping[str, Any] = field(default_factory=dict)
+    workload: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compute_front(study: optuna.Study, storage: str) -> Front:
@@ -141,7 +141,7 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
         dominated=tuple(point for point in points if (point.metric, point.macs) not in scores_on_front),
         constant_rate=_distinct_by_cost([point for point in points if rates[point.trial] is not None]),
         median_tokens=attrs.get("median_tokens"),
-        task=attrs.get("task") or {},
+        workload=attrs.get("workload") or {},
     )
 
 

@@ -293,8 +293,8 @@ def _lay_out(figure: go.Figure, title: str, subtitle: str) -> None:
 def _facts(front: Front, chosen: FrontPoint | None) -> str:
     """The page's list of what was searched, as HTML."""
     facts = {
-        "Model": str(front.task.get("model", "not recorded")),
-        "Dataset": str(front.task.get("dataset", "not recorded")),
+        "Model": str(front.workload.get("model", "not recorded")),
+        "Dataset": str(front.workload.get("data", {}).get("dataset", "not recorded")),
         "Metric": f"{front.metric} ({front.direction}); full length: {_scores(front.full)}",
         "Baseline (100%)": f"{BASELINE}: {flops_text(front.full.macs)} per sequence of the search split",
         "Trials": f"{front.trials} finished, {len(front.points)} on the front, hypervolume {front.hypervolume:.4f}",

@@ -211,3 +211,46 @@ def _reason(error: BaseException) -> str:
         cause = inner
     lines = str(cause).strip().splitlines()
     return (lines[0] if lines else type(cause).__name__).rstrip(".") + "."
+
+
+def count_finished(url: str, name: str) -> int:
+    """Finished trials of a study; 0 where there is none or the database does not answer."""
+    try:
+        return len(finished_trials(find_study(open_storage(url, create=False), name, start_with="hpo tune")))
+    except (HpoError, SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        return 0
+
+
+def describe_studies(storage: RDBStorage) -> list[dict[str, Any]]:
+    """Every study of the database: its kind, the states of its trials, and its best values in words."""
+    return [
+        _describe(optuna.load_study(study_name=summary.study_name, storage=storage))
+        for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
+    ]
+
+
+def _describe(study: optuna.Study) -> dict[str, Any]:
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    names = study.metric_names or [f"value {number}" for number in range(len(study.directions))]
+    best = [
+        {"name": name, "direction": direction.name.lower(), "value": _best_value(complete, objective, direction)}
+        for objective, (name, direction) in enumerate(zip(names, study.directions, strict=True))
+    ]
+    return {
+        "study": study.study_name,
+        "kind": study.user_attrs.get("kind", "other"),
+        "finished": sum(state in FINISHED for state in states),
+        "running": states.count(TrialState.RUNNING),
+        "waiting": states.count(TrialState.WAITING),
+        "failed": states.count(TrialState.FAIL),
+        "best": best if complete else [],
+        "best_text": ", ".join(f"{entry['name']} {entry['value']:.4g}" for entry in best) if complete else "-",
+    }
+
+
+def _best_value(trials: Sequence[FrozenTrial], objective: int, direction: optuna.study.StudyDirection) -> float | None:
+    values = [trial.values[objective] for trial in trials]
+    if not values:
+        return None
+    return float(max(values) if direction == optuna.study.StudyDirection.MAXIMIZE else min(values))

@@ -44,14 +44,12 @@ class Workload:
 
     def to_attribute(self) -> dict[str, Any]:
         """A JSON-able form for the database."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "data": self.data.to_dict()}
 
     @classmethod
     def from_attribute(cls, attribute: Mapping[str, Any]) -> "Workload":
         """The inverse of `to_attribute`."""
-        data = dict(attribute["data"])
-        data["text_columns"] = None if data["text_columns"] is None else tuple(data["text_columns"])
-        return cls(**{**attribute, "data": DataSpec(**data)})
+        return cls(**{**attribute, "data": DataSpec.from_dict(attribute["data"])})
 
 
 @dataclass(frozen=True, kw_only=True)

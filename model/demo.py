@@ -152,9 +152,9 @@ def _contrasted_verdict(rng: random.Random, label: int) -> list[str]:
 
 # Each way to state the label, with its share of the reviews.
 VERDICTS: tuple[tuple[Callable[[random.Random, int], list[str]], float], ...] = (
-    (_easy_verdict, 0.40),
-    (_own_verdict, 0.30),
-    (_verdict_on_others, 0.20),
+    (_easy_verdict, 0.45),
+    (_own_verdict, 0.27),
+    (_verdict_on_others, 0.18),
     (_contrasted_verdict, 0.10),
 )
 
@@ -177,7 +177,7 @@ def _review(rng: random.Random, label: int) -> str:
     verdict = rng.choices([kind for kind, _ in VERDICTS], [share for _, share in VERDICTS])[0]
     sentences = [clause + "." for clause in verdict(rng, label)]
     num_words = sum(len(sentence.split()) for sentence in sentences)
-    wanted = rng.randint(MIN_WORDS, MAX_WORDS - 12)
+    wanted = rng.randint(MIN_WORDS, MAX_WORDS - 15)
     while num_words < wanted:
         sentence = _neutral_sentence(rng)
         length = len(sentence.split())

@@ -23,7 +23,7 @@ class Metric:
     """
 
     name: str
-    direction: str
+    direction: Literal["maximize", "minimize"]
     compute: Callable[[Labels, Labels], float]
 
 

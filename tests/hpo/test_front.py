@@ -138,7 +138,7 @@ def study():
             "report_macs:3": 610.0,
             "report_full_macs": 1220.0,
             "median_tokens": 20,
-            "task": {"model": "tiny", "dataset": "demo"},
+            "workload": {"model": "tiny", "data": {"dataset": "demo"}},
         },
     )
 
@@ -243,7 +243,7 @@ def test_front_separates_full_length_constant_rates_and_dominated_trials(study):
     assert [point.trial for point in front.dominated] == [1, 6]
     assert [point.trial for point in front.constant_rate] == [2, 1, 0]
     assert front.full.trial == 0
-    assert (front.median_tokens, front.task) == (20, {"model": "tiny", "dataset": "demo"})
+    assert (front.median_tokens, front.workload) == (20, {"model": "tiny", "data": {"dataset": "demo"}})
 
 
 def test_front_point_carries_both_splits(study):

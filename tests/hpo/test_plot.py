@@ -47,7 +47,7 @@ def front():
         dominated=(point(2, (0.9, 0.8), 0.8, 0.8), point(4, (0.6, 0.6), 0.6, 0.65)),
         constant_rate=(constant, full),
         median_tokens=20,
-        task={"model": "tiny", "dataset": "demo"},
+        workload={"model": "tiny", "data": {"dataset": "demo"}},
     )
 
 
@@ -209,7 +209,7 @@ def test_page_table_lists_the_front_and_full_length(page):
 def test_page_shows_names_as_they_stand_and_runs_none_of_them(front, tmp_path):
     attack = "<script>alert('x')</script><img src=http://evil/>"
     path = tmp_path / "front.html"
-    named = dataclasses.replace(front, study=attack, metric=attack, task={"model": attack, "dataset": attack})
+    named = dataclasses.replace(front, study=attack, metric=attack, workload={"model": attack, "data": {"dataset": attack}})
     write_page(dataclasses.replace(named, storage=attack), HISTORY, path)
     source = path.read_text(encoding="utf-8")
     page = Page(source)
@@ -219,9 +219,9 @@ def test_page_shows_names_as_they_stand_and_runs_none_of_them(front, tmp_path):
     assert page.text.count(attack) >= 5
 
 
-def test_page_of_an_unknown_task_and_median_says_so(front, tmp_path):
+def test_page_of_an_unknown_workload_and_median_says_so(front, tmp_path):
     path = tmp_path / "front.html"
-    write_page(dataclasses.replace(front, task={}, median_tokens=None), HISTORY, path)
+    write_page(dataclasses.replace(front, workload={}, median_tokens=None), HISTORY, path)
     text = Page(path.read_text(encoding="utf-8")).text
     assert text.count("not recorded") == 2
     assert "median" not in text

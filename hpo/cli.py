@@ -1,0 +1,538 @@
+"""The `hpo` command: parses, calls, prints. All printing and all exit codes of the project are here."""
+
+import json
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hpo.errors import HpoError
+from studies.loader import StudyFileError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from hpo.front import Front, FrontPoint
+    from hpo.workload import Workload
+    from model.data import DataSpec
+
+# Commands import what they run: torch and its company take seconds, and `hpo --help` needs none of it.
+
+FINETUNE, DEMO_FINETUNE, LENGTHS = "finetune", "finetune-demo", "lengths"
+
+app = typer.Typer(
+    name="hpo",
+    help="Train an encoder once with LengthDrop, search how many tokens each layer keeps, serve it at any budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", help="Database; else HPO_STORAGE, else sqlite:///hpo.db.", show_default=False),
+]
+Runs = Annotated[
+    Path | None,
+    typer.Option("--runs", metavar="DIR", help="Checkpoints and reports; else HPO_RUNS, else runs/.", show_default=False),
+]
+Model = Annotated[
+    str | None, typer.Option(metavar="FOLDER|ID", help="Encoder: a transformers folder or hub id.", show_default=False)
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Hub id (owner/name:config), folder, file, or train=FILE,validation=FILE (Parquet, JSON, CSV).",
+        show_default=False,
+    ),
+]
+TextColumns = Annotated[
+    str | None, typer.Option(metavar="NAME[,NAME]", help="Column of the text, or of a pair of texts.", show_default=False)
+]
+LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the label.", show_default=False)]
+MetricName = Annotated[str | None, typer.Option("--metric", help="accuracy, f1 or matthews_correlation.", show_default="accuracy")]
+TrainLimit = Annotated[
+    int | None, typer.Option(min=1, help="Train on this many examples at most; other splits stay.", show_default="all")
+]
+SearchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Examples carved out of train to score trials on.", show_default="2,000, or 10 % of train"),
+]
+MaxLength = Annotated[int | None, typer.Option(min=4, help="Tokens after which a text is cut.", show_default="512")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the splits, the sampler and the training.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Choose the cheapest point that loses at most this much on the search split.", show_default=False),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, help="Choose the best point of at most this share of full length.", show_default=False),
+]
+
+
+@app.callback()
+def configure(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is going on.")] = False) -> None:
+    """Set up logging before any command."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("hpo", "model", "studies"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # they speak to programmers; `python -W` brings them back
+
+
+@app.command("tune")
+def tune_command(
+    study: Annotated[str, typer.Option(metavar="NAME|FILE", help="Study file: ours by name, or a path ending in .toml.")] = FINETUNE,
+    trials: Annotated[int, typer.Option(min=1, help="Finished trials the study shall have in all.")] = 20,
+    model: Model = None,
+    dataset: Dataset = None,
+    task: Annotated[str, typer.Option(help="What the head predicts.")] = "classification",
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    metric: MetricName = None,
+    objective: Annotated[str | None, typer.Option(help="area or metric.", show_default="as the study file says")] = None,
+    train_limit: TrainLimit = None,
+    search_size: SearchSize = None,
+    max_length: MaxLength = None,
+    seed: Seed = 0,
+    storage: Storage = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Search how to train the encoder: a TPE study over training settings. The best model is kept."""
+    import dataclasses
+
+    from hpo.runs import runs_folder
+    from hpo.storage import display_url, storage_url
+    from hpo.tune import best_checkpoint, tune
+
+    _quieten_libraries()
+    url, root = storage_url(storage), runs_folder(runs)
+    workload = _workload(model, dataset, root, task, text_columns, label_column, metric, train_limit, search_size, max_length, seed)
+    if workload is None:
+        workload = _demo_workload(root, metric, train_limit, search_size, max_length, seed)
+        study = DEMO_FINETUNE if study == FINETUNE else study
+    from studies.loader import load_finetune
+
+    definition = load_finetune(study)
+    if objective is not None:
+        definition = dataclasses.replace(definition, objective=objective)  # type: ignore[arg-type]  # checks itself
+    with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
+        finished = tune(
+            definition, workload, trials=trials, storage=url, runs=root, seed=seed, on_progress=on_progress
+        )
+    folder = best_checkpoint(finished, root)
+    best = finished.best_trial
+    if as_json:
+        _print_json(
+            {
+                "study": finished.study_name,
+                "storage": display_url(url),
+                "trials": _finished_count(finished),
+                "objective": {"name": (finished.metric_names or ["value"])[0], "direction": finished.direction.name.lower()},
+                "best": {"trial": best.number, "value": best.value, "parameters": best.params, "checkpoint": str(folder)},
+            }
+        )
+        return
+    name = (finished.metric_names or ["value"])[0]
+    out.print(f"{_finished_count(finished)} trials in study {finished.study_name!r} of {display_url(url)}.", markup=False)
+    out.print(f"Best: trial {best.number}, {name} {best.value:.4f} on the search split.", markup=False)
+    for key, value in sorted(best.params.items()):
+        out.print(f"  {key} = {value:.4g}" if isinstance(value, float) else f"  {key} = {value}", markup=False)
+    out.print(f"Its model: {folder}", markup=False, soft_wrap=True)
+    out.print("Next: hpo search-lengths --trials 500", markup=False)
+
+
+@app.command("search-lengths")
+def search_lengths_command(
+    trials: Annotated[int, typer.Option(min=1, help="Finished trials the study shall have in all.")] = 500,
+    study: Annotated[str, typer.Option(metavar="NAME|FILE", help="Study file: ours by name, or a path ending in .toml.")] = LENGTHS,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Trained encoder.", show_default="best model of the finetune study")
+    ] = None,
+    finetune_study: Annotated[str, typer.Option(metavar="NAME", help="Study whose best model and dataset are taken.")] = FINETUNE,
+    dataset: Dataset = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    metric: MetricName = None,
+    train_limit: TrainLimit = None,
+    search_size: SearchSize = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the splits and the sampler.", show_default="the finetune study's")] = None,
+    max_drop: MaxDrop = None,
+    budget: Budget = None,
+    storage: Storage = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Search how many tokens each layer should keep: NSGA-II over quality and cost."""
+    _check_choice(max_drop, budget)
+    from hpo.front import compute_front
+    from hpo.runs import StudyRuns, runs_folder
+    from hpo.search_lengths import search_lengths
+    from hpo.storage import storage_url
+    from studies.loader import load_lengths
+
+    _quieten_libraries()
+    url, root = storage_url(storage), runs_folder(runs)
+    definition = load_lengths(study)
+    if dataset is not None and checkpoint is not None:
+        workload = _workload(
+            str(checkpoint), dataset, root, "classification", text_columns, label_column, metric, train_limit, search_size, max_length, seed or 0
+        )
+        assert workload is not None
+    else:
+        given = {
+            "dataset": None if dataset is None else _absolute(dataset),
+            "text_columns": _column_names(text_columns),
+            "label_column": label_column,
+            "train_limit": train_limit,
+            "search_size": search_size,
+            "seed": seed,
+        }
+        workload, best = _from_finetune_study(finetune_study, url, root, checkpoint, given, metric, max_length)
+        checkpoint = checkpoint or best
+    assert checkpoint is not None
+    with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
+        search = search_lengths(
+            definition,
+            workload,
+            checkpoint,
+            trials=trials,
+            storage=url,
+            runs=root,
+            seed=seed or 0,
+            on_progress=on_progress,
+        )
+    front = compute_front(search.study, url)
+    chosen = _choose(front, max_drop, budget)
+    if search.reused:
+        err.print(f"{search.reused} trials resolved to lengths already scored and reused the score.", markup=False)
+    folder = StudyRuns(root, search.study).folder
+    _draw(search.study, front, chosen, folder / "front.html", [folder / "front.png", folder / "front.svg"])
+    _show_front(front, chosen, as_json)
+
+
+@app.command("pareto")
+def pareto_command(
+    study: Annotated[str, typer.Option(metavar="NAME", help="A lengths study.")] = LENGTHS,
+    max_drop: MaxDrop = None,
+    budget: Budget = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.", show_default="in the runs folder")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Also draw a PNG or SVG; may be repeated.", show_default=False)
+    ] = None,
+    storage: Storage = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Print and draw the front of a lengths study, and the point that meets a budget."""
+    _check_choice(max_drop, budget)
+    from hpo.front import compute_front
+    from hpo.runs import StudyRuns, runs_folder
+    from hpo.storage import find_study, open_storage, storage_url
+
+    _quieten_libraries()
+    url = storage_url(storage)
+    found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
+    front = compute_front(found, url)
+    chosen = _choose(front, max_drop, budget)
+    page = html or StudyRuns(runs_folder(runs), found).folder / "front.html"
+    try:
+        _draw(found, front, chosen, page, image or [])
+    except OSError as error:
+        if html is not None or image:
+            raise
+        logging.getLogger(__name__).warning("The page was not written: %s (%s).", page, error.strerror or error)
+    _show_front(front, chosen, as_json)
+
+
+@app.command("studies")
+def studies_command(storage: Storage = None, as_json: Json = False) -> None:
+    """List the studies of a database, their states and best values."""
+    from rich.table import Table
+
+    from hpo.storage import describe_studies, display_url, open_storage, storage_url
+
+    _quieten_libraries()
+    url = storage_url(storage)
+    described = describe_studies(open_storage(url, create=False))
+    if as_json:
+        _print_json({"storage": display_url(url), "studies": described})
+        return
+    if not described:
+        out.print(f"No studies in {display_url(url)}; start with `hpo tune`.", markup=False)
+        return
+    table = Table("study", "kind", "finished", "running", "failed", "best")
+    for entry in described:
+        table.add_row(*(str(entry[key]) for key in ("study", "kind", "finished", "running", "failed", "best_text")))
+    out.print(table)
+
+
+@app.command("dashboard")
+def dashboard_command(
+    storage: Storage = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
+) -> None:
+    """Open optuna-dashboard on the database."""
+    from hpo.storage import display_url, open_storage, storage_url
+
+    _quieten_libraries()
+    url = storage_url(storage)
+    opened = open_storage(url, create=False)
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise HpoError(f"Cannot listen on {host}:{port} ({error.strerror}); choose another --port.") from error
+    from optuna_dashboard import run_server
+
+    err.print(f"Studies of {display_url(url)} on http://{host}:{port}/ (Ctrl-C ends it).", markup=False)
+    run_server(opened, host=host, port=port)
+
+
+def main() -> NoReturn:
+    """Run the command line; every failure a user can cause is one line on stderr."""
+    try:
+        app(prog_name="hpo")
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        err.print(f"hpo: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _explain(error: Exception) -> str | None:
+    """One sentence for an error the user can put right; None for one that only we can."""
+    if isinstance(error, HpoError | StudyFileError):
+        return str(error)
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from hpo.storage import explain_database_error, storage_url
+    from model.data import DataError
+    from model.encoder import CheckpointError
+
+    if isinstance(error, DataError | CheckpointError):
+        return str(error)
+    if isinstance(error, SQLAlchemyError | StorageInternalError):
+        return str(explain_database_error(error, storage_url(None)))
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f" {error.filename}" if error.filename else ""
+        return f"Cannot read or write{place}: {error.strerror}. Put it right and run the same command again."
+    return None
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' reports and bars off the user's screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import datasets
+    import optuna
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Any]:
+    """A bar on stderr, or nothing where stderr is no terminal."""
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[remark]}"), console=err, transient=True) as bar:
+        line = bar.add_task(unit, total=None, remark="")
+
+        def update(done: float, total: int, remark: str) -> None:
+            bar.update(line, completed=done, total=total, remark=remark)
+
+        yield update
+
+
+@contextmanager
+def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
+    """On Ctrl-C say what is safe and how to go on, and exit 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from hpo.storage import count_finished, display_url
+
+        done = count_finished(url, study)
+        err.print(
+            f"\nInterrupted: {done} of {trials} trials of study {study!r} are in {display_url(url)}. "
+            "Run the same command again to continue.",
+            markup=False,
+        )
+        raise typer.Exit(130) from None
+
+
+def _workload(
+    model: str | None,
+    dataset: str | None,
+    root: Path,
+    task: str,
+    text_columns: str | None,
+    label_column: str | None,
+    metric: str | None,
+    train_limit: int | None,
+    search_size: int | None,
+    max_length: int | None,
+    seed: int,
+) -> "Workload | None":
+    """What the flags name; None where neither a model nor a dataset is given."""
+    if model is None and dataset is None:
+        return None
+    if model is None or dataset is None:
+        raise typer.BadParameter(f"give --{'model' if model is None else 'dataset'} too, or neither for the embedded demo task")
+    from hpo.workload import DEFAULT_MAX_LENGTH, Workload
+    from model.data import DataSpec
+
+    try:
+        data = DataSpec(
+            dataset=_absolute(dataset),
+            text_columns=_column_names(text_columns),
+            label_column=label_column,
+            train_limit=train_limit,
+            search_size=search_size,
+            seed=seed,
+        )
+        return Workload(
+            model=_absolute(model), data=data, task=task, metric=metric or "accuracy", max_length=max_length or DEFAULT_MAX_LENGTH
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _demo_workload(
+    root: Path, metric: str | None, train_limit: int | None, search_size: int | None, max_length: int | None, seed: int
+) -> "Workload":
+    from model.demo import build_demo
+
+    err.print("No --model and no --dataset: using the embedded demo task, generated reviews and a tiny untrained BERT.", markup=False)
+    demo = build_demo(root / "demo")
+    workload = _workload(
+        str(demo.model), str(demo.dataset), root, "classification", None, None, metric, train_limit, search_size, max_length, seed
+    )
+    assert workload is not None
+    return workload
+
+
+def _from_finetune_study(
+    name: str, url: str, root: Path, checkpoint: Path | None, given: dict[str, Any], metric: str | None, max_length: int | None
+) -> "tuple[Workload, Path]":
+    """The workload of a finetune study with what the flags change, and its best model unless a checkpoint is given."""
+    import dataclasses
+
+    from hpo.storage import find_study, open_storage
+    from hpo.tune import best_checkpoint
+    from hpo.workload import Workload
+
+    found = find_study(open_storage(url), name, start_with=f"hpo tune --study {name}")
+    recorded = found.user_attrs.get("workload")
+    if recorded is None:
+        raise HpoError(f"Study {name!r} does not say which dataset it used; pass --checkpoint and --dataset.")
+    workload = Workload.from_attribute(recorded)
+    changes = {key: value for key, value in given.items() if value is not None}
+    workload = dataclasses.replace(
+        workload,
+        data=dataclasses.replace(workload.data, **changes),
+        metric=metric or workload.metric,
+        max_length=max_length or workload.max_length,
+    )
+    return workload, checkpoint or best_checkpoint(found, root)
+
+
+def _check_choice(max_drop: float | None, budget: float | None) -> None:
+    if max_drop is not None and budget is not None:
+        raise typer.BadParameter("give --max-drop or --budget, not both")
+    if budget == 0:
+        raise typer.BadParameter("--budget is a share of full length above 0")
+
+
+def _choose(front: "Front", max_drop: float | None, budget: float | None) -> "FrontPoint | None":
+    from hpo.front import choose
+
+    return None if max_drop is None and budget is None else choose(front, max_drop=max_drop, budget=budget)
+
+
+def _show_front(front: "Front", chosen: "FrontPoint | None", as_json: bool) -> None:
+    from hpo.front import front_table, front_to_json
+
+    if as_json:
+        _print_json(front_to_json(front, chosen))
+        return
+    out.print(front_table(front, chosen))
+
+
+def _draw(study: "optuna.Study", front: "Front", chosen: "FrontPoint | None", page: Path, images: list[Path]) -> None:
+    from hpo.front import hypervolume_history
+    from hpo.plot import draw_front, write_image, write_page
+
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(front, hypervolume_history(study), page, chosen)
+    err.print(f"Page: {page}", markup=False, soft_wrap=True)
+    figure = draw_front(front, chosen)
+    for image in images:
+        if not write_image(figure, image):
+            break
+        err.print(f"Image: {image}", markup=False, soft_wrap=True)
+
+
+def _finished_count(study: "optuna.Study") -> int:
+    from hpo.storage import finished_trials
+
+    return len(finished_trials(study))
+
+
+def _study_name(name_or_path: str) -> str:
+    """A study's name in the database, also from the file that declares it."""
+    if not name_or_path.endswith(".toml"):
+        return name_or_path
+    from studies.loader import load
+
+    return load(name_or_path).name
+
+
+def _column_names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def _absolute(place: str) -> str:
+    """Local paths are recorded absolute, so that a later command may run elsewhere."""
+    parts = []
+    for part in place.split(","):
+        split, equals, path = part.rpartition("=")
+        parts.append(f"{split}{equals}{Path(path).resolve()}" if Path(path).exists() else part)
+    return ",".join(parts)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2))
+
+
+if __name__ == "__main__":
+    main()
