@@ -1,5 +1,6 @@
 """The `hpo` command: parses, calls, prints. All printing and all exit codes of the project are here."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from hpo.front import Front, FrontPoint
     from hpo.workload import Workload
-    from model.data import DataSpec
 
 # Commands import what they run: torch and its company take seconds, and `hpo --help` needs none of it.
 
@@ -41,11 +41,15 @@ err = Console(stderr=True)
 
 Storage = Annotated[
     str | None,
-    typer.Option("--storage", metavar="URL", help="Database; else HPO_STORAGE, else sqlite:///hpo.db.", show_default=False),
+    typer.Option(
+        "--storage", metavar="URL", help="Database; else HPO_STORAGE, else sqlite:///hpo.db.", show_default=False
+    ),
 ]
 Runs = Annotated[
     Path | None,
-    typer.Option("--runs", metavar="DIR", help="Checkpoints and reports; else HPO_RUNS, else runs/.", show_default=False),
+    typer.Option(
+        "--runs", metavar="DIR", help="Checkpoints and reports; else HPO_RUNS, else runs/.", show_default=False
+    ),
 ]
 Model = Annotated[
     str | None, typer.Option(metavar="FOLDER|ID", help="Encoder: a transformers folder or hub id.", show_default=False)
@@ -59,27 +63,36 @@ Dataset = Annotated[
     ),
 ]
 TextColumns = Annotated[
-    str | None, typer.Option(metavar="NAME[,NAME]", help="Column of the text, or of a pair of texts.", show_default=False)
+    str | None,
+    typer.Option(metavar="NAME[,NAME]", help="Column of the text, or of a pair of texts.", show_default=False),
 ]
 LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the label.", show_default=False)]
-MetricName = Annotated[str | None, typer.Option("--metric", help="accuracy, f1 or matthews_correlation.", show_default="accuracy")]
+MetricName = Annotated[
+    str | None, typer.Option("--metric", help="accuracy, f1 or matthews_correlation.", show_default="accuracy")
+]
 TrainLimit = Annotated[
     int | None, typer.Option(min=1, help="Train on this many examples at most; other splits stay.", show_default="all")
 ]
 SearchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Examples carved out of train to score trials on.", show_default="2,000, or 10 % of train"),
+    typer.Option(
+        min=1, help="Examples carved out of train to score trials on.", show_default="2,000, or 10 % of train"
+    ),
 ]
 MaxLength = Annotated[int | None, typer.Option(min=4, help="Tokens after which a text is cut.", show_default="512")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the splits, the sampler and the training.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 MaxDrop = Annotated[
     float | None,
-    typer.Option(min=0.0, help="Choose the cheapest point that loses at most this much on the search split.", show_default=False),
+    typer.Option(
+        min=0.0, help="Choose the cheapest point that loses at most this much on the search split.", show_default=False
+    ),
 ]
 Budget = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, help="Choose the best point of at most this share of full length.", show_default=False),
+    typer.Option(
+        min=0.0, max=1.0, help="Choose the best point of at most this share of full length.", show_default=False
+    ),
 ]
 
 
@@ -99,7 +112,9 @@ def configure(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log
 
 @app.command("tune")
 def tune_command(
-    study: Annotated[str, typer.Option(metavar="NAME|FILE", help="Study file: ours by name, or a path ending in .toml.")] = FINETUNE,
+    study: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="Study file: ours by name, or a path ending in .toml.")
+    ] = FINETUNE,
     trials: Annotated[int, typer.Option(min=1, help="Finished trials the study shall have in all.")] = 20,
     model: Model = None,
     dataset: Dataset = None,
@@ -107,7 +122,9 @@ def tune_command(
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     metric: MetricName = None,
-    objective: Annotated[str | None, typer.Option(help="area or metric.", show_default="as the study file says")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="area or metric.", show_default="as the study file says")
+    ] = None,
     train_limit: TrainLimit = None,
     search_size: SearchSize = None,
     max_length: MaxLength = None,
@@ -117,27 +134,26 @@ def tune_command(
     as_json: Json = False,
 ) -> None:
     """Search how to train the encoder: a TPE study over training settings. The best model is kept."""
-    import dataclasses
-
     from hpo.runs import runs_folder
     from hpo.storage import display_url, storage_url
     from hpo.tune import best_checkpoint, tune
+    from studies.loader import load_finetune
 
     _quieten_libraries()
     url, root = storage_url(storage), runs_folder(runs)
-    workload = _workload(model, dataset, root, task, text_columns, label_column, metric, train_limit, search_size, max_length, seed)
-    if workload is None:
-        workload = _demo_workload(root, metric, train_limit, search_size, max_length, seed)
+    if (model is None) != (dataset is None):
+        absent = "model" if model is None else "dataset"
+        raise typer.BadParameter(f"give --{absent} too, or neither for the embedded demo task")
+    if model is None:
+        model, dataset = _demo(root)
         study = DEMO_FINETUNE if study == FINETUNE else study
-    from studies.loader import load_finetune
-
+    flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
+    workload = _workload(model, flags, metric, max_length, task)
     definition = load_finetune(study)
     if objective is not None:
         definition = dataclasses.replace(definition, objective=objective)  # type: ignore[arg-type]  # checks itself
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
-        finished = tune(
-            definition, workload, trials=trials, storage=url, runs=root, seed=seed, on_progress=on_progress
-        )
+        finished = tune(definition, workload, trials=trials, storage=url, runs=root, seed=seed, on_progress=on_progress)
     folder = best_checkpoint(finished, root)
     best = finished.best_trial
     if as_json:
@@ -146,13 +162,23 @@ def tune_command(
                 "study": finished.study_name,
                 "storage": display_url(url),
                 "trials": _finished_count(finished),
-                "objective": {"name": (finished.metric_names or ["value"])[0], "direction": finished.direction.name.lower()},
-                "best": {"trial": best.number, "value": best.value, "parameters": best.params, "checkpoint": str(folder)},
+                "objective": {
+                    "name": (finished.metric_names or ["value"])[0],
+                    "direction": finished.direction.name.lower(),
+                },
+                "best": {
+                    "trial": best.number,
+                    "value": best.value,
+                    "parameters": best.params,
+                    "checkpoint": str(folder),
+                },
             }
         )
         return
     name = (finished.metric_names or ["value"])[0]
-    out.print(f"{_finished_count(finished)} trials in study {finished.study_name!r} of {display_url(url)}.", markup=False)
+    out.print(
+        f"{_finished_count(finished)} trials in study {finished.study_name!r} of {display_url(url)}.", markup=False
+    )
     out.print(f"Best: trial {best.number}, {name} {best.value:.4f} on the search split.", markup=False)
     for key, value in sorted(best.params.items()):
         out.print(f"  {key} = {value:.4g}" if isinstance(value, float) else f"  {key} = {value}", markup=False)
@@ -163,11 +189,16 @@ def tune_command(
 @app.command("search-lengths")
 def search_lengths_command(
     trials: Annotated[int, typer.Option(min=1, help="Finished trials the study shall have in all.")] = 500,
-    study: Annotated[str, typer.Option(metavar="NAME|FILE", help="Study file: ours by name, or a path ending in .toml.")] = LENGTHS,
+    study: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="Study file: ours by name, or a path ending in .toml.")
+    ] = LENGTHS,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Trained encoder.", show_default="best model of the finetune study")
+        Path | None,
+        typer.Option(metavar="DIR", help="Trained encoder.", show_default="best model of the finetune study"),
     ] = None,
-    finetune_study: Annotated[str, typer.Option(metavar="NAME", help="Study whose best model and dataset are taken.")] = FINETUNE,
+    finetune_study: Annotated[
+        str, typer.Option(metavar="NAME", help="Study whose best model and dataset are taken.")
+    ] = FINETUNE,
     dataset: Dataset = None,
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
@@ -175,7 +206,9 @@ def search_lengths_command(
     train_limit: TrainLimit = None,
     search_size: SearchSize = None,
     max_length: MaxLength = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the splits and the sampler.", show_default="the finetune study's")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the splits and the sampler.", show_default="the finetune study's")
+    ] = None,
     max_drop: MaxDrop = None,
     budget: Budget = None,
     storage: Storage = None,
@@ -188,28 +221,18 @@ def search_lengths_command(
     from hpo.runs import StudyRuns, runs_folder
     from hpo.search_lengths import search_lengths
     from hpo.storage import storage_url
+    from hpo.tune import best_checkpoint
     from studies.loader import load_lengths
 
     _quieten_libraries()
     url, root = storage_url(storage), runs_folder(runs)
     definition = load_lengths(study)
-    if dataset is not None and checkpoint is not None:
-        workload = _workload(
-            str(checkpoint), dataset, root, "classification", text_columns, label_column, metric, train_limit, search_size, max_length, seed or 0
-        )
-        assert workload is not None
+    flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
+    if checkpoint is not None and dataset is not None:
+        workload = _workload(str(checkpoint), flags, metric, max_length)
     else:
-        given = {
-            "dataset": None if dataset is None else _absolute(dataset),
-            "text_columns": _column_names(text_columns),
-            "label_column": label_column,
-            "train_limit": train_limit,
-            "search_size": search_size,
-            "seed": seed,
-        }
-        workload, best = _from_finetune_study(finetune_study, url, root, checkpoint, given, metric, max_length)
-        checkpoint = checkpoint or best
-    assert checkpoint is not None
+        trained, workload = _trained_by(finetune_study, url, flags, metric, max_length)
+        checkpoint = checkpoint or best_checkpoint(trained, root)
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         search = search_lengths(
             definition,
@@ -218,7 +241,7 @@ def search_lengths_command(
             trials=trials,
             storage=url,
             runs=root,
-            seed=seed or 0,
+            seed=workload.data.seed,
             on_progress=on_progress,
         )
     front = compute_front(search.study, url)
@@ -235,9 +258,12 @@ def pareto_command(
     study: Annotated[str, typer.Option(metavar="NAME", help="A lengths study.")] = LENGTHS,
     max_drop: MaxDrop = None,
     budget: Budget = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the page goes.", show_default="in the runs folder")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the page goes.", show_default="in the runs folder")
+    ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Also draw a PNG or SVG; may be repeated.", show_default=False)
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Also draw a PNG or SVG; may be repeated.", show_default=False),
     ] = None,
     storage: Storage = None,
     runs: Runs = None,
@@ -349,8 +375,8 @@ def _quieten_libraries() -> None:
     import optuna
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -390,80 +416,78 @@ def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _workload(
-    model: str | None,
+def _data_flags(
     dataset: str | None,
-    root: Path,
-    task: str,
     text_columns: str | None,
     label_column: str | None,
-    metric: str | None,
     train_limit: int | None,
     search_size: int | None,
-    max_length: int | None,
-    seed: int,
-) -> "Workload | None":
-    """What the flags name; None where neither a model nor a dataset is given."""
-    if model is None and dataset is None:
-        return None
-    if model is None or dataset is None:
-        raise typer.BadParameter(f"give --{'model' if model is None else 'dataset'} too, or neither for the embedded demo task")
+    seed: int | None,
+) -> dict[str, Any]:
+    """The fields of a `DataSpec` that flags were given for."""
+    flags = {
+        "dataset": None if dataset is None else _absolute(dataset),
+        "text_columns": None if text_columns is None else tuple(name.strip() for name in text_columns.split(",")),
+        "label_column": label_column,
+        "train_limit": train_limit,
+        "search_size": search_size,
+        "seed": seed,
+    }
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _workload(
+    model: str, data_flags: dict[str, Any], metric: str | None, max_length: int | None, task: str = "classification"
+) -> "Workload":
+    """What the flags name, or wrong usage."""
     from hpo.workload import DEFAULT_MAX_LENGTH, Workload
     from model.data import DataSpec
 
     try:
-        data = DataSpec(
-            dataset=_absolute(dataset),
-            text_columns=_column_names(text_columns),
-            label_column=label_column,
-            train_limit=train_limit,
-            search_size=search_size,
-            seed=seed,
-        )
         return Workload(
-            model=_absolute(model), data=data, task=task, metric=metric or "accuracy", max_length=max_length or DEFAULT_MAX_LENGTH
+            model=_absolute(model),
+            data=DataSpec(**data_flags),
+            task=task,
+            metric=metric or "accuracy",
+            max_length=max_length or DEFAULT_MAX_LENGTH,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _demo_workload(
-    root: Path, metric: str | None, train_limit: int | None, search_size: int | None, max_length: int | None, seed: int
-) -> "Workload":
+def _demo(root: Path) -> tuple[str, str]:
+    """Folders of the embedded task's encoder and dataset, made where they are missing."""
     from model.demo import build_demo
 
-    err.print("No --model and no --dataset: using the embedded demo task, generated reviews and a tiny untrained BERT.", markup=False)
-    demo = build_demo(root / "demo")
-    workload = _workload(
-        str(demo.model), str(demo.dataset), root, "classification", None, None, metric, train_limit, search_size, max_length, seed
+    err.print(
+        "No --model and no --dataset: using the embedded demo task, generated reviews and a tiny untrained BERT.",
+        markup=False,
     )
-    assert workload is not None
-    return workload
+    demo = build_demo(root / "demo")
+    return str(demo.model), str(demo.dataset)
 
 
-def _from_finetune_study(
-    name: str, url: str, root: Path, checkpoint: Path | None, given: dict[str, Any], metric: str | None, max_length: int | None
-) -> "tuple[Workload, Path]":
-    """The workload of a finetune study with what the flags change, and its best model unless a checkpoint is given."""
-    import dataclasses
-
+def _trained_by(
+    finetune_study: str, url: str, data_flags: dict[str, Any], metric: str | None, max_length: int | None
+) -> "tuple[optuna.Study, Workload]":
+    """A finetune study, and its workload with what the flags change."""
     from hpo.storage import find_study, open_storage
-    from hpo.tune import best_checkpoint
     from hpo.workload import Workload
 
-    found = find_study(open_storage(url), name, start_with=f"hpo tune --study {name}")
+    found = find_study(open_storage(url, create=False), finetune_study, start_with="hpo tune")
     recorded = found.user_attrs.get("workload")
     if recorded is None:
-        raise HpoError(f"Study {name!r} does not say which dataset it used; pass --checkpoint and --dataset.")
+        raise HpoError(f"Study {finetune_study!r} does not say what it used; pass --checkpoint and --dataset.")
     workload = Workload.from_attribute(recorded)
-    changes = {key: value for key, value in given.items() if value is not None}
-    workload = dataclasses.replace(
-        workload,
-        data=dataclasses.replace(workload.data, **changes),
-        metric=metric or workload.metric,
-        max_length=max_length or workload.max_length,
-    )
-    return workload, checkpoint or best_checkpoint(found, root)
+    try:
+        return found, dataclasses.replace(
+            workload,
+            data=dataclasses.replace(workload.data, **data_flags),
+            metric=metric or workload.metric,
+            max_length=max_length or workload.max_length,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _check_choice(max_drop: float | None, budget: float | None) -> None:
@@ -515,10 +539,6 @@ def _study_name(name_or_path: str) -> str:
     from studies.loader import load
 
     return load(name_or_path).name
-
-
-def _column_names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _absolute(place: str) -> str:

@@ -7,6 +7,7 @@ of one name in different databases never share a folder.
 import fcntl
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RUNS = "runs"
 FOLDER_ATTRIBUTE = "runs_folder"
+FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""Folder names read from a database, which others may write to, become paths that are deleted."""
 
 
 def runs_folder(given: Path | None) -> Path:
@@ -39,12 +42,21 @@ class StudyRuns:
     Attributes:
         root: The runs folder.
         folder: The study's own folder in it.
+        study_name: The study's name, for messages.
+    Raises:
+        HpoError: The study records no folder, or one that might lie outside the runs folder.
     """
 
     def __init__(self, root: Path, study: optuna.Study) -> None:
         self.root = root
-        self.folder = root / str(study.user_attrs[FOLDER_ATTRIBUTE])
         self.study_name = study.study_name
+        folder = study.user_attrs.get(FOLDER_ATTRIBUTE)
+        if not isinstance(folder, str) or not FOLDER_PATTERN.fullmatch(folder):
+            raise HpoError(
+                f"Study {self.study_name!r} names no folder for its files ({FOLDER_ATTRIBUTE}={folder!r}), so this "
+                "tool did not make it; choose another study."
+            )
+        self.folder = root / folder
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -55,7 +67,7 @@ class StudyRuns:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("a+")
+            lock = (self.folder / "lock").open("a+b", buffering=0)
         except OSError as error:
             raise HpoError(
                 f"Cannot write to {self.folder} ({error.strerror}); choose another folder with --runs."
@@ -63,15 +75,18 @@ class StudyRuns:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                lock.truncate(0)
+                lock.write(str(os.getpid()).encode())
+            except BlockingIOError as error:
                 lock.seek(0)
-                holder = lock.read().strip() or "unknown"
+                holder = lock.read().decode(errors="replace").strip() or "unknown"
                 raise HpoError(
                     f"Study {self.study_name!r} is being run by process {holder}; wait for it, or use another study."
                 ) from error
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+            except OSError as error:  # a full disk, or a network folder without locks
+                raise HpoError(
+                    f"Cannot lock {self.folder} ({error.strerror}); make room or choose another folder with --runs."
+                ) from error
             yield
 
     def write_checkpoint(self, name: str, write: Callable[[Path], None]) -> str:
@@ -93,12 +108,17 @@ class StudyRuns:
             write(temporary)
             shutil.rmtree(place, ignore_errors=True)
             temporary.rename(place)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except Exception as error:
+            reason = str((isinstance(error, OSError) and error.strerror) or error)
+            if not isinstance(error, OSError) and "os error" not in reason:
+                raise
+            # safetensors and tokenizers give a full disk as their own exceptions, ending in "(os error 28)"
             raise HpoError(
-                f"Cannot write the checkpoint {place} ({error.strerror or error}); make room or choose another folder "
+                f"Cannot write the checkpoint {place} ({reason}); make room or choose another folder "
                 "with --runs, and run the same command again to continue."
             ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return f"{self.folder.name}/{name}"
 
     def keep_only(self, place: str | None) -> None:

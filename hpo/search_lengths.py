@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.samplers import nsgaii
+from optuna.samplers import BaseGASampler, nsgaii
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -39,7 +39,7 @@ from studies.loader import LengthsStudy
 logger = logging.getLogger(__name__)
 
 COST_NAME = "macs"
-COST_DIRECTION = "minimize"
+COST_DIRECTION: Literal["minimize"] = "minimize"
 CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
     "uniform": nsgaii.UniformCrossover,
     "blxalpha": nsgaii.BLXAlphaCrossover,
@@ -230,6 +230,9 @@ class _Run:
 
     def _ask(self) -> _Asked:
         trial = self.study.ask(self._distributions)
+        if isinstance(self.study.sampler, BaseGASampler):
+            # Optuna gives no generation to a trial whose parameters were all enqueued, so it would never be a parent.
+            self.study.sampler.get_trial_generation(self.study, self.storage.get_trial(trial._trial_id))
         return _Asked(trial.number, trial._trial_id, config_of(trial.params))
 
     def _evaluate(self, asked: Sequence[_Asked], done: int) -> list[float]:

@@ -5,10 +5,15 @@ Optuna's own tables hold everything, so optuna-dashboard and `optuna.load_study`
 
 import logging
 import os
+import re
 import sqlite3
+import time
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote_plus
 
 import optuna
 import sqlalchemy
@@ -22,10 +27,26 @@ from hpo.errors import HpoError, StorageError, StudyChanged, StudyNotFound
 logger = logging.getLogger(__name__)
 
 DEFAULT_URL = "sqlite:///hpo.db"
+SERVER_EXAMPLE = "postgresql+psycopg://user@host/database"
 BUSY_TIMEOUT_S = 60
+RACE_WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
+MADE_MEANWHILE = re.compile(r"already exists|unique constraint|duplicate", re.IGNORECASE)
+"""What SQLite, PostgreSQL and MySQL say where Optuna's tables appear between its look and its CREATE TABLE."""
+
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 IDENTITY = "identity"
 """Study attribute: fingerprints of what a study may not change while it runs."""
+
+HIDDEN = "***"
+SECRET_OPTIONS = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)
+"""Options after a URL's `?` whose values are hidden; odbc_connect holds a whole connection string."""
+
+OPTUNA_COLUMNS = {
+    "studies": {"study_id", "study_name"},
+    "trials": {"trial_id", "study_id"},
+    "version_info": {"schema_version"},
+}
+"""Columns that tell Optuna's tables from others of the same names."""
 
 
 def storage_url(given: str | None) -> str:
@@ -34,11 +55,17 @@ def storage_url(given: str | None) -> str:
 
 
 def display_url(url: str) -> str:
-    """The URL with its password hidden, safe to print, log and store."""
+    """The URL with its passwords hidden, safe to print, log and store."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return "(a malformed URL)"
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # Only what is plainly a path can be shown: where a malformed URL has its password, nobody knows.
+        return url if re.fullmatch(r"(sqlite:)?[\w./-]+", url) else "(a malformed URL)"
+    if parsed.host is not None:
+        parsed = parsed.set(host=parsed.host.rpartition("@")[2])  # a password's "@" that was not written %40
+    secrets = {option: HIDDEN for option in parsed.query if SECRET_OPTIONS.search(option)}
+    shown = parsed.update_query_dict(secrets).render_as_string(hide_password=True)
+    return shown.replace(quote_plus(HIDDEN), HIDDEN)
 
 
 def open_storage(url: str, *, create: bool = True) -> RDBStorage:
@@ -56,17 +83,19 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     shown = display_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite:
-        _prepare_sqlite(parsed, shown, create)
+        _check_sqlite_file(parsed, shown, create)
     engine_kwargs: dict[str, Any] = (
         {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if is_sqlite else {"pool_pre_ping": True}
     )
     try:
-        _refuse_foreign_tables(parsed, shown)
-        storage = RDBStorage(url, engine_kwargs=engine_kwargs)
-    except ImportError as error:
-        raise StorageError(f"The driver for {shown} is not installed ({error}); install it with pip.") from error
-    except (SQLAlchemyError, RuntimeError, OSError) as error:
-        raise StorageError(f"Cannot use the storage {shown}: {_reason(error)}") from error
+        _refuse_foreign_tables(parsed, shown, engine_kwargs)
+        if is_sqlite:
+            _switch_to_write_ahead(Path(str(parsed.database)))
+        storage = _make_storage(url, engine_kwargs)
+    except StorageError:
+        raise
+    except Exception as error:  # drivers raise whatever the parsers of their options do
+        raise StorageError(_why_not_opened(error, shown, is_sqlite)) from error
     if is_sqlite:
         sqlalchemy.event.listen(storage.engine, "connect", _relax_sqlite_sync)
         storage.engine.dispose()  # connections made before the listener
@@ -105,7 +134,11 @@ def open_study(
     if recorded is None:
         if study.get_trials(deepcopy=False):
             raise StudyChanged(f"Study {name!r} holds trials that this tool did not make; choose another name.")
-        study.set_metric_names(list(metric_names))
+        if [direction.name.lower() for direction in study.directions] != list(directions):
+            raise StudyChanged(f"Study {name!r} was made by another tool, for other objectives; choose another name.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(metric_names))
         for key, value in attributes.items():
             study.set_user_attr(key, value)
         study.set_user_attr(IDENTITY, dict(identity))  # last: a study cut short before is made anew
@@ -145,46 +178,61 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 def explain_database_error(error: BaseException, url: str) -> HpoError:
     """One sentence for a database that fails in the middle of a run."""
     return StorageError(
-        f"The database {display_url(url)} failed: {_reason(error)} Trials that were finished are safe in it; "
-        "put it right and run the same command again to continue."
+        f"The database {display_url(url)} failed ({_reason(error)}); finished trials are safe in it, so put it right "
+        "and run the same command again to continue."
     )
 
 
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
-        parsed.get_dialect()
+        parsed.get_dialect().import_dbapi()
     except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise StorageError(
-            f"--storage {display_url(url)} is not a database URL; write for example sqlite:///hpo.db or "
-            "postgresql+psycopg://user@host/database."
+            f"--storage {display_url(url)} is not a database URL; write for example {DEFAULT_URL} or {SERVER_EXAMPLE}."
         ) from error
     except ImportError as error:
         raise StorageError(
             f"The driver for {display_url(url)} is not installed ({error}); install it with pip."
         ) from error
+    if parsed.host is not None and "@" in parsed.host:
+        raise StorageError(f"--storage {display_url(url)} has a password with an '@' in it; write that one as %40.")
+    if parsed.get_backend_name() in ("mysql", "mariadb") and not parsed.database:
+        raise StorageError(f"--storage {display_url(url)} names no database; add it, as in {SERVER_EXAMPLE}.")
     return parsed
 
 
-def _prepare_sqlite(url: URL, shown: str, create: bool) -> None:
-    """Check the file and switch it to write-ahead mode, which it then keeps."""
+def _check_sqlite_file(url: URL, shown: str, create: bool) -> None:
     if url.database in (None, "", ":memory:"):
         raise StorageError(f"{shown} would be lost when the command ends; name a file, as in sqlite:///hpo.db.")
+    if str(url.database).startswith("file:"):
+        raise StorageError(f"{shown} is a SQLite URI; write the file's path, as in sqlite:///hpo.db.")
     path = Path(str(url.database))
-    if not path.exists() and not create:
-        raise StorageError(f"There is no database {path}; `hpo tune` makes one, or pass --storage.")
     if not path.parent.is_dir():
         raise StorageError(
-            f"There is no folder {path.parent} for the database {path.name}; make it, or pass --storage."
+            f"There is no folder {path.parent} for the database {path.name}; make it, or pass another --storage."
         )
-    try:
-        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
+    if not path.exists() and not create:
+        raise StorageError(f"There is no database {path}; `hpo tune` makes one, or pass another --storage.")
+
+
+def _switch_to_write_ahead(path: Path) -> None:
+    """Set the file's journal mode, which it then keeps."""
+    with closing(sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _make_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+    """Optuna's storage; where another process makes the same new tables at this moment, it is given time to finish."""
+    for wait_s in RACE_WAITS_S:
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise StorageError(f"Cannot use {path} as a SQLite database: {error}. Pass another --storage.") from error
+            return RDBStorage(url, engine_kwargs=engine_kwargs)
+        except SQLAlchemyError as error:
+            if not MADE_MEANWHILE.search(str(error)):
+                raise
+            logger.debug("Another process is making the tables: %s", _reason(error))
+        time.sleep(wait_s)
+    return RDBStorage(url, engine_kwargs=engine_kwargs)
 
 
 def _relax_sqlite_sync(connection: Any, _record: Any) -> None:
@@ -192,33 +240,63 @@ def _relax_sqlite_sync(connection: Any, _record: Any) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _refuse_foreign_tables(url: URL, shown: str) -> None:
-    engine = sqlalchemy.create_engine(url)
+def _refuse_foreign_tables(url: URL, shown: str, engine_kwargs: Mapping[str, Any]) -> None:
+    engine = sqlalchemy.create_engine(url, **engine_kwargs)
     try:
-        tables = set(sqlalchemy.inspect(engine).get_table_names())
+        inspector = sqlalchemy.inspect(engine)
+        tables = set(inspector.get_table_names())
+        named_alike = tables & OPTUNA_COLUMNS.keys()
+        foreign = {
+            table
+            for table in named_alike
+            if not OPTUNA_COLUMNS[table] <= {column["name"] for column in inspector.get_columns(table)}
+        }
     finally:
         engine.dispose()
-    if tables and not tables & {"studies", "trials", "version_info"}:
+    if foreign or (tables and not named_alike):
         raise StorageError(
-            f"{shown} holds somebody else's tables ({', '.join(sorted(tables)[:3])}, ...); use a database of its own."
+            f"{shown} holds somebody else's tables ({', '.join(sorted(foreign or tables)[:3])}, ...); "
+            "use a database of its own."
         )
 
 
+def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
+    if isinstance(error, RuntimeError) and "table schema" in str(error):
+        return (
+            f"The tables of {shown} were made by another version of optuna than {optuna.__version__}; upgrade them "
+            "with `optuna storage upgrade --storage URL`, or pass another --storage."
+        )
+    remedy = "name another file" if is_sqlite else "check the URL and that its server answers, or name another database"
+    return f"Cannot use the storage {shown}: {_reason(error)}; {remedy} with --storage."
+
+
 def _reason(error: BaseException) -> str:
-    """The driver's own words, without SQL, parameters or links."""
+    """The driver's own words, without SQL, parameters, links or a full stop."""
     cause: BaseException = error
     while (inner := getattr(cause, "orig", None) or cause.__cause__) is not None:
         cause = inner
-    lines = str(cause).strip().splitlines()
-    return (lines[0] if lines else type(cause).__name__).rstrip(".") + "."
+    match cause.args:
+        case (int(), str(words)):  # MySQL's drivers give their number first
+            pass
+        case _:
+            words = str(cause)
+    lines = words.strip().splitlines()
+    return (lines[0] if lines else type(cause).__name__).rstrip(".")
 
 
 def count_finished(url: str, name: str) -> int:
     """Finished trials of a study; 0 where there is none or the database does not answer."""
     try:
-        return len(finished_trials(find_study(open_storage(url, create=False), name, start_with="hpo tune")))
-    except (HpoError, SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        storage = open_storage(url, create=False)
+    except StorageError:
         return 0
+    try:
+        return len(finished_trials(find_study(storage, name, start_with="hpo tune")))
+    except (StudyNotFound, SQLAlchemyError, optuna.exceptions.StorageInternalError):
+        return 0
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 def describe_studies(storage: RDBStorage) -> list[dict[str, Any]]:

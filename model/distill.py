@@ -1,5 +1,6 @@
 """Losses by which one forward pass teaches another."""
 
+import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -20,10 +21,10 @@ def distillation_loss(
         divergence: "forward" is KL(teacher‖student), the expectation under the teacher; "reverse" is
             KL(student‖teacher), as the code of Kim & Cho 2021 has it.
     Raises:
-        ValueError: The temperature is not positive, or the divergence unknown.
+        ValueError: The temperature is not positive and finite, or the divergence unknown.
     Source: Hinton et al. 2015, "Distillation"; Kim & Cho 2021, "LengthDrop" (in-place distillation).
     """
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature}; choose a positive number.")
     student = (student_BC.float() / temperature).log_softmax(dim=-1)
     teacher = (teacher_BC.float() / temperature).log_softmax(dim=-1)

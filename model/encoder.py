@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,8 @@ class LengthAdaptiveModel(nn.Module):
         if label_names is not None:
             labels["id2label"] = dict(enumerate(label_names))
             labels["label2id"] = {name: index for index, name in enumerate(label_names)}
+        if Path(folder_or_id).is_file():
+            raise CheckpointError(f"{folder_or_id} is a file; give the model's folder.")
         try:
             config = AutoConfig.from_pretrained(folder_or_id, **labels)
             if config.model_type not in FAMILIES:
@@ -85,11 +88,15 @@ class LengthAdaptiveModel(nn.Module):
                 )
             _check_config(config, folder_or_id)
             network, report = AutoModelForSequenceClassification.from_pretrained(
-                folder_or_id, config=config, dtype=torch.float32, output_loading_info=True
+                folder_or_id,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with a message that names the weight
             )
         except CheckpointError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        except Exception as error:  # the library raises whatever its parsers do
             raise CheckpointError(_explain_load_failure(folder_or_id, error)) from error
         model = cls(network, task)
         if absent := sorted(key for key in report["missing_keys"] if model._is_encoder_weight(key)):
@@ -97,9 +104,16 @@ class LengthAdaptiveModel(nn.Module):
                 f"{folder_or_id} lacks {len(absent)} of the encoder's weights (first: {absent[0]}); "
                 "it is damaged or holds another architecture. Use a complete BERT checkpoint."
             )
-        if report["mismatched_keys"]:
-            key = sorted(str(entry[0]) for entry in report["mismatched_keys"])[0]
-            raise CheckpointError(f"{folder_or_id}: the weight {key} does not have the shape its config.json says.")
+        for name, stored, expected in sorted(report["mismatched_keys"]):
+            if name.startswith("classifier."):
+                raise CheckpointError(
+                    f"{folder_or_id} classifies into {stored[0]} classes, not {expected[0]}; "
+                    "give a checkpoint with a fitting head or with none."
+                )
+            raise CheckpointError(
+                f"{folder_or_id}: the weight {name} has the shape {tuple(stored)}, but config.json "
+                f"says {tuple(expected)}; fetch or save the model again."
+            )
         return model
 
     @property
@@ -259,15 +273,14 @@ def _check_config(config: Any, source: str | Path) -> None:
 
 def _explain_load_failure(source: str | Path, error: Exception) -> str:
     path = Path(source)
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    first_line = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
     if path.is_dir():
         if not (path / "config.json").is_file():
             return f"{source} is no model folder: it has no config.json; give one that `save_pretrained` wrote."
-        if isinstance(error, SafetensorError):
+        if isinstance(error, SafetensorError | UnpicklingError):
             return f"The weights in {source} are damaged or cut off ({first_line}); fetch or save the model again."
         return f"Cannot load the model in {source}: {first_line}"
-    if path.exists():
-        return f"{source} is a file; give the model's folder."
     if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1:
         return f"There is no model folder {source}; give one that exists, or a hub id as in 'owner/name'."
     return f"{source} is no local folder and could not be fetched from the hub ({first_line}); give a local folder."

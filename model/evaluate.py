@@ -37,7 +37,7 @@ def predict(
     Args:
         model: The encoder; it is evaluated without dropout and left in the mode it was in.
         split: Tokenised examples.
-        configs: Length configs of the model's number of layers.
+        configs: Length configs of the model's number of layers; none give an array of no rows.
         tokens_per_batch: Most tokens of one batch; a single longer sequence is a batch of its own.
         on_progress: Called after each batch with the share of the split's tokens that is done.
     Raises:
@@ -47,6 +47,8 @@ def predict(
         if config.num_layers != model.num_layers:
             raise ValueError(f"A length config has {config.num_layers} layers, the model {model.num_layers}.")
     predictions_CN = np.empty((len(configs), len(split.labels)), dtype=np.int64)
+    if not configs:
+        return predictions_CN
     num_tokens_N = split.num_tokens
     total_tokens, done_tokens = max(1, int(num_tokens_N.sum())), 0
     was_training = model.training
@@ -55,7 +57,7 @@ def predict(
         with torch.inference_mode():
             for examples_B in _equal_length_batches(num_tokens_N, tokens_per_batch):
                 num_tokens = int(num_tokens_N[examples_B[0]])
-                counts_CL = np.stack([config.count_table(np.array([num_tokens]))[0] for config in configs])
+                counts_CL = np.array([config.lengths(num_tokens) for config in configs], dtype=np.int64)
                 counts_UL, row_of_config_C = np.unique(counts_CL, axis=0, return_inverse=True)
                 hidden = model.family.embed(model.network, *_batch_inputs(split, examples_B, model.device))
                 classes_UB = np.empty((len(counts_UL), len(examples_B)), dtype=np.int64)

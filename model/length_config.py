@@ -1,9 +1,9 @@
 """How many tokens each layer passes on: the `LengthConfig` and the counts it gives one sequence."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,8 @@ class LengthConfig:
         """From each layer's share of the tokens *arriving* there, e.g. `(0.9, 0.9)` -> shares `(0.9, 0.81)`."""
         shares, share = [], 1.0
         for layer, kept in enumerate(retention):
-            if not 0.0 < kept <= 1.0:
-                raise ValueError(f"retention of layer {layer} is {kept}; choose a share in (0, 1].")
+            if not (_is_number(kept) and 0.0 < kept <= 1.0):
+                raise ValueError(f"retention of layer {layer} is {kept!r}; choose a share in (0, 1].")
             share *= kept
             shares.append(share)
         return cls.from_shares(shares)
@@ -56,7 +56,7 @@ class LengthConfig:
     @classmethod
     def from_shares(cls, shares: Sequence[float]) -> "LengthConfig":
         """From cumulative shares of the sequence's own tokens, never rising, e.g. `(0.9, 0.81)`."""
-        return cls(shares=tuple(float(share) for share in shares))
+        return cls(shares=tuple(float(share) if _is_number(share) else share for share in shares))
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], max_length: int) -> "LengthConfig":
@@ -138,13 +138,18 @@ class LengthConfig:
         return counts
 
 
+def _is_number(value: object) -> bool:
+    """Whether `value` is a real number, of Python or NumPy; a JSON document may hold anything."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _check_shares(shares: tuple[float, ...]) -> None:
     if not shares:
         raise ValueError("A LengthConfig needs one share per layer, got none.")
     previous = 1.0
     for layer, share in enumerate(shares):
-        if not (math.isfinite(share) and 0.0 < share <= 1.0):
-            raise ValueError(f"share of layer {layer} is {share}; choose a share in (0, 1].")
+        if not (_is_number(share) and 0.0 < share <= 1.0):
+            raise ValueError(f"share of layer {layer} is {share!r}; choose a share in (0, 1].")
         if share > previous:
             raise ValueError(f"share of layer {layer} rises from {previous} to {share}; dropped tokens stay dropped.")
         previous = share
@@ -153,6 +158,8 @@ def _check_shares(shares: tuple[float, ...]) -> None:
 def _check_caps(caps: tuple[int, ...], max_length: int | None) -> None:
     if not caps or max_length is None:
         raise ValueError("Absolute lengths need one length per layer and the max_length they were made for.")
+    if not isinstance(max_length, int) or isinstance(max_length, bool):
+        raise ValueError(f"max_length is {max_length!r}; choose a whole number from {MIN_TOKENS} up.")
     previous = max_length
     for layer, cap in enumerate(caps):
         if not isinstance(cap, int) or isinstance(cap, bool) or cap < MIN_TOKENS:

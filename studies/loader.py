@@ -6,11 +6,11 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 FOLDER = Path(__file__).parent
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -34,15 +34,19 @@ class Range:
     step: int | float | None = None
 
     def __post_init__(self) -> None:
-        for bound in (self.low, self.high):
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound):
-                raise StudyFileError(f"a range's low and high are numbers, not {bound!r}")
+        for key in ("low", "high"):
+            _check_number(key, getattr(self, key))
+        _check_flag("log", self.log)
         if self.low > self.high:
             raise StudyFileError(f"low={self.low} is above high={self.high}")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise StudyFileError("a log range needs low above 0 and no step")
-        if self.step is not None and not self.step > 0:
-            raise StudyFileError(f"step={self.step} is not above 0")
+            raise StudyFileError(f"low={self.low} and step={self.step}; a log range needs low above 0 and no step")
+        if self.step is not None:
+            _check_number("step", self.step)
+            if self.step <= 0:
+                raise StudyFileError(f"step={self.step} is not above 0")
+            if not self._on_grid(self.high):
+                raise StudyFileError(f"step={self.step} does not lead from low={self.low} to high={self.high}")
 
     @property
     def whole(self) -> bool:
@@ -50,7 +54,15 @@ class Range:
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
 
     def __contains__(self, value: object) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        if not _is_number(value) or (self.whole and not isinstance(value, int)):
+            return False
+        return self.low <= value <= self.high and self._on_grid(value)
+
+    def _on_grid(self, value: int | float) -> bool:
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return math.isclose(steps, round(steps), abs_tol=1e-8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +72,13 @@ class Choices:
     choices: tuple[Value, ...]
 
     def __post_init__(self) -> None:
-        if not self.choices or not all(isinstance(choice, Value) for choice in self.choices):
-            raise StudyFileError("choices is a list of numbers or words, with at least one")
+        if not isinstance(self.choices, tuple) or not self.choices or not all(map(_is_value, self.choices)):
+            raise StudyFileError(f"choices={_shown(self.choices)}; write a list of numbers or words, with at least one")
+        if len(set(self.choices)) < len(self.choices):
+            raise StudyFileError(f"choices={_shown(self.choices)} holds a value twice")
 
     def __contains__(self, value: object) -> bool:
-        return value in self.choices
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
 
 
 Space: TypeAlias = Mapping[str, Range | Choices]
@@ -104,12 +118,18 @@ class FinetuneStudy:
             raise StudyFileError("[space] declares nothing to search")
         if both := sorted(set(self.space) & set(self.fixed)):
             raise StudyFileError(f"{', '.join(both)} stands both in [space] and in [fixed]; keep one")
+        for key, value in self.fixed.items():
+            if not _is_value(value):
+                raise StudyFileError(f"[fixed] sets {key}={value!r}; write a number or a word")
         for number, parameters in enumerate(self.first, start=1):
             for key, value in parameters.items():
                 if key not in self.space:
                     raise StudyFileError(f"[[first]] number {number} sets {key}, which [space] does not search")
                 if value not in self.space[key]:
-                    raise StudyFileError(f"[[first]] number {number} sets {key}={value}, outside its range in [space]")
+                    raise StudyFileError(
+                        f"[[first]] number {number} sets {key}={value!r}, outside its range in [space]"
+                    )
+        _check_flag("multivariate", self.multivariate)
         for key in ("startup_trials", "pruner_startup_trials", "pruner_warmup_epochs"):
             _check_count(key, getattr(self, key), least=0)
 
@@ -142,10 +162,10 @@ class LengthsStudy:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        if not 0 < self.retention.low <= self.retention.high or self.retention.high != 1:
+        if not 0 < self.retention.low < self.retention.high == 1:
             raise StudyFileError(
                 f"[retention] runs from {self.retention.low} to {self.retention.high}; "
-                "it must start above 0 and end at 1.0, so that the full length is part of the search"
+                "it must start above 0, below its end, and end at 1.0, so that the full length is part of the search"
             )
         if self.retention.log:
             raise StudyFileError("[retention] cannot be logarithmic")
@@ -154,8 +174,10 @@ class LengthsStudy:
             raise StudyFileError(f"crossover={self.crossover!r}; choose one of {', '.join(CROSSOVERS)}")
         for key in ("crossover_prob", "swapping_prob", "mutation_prob"):
             probability = getattr(self, key)
-            if probability is not None and not 0 <= probability <= 1:
-                raise StudyFileError(f"{key}={probability}; choose a probability in [0, 1]")
+            if key == "mutation_prob" and probability is None:
+                continue
+            if not _is_number(probability) or not 0 <= probability <= 1:
+                raise StudyFileError(f"{key}={probability!r}; choose a probability in [0, 1]")
 
     def space_fingerprint(self) -> str:
         """Hash of the retention range, which all trials must share."""
@@ -200,16 +222,17 @@ def load(name_or_path: str) -> Study:
         raise StudyFileError(f"Cannot read the study file {path}: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise StudyFileError(f"The study file {path} is not valid TOML: {error}.") from error
-    document.setdefault("name", path.stem)
     try:
         match document.pop("kind", None):
             case "finetune":
-                return _read_finetune(document)
+                return _read_finetune(document, path.stem)
             case "lengths":
-                return _read_lengths(document)
+                return _read_lengths(document, path.stem)
+            case None:
+                raise StudyFileError('it names no kind; write kind = "finetune" or kind = "lengths"')
             case kind:
                 raise StudyFileError(f'kind={kind!r}; write kind = "finetune" or kind = "lengths"')
-    except (StudyFileError, TypeError) as error:
+    except StudyFileError as error:
         raise StudyFileError(f"The study file {path} cannot be used: {error}.") from error
 
 
@@ -221,7 +244,11 @@ def built_in() -> tuple[str, ...]:
 def _find(name_or_path: str) -> Path:
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
-        if not path.is_file():
+        try:
+            found = path.is_file()
+        except OSError as error:  # too long, or in a folder that may not be entered
+            raise StudyFileError(f"{name_or_path!r} is no path of a study file ({error}); name another.") from error
+        if not found:
             raise StudyFileError(f"There is no study file {name_or_path}; copy one from {FOLDER} and edit it.")
         return path
     if name_or_path not in built_in():
@@ -231,46 +258,93 @@ def _find(name_or_path: str) -> Path:
     return FOLDER / f"{name_or_path}.toml"
 
 
-def _read_finetune(document: dict[str, Any]) -> FinetuneStudy:
-    sampler, pruner = _table(document, "sampler"), _table(document, "pruner")
-    space = {key: _read_parameter(key, value) for key, value in _table(document, "space").items()}
-    first = document.pop("first", [])
+def _read_finetune(document: dict[str, Any], default_name: str) -> FinetuneStudy:
+    _check_keys(
+        "the file",
+        document,
+        ("name", "objective", "sampler", "pruner", "space", "fixed", "first"),
+        needed=("objective",),
+    )
+    sampler = _table(document, "sampler", ("multivariate", "startup_trials"))
+    pruner = _table(document, "pruner", ("startup_trials", "warmup_epochs"))
+    first = document.get("first", [])
     if not isinstance(first, list) or not all(isinstance(parameters, dict) for parameters in first):
-        raise StudyFileError("[[first]] is a list of tables")
-    renamed = {f"pruner_{key}": value for key, value in pruner.items()}
+        raise StudyFileError(f"first={_shown(first)}; write one [[first]] table per parameter set")
+    space = {key: _read_parameter(key, value) for key, value in _table(document, "space").items()}
     return FinetuneStudy(
+        name=document.get("name", default_name),
+        objective=document["objective"],
         space=MappingProxyType(space),
         fixed=MappingProxyType(_table(document, "fixed")),
         first=tuple(MappingProxyType(parameters) for parameters in first),
         **sampler,
-        **renamed,
-        **document,
+        **{f"pruner_{key}": value for key, value in pruner.items()},
     )
 
 
-def _read_lengths(document: dict[str, Any]) -> LengthsStudy:
+def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
+    _check_keys("the file", document, ("name", "retention", "sampler"), needed=("retention",))
     retention = _read_parameter("retention", _table(document, "retention"))
     if not isinstance(retention, Range):
-        raise StudyFileError("[retention] is a range with low and high")
-    return LengthsStudy(retention=retention, **_table(document, "sampler"), **document)
+        raise StudyFileError("[retention] lists choices; write low, high and step")
+    sampler_keys = ("population_size", "crossover", "crossover_prob", "swapping_prob", "mutation_prob")
+    return LengthsStudy(
+        name=document.get("name", default_name), retention=retention, **_table(document, "sampler", sampler_keys)
+    )
 
 
 def _read_parameter(name: str, value: Any) -> Range | Choices:
     if not isinstance(value, dict):
-        raise StudyFileError(f"{name} needs low and high, or choices; a single value belongs in [fixed]")
+        raise StudyFileError(
+            f"{name}={_shown(value)} needs low and high, or choices; a single value belongs in [fixed]"
+        )
     try:
         if "choices" in value:
-            return Choices(**{**value, "choices": tuple(value["choices"])})
+            _check_keys("a parameter with choices", value, ("choices",))
+            choices = value["choices"]
+            return Choices(choices=tuple(choices) if isinstance(choices, list) else choices)
+        _check_keys("a range", value, ("low", "high", "log", "step"), needed=("low", "high"))
         return Range(**value)
-    except (StudyFileError, TypeError) as error:
+    except StudyFileError as error:
         raise StudyFileError(f"{name}: {error}") from error
 
 
-def _table(document: dict[str, Any], key: str) -> dict[str, Any]:
-    table = document.pop(key, {})
+def _table(document: Mapping[str, Any], key: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    table = document.get(key, {})
     if not isinstance(table, dict):
-        raise StudyFileError(f"[{key}] is a table")
+        raise StudyFileError(f"{key}={_shown(table)}; write it as a table, [{key}]")
+    if known is not None:
+        _check_keys(f"[{key}]", table, known)
     return table
+
+
+def _check_keys(where: str, table: Mapping[str, Any], known: Sequence[str], needed: Sequence[str] = ()) -> None:
+    if unknown := sorted(table.keys() - set(known)):
+        raise StudyFileError(f"{where} has no setting {', '.join(unknown)}; it takes {', '.join(known)}")
+    if missing := [key for key in needed if key not in table]:
+        raise StudyFileError(f"{where} lacks {' and '.join(missing)}")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_value(value: object) -> TypeGuard[Value]:
+    return isinstance(value, str | bool) or _is_number(value)
+
+
+def _check_number(name: str, value: object) -> None:
+    if not _is_number(value):
+        raise StudyFileError(f"{name}={value!r} is not a finite number")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise StudyFileError(f"{name}={value!r}; write true or false")
+
+
+def _shown(value: object) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _check_name(name: object) -> None:

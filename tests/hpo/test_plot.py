@@ -209,7 +209,9 @@ def test_page_table_lists_the_front_and_full_length(page):
 def test_page_shows_names_as_they_stand_and_runs_none_of_them(front, tmp_path):
     attack = "<script>alert('x')</script><img src=http://evil/>"
     path = tmp_path / "front.html"
-    named = dataclasses.replace(front, study=attack, metric=attack, workload={"model": attack, "data": {"dataset": attack}})
+    named = dataclasses.replace(
+        front, study=attack, metric=attack, workload={"model": attack, "data": {"dataset": attack}}
+    )
     write_page(dataclasses.replace(named, storage=attack), HISTORY, path)
     source = path.read_text(encoding="utf-8")
     page = Page(source)

@@ -1,0 +1,33 @@
+# Two commands do everything: `make demo` and `make test`. Both make the virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo-run
+
+.PHONY: demo test lint types unit clean
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/hpo tune --study finetune --trials 2 --storage sqlite:///$(DEMO).db --runs $(DEMO)
+	$(BIN)/hpo search-lengths --trials 500 --max-drop 0.01 --storage sqlite:///$(DEMO).db --runs $(DEMO)
+
+test: lint types unit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+unit: $(VENV)/installed
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) $(DEMO) $(DEMO).db $(DEMO).db-shm $(DEMO).db-wal

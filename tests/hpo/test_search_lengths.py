@@ -1,0 +1,199 @@
+"""The length study: its first generation, reuse, resuming, and what ends up in the database."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import hpo.search_lengths
+from hpo.errors import HpoError, StudyChanged
+from hpo.search_lengths import config_of, constant_rates, search_lengths
+from hpo.storage import finished_trials, open_storage
+from hpo.workload import load_encoder, load_workload
+from model.evaluate import score
+from model.macs import mean_macs
+
+
+@pytest.fixture
+def run(lengths, workload, tiny_encoder, storage, tmp_path):
+    """Run or complete the study with `trials` in all."""
+
+    def call(trials, definition=lengths, **changes):
+        arguments = {"trials": trials, "storage": storage, "runs": tmp_path / "runs", **changes}
+        return search_lengths(definition, changes.pop("workload", workload), Path(tiny_encoder), **arguments)
+
+    return call
+
+
+def test_study_has_exactly_the_trials_asked_for(run):
+    study = run(23).study
+    assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 23
+
+
+def test_complete_study_gains_nothing(run):
+    run(12)
+    again = run(12)
+    assert (len(again.study.trials), again.evaluated, again.reused) == (12, 0, 0)
+
+
+def test_resumed_study_runs_only_missing_trials(run):
+    before = run(12).study.get_trials()
+    after = run(25).study.get_trials()
+    assert len(after) == 25
+    assert [(t.number, t.params, t.values) for t in after[:12]] == [(t.number, t.params, t.values) for t in before]
+
+
+def test_first_generation_holds_every_constant_rate_then_random_ones(run, lengths):
+    study = run(10).study
+    rates = constant_rates(lengths)
+    assert rates[:2] == [1.0, 0.4]
+    assert set(rates) == {0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0}
+    constant = [trial.params["retention_0"] for trial in study.trials if len(set(trial.params.values())) == 1]
+    assert constant[: len(rates)] == rates
+    assert len(study.trials[len(rates)].params) == 3
+
+
+def test_values_equal_scoring_each_config_alone(run, workload, tiny_encoder):
+    study = run(15).study
+    loaded = load_workload(workload, tiny_encoder)
+    model = load_encoder(tiny_encoder, loaded.corpus)
+    model.load_state_dict(model.state_dict())
+    for trial in study.trials[:6]:
+        config = config_of(trial.params)
+        assert trial.values[1] == pytest.approx(mean_macs(model.shape, loaded.search.num_tokens, config))
+        assert trial.user_attrs["shares"] == list(config.shares)
+    # the tiny folder holds a full classifier, so its scores can be computed again from scratch
+    metrics = score(model, loaded.search, [config_of(trial.params) for trial in study.trials], loaded.metric)
+    assert [trial.values[0] for trial in study.trials] == pytest.approx(metrics)
+
+
+def test_lengths_scored_before_are_reused_and_say_so(run, monkeypatch):
+    scored = []
+
+    def spy(model, split, configs, metric, **kwargs):
+        scored.extend(configs)
+        return score(model, split, configs, metric, **kwargs)
+
+    monkeypatch.setattr(hpo.search_lengths, "score", spy)
+    search = run(60)
+    trials = search.study.get_trials()
+    reusing = [trial for trial in trials if "reused_from" in trial.user_attrs]
+    assert search.reused == len(reusing) > 0
+    assert search.evaluated == 60 - len(reusing)
+    by_number = {trial.number: trial for trial in trials}
+    for trial in reusing:
+        assert trial.values == by_number[trial.user_attrs["reused_from"]].values
+    tables = {config.count_table(np.arange(3, 33)).tobytes() for config in scored[: search.evaluated]}
+    assert len(tables) == search.evaluated
+
+
+def test_orphans_of_a_killed_process_are_finished_not_lost(run, storage, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    run(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(hpo.search_lengths, "score", die)
+        patch.setattr(hpo.search_lengths._Run, "_abandon", lambda *args: None)  # a killed process tells nothing
+        with pytest.raises(Killed):
+            run(30)
+    study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
+    orphans = [trial.number for trial in study.trials if trial.state == TrialState.RUNNING]
+    assert len(orphans) == 10
+    study = run(30).study
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 30
+    assert orphans == list(range(10, 20))
+
+
+def test_half_asked_trial_of_a_killed_process_fails_with_its_reason(run, storage):
+    run(10)
+    study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
+    study.ask()  # a trial without any parameter
+    study = run(20).study
+    assert len(finished_trials(study)) == 20
+    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    assert [trial.number for trial in failed] == [10]
+    assert "while asking" in failed[0].user_attrs["failure"]
+
+
+def test_interrupt_fails_the_running_generation_and_a_rerun_completes(run, storage, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hpo.search_lengths, "score", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(20)
+    study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
+    assert {trial.state for trial in study.trials} <= {TrialState.FAIL, TrialState.WAITING}
+    assert all(t.user_attrs["failure"] == "interrupted" for t in study.trials if t.state == TrialState.FAIL)
+    study = run(20).study
+    finished = finished_trials(study)
+    assert len(finished) == 20
+    assert {1.0} in [set(trial.params.values()) for trial in finished]
+    assert {0.4} in [set(trial.params.values()) for trial in finished]
+
+
+def test_generations_breed_from_the_population_before(run):
+    study = run(40).study
+    generations = [trial.system_attrs["NSGAIISampler:generation"] for trial in study.trials]
+    assert generations == [number // 10 for number in range(40)]
+
+
+def test_front_and_full_length_are_scored_on_the_report_split_once(run, workload, tiny_encoder, monkeypatch):
+    study = run(20).study
+    wanted = {trial.number for trial in study.best_trials} | {0}
+    scored = {int(key.split(":")[1]) for key in study.user_attrs if key.startswith("report_metric:")}
+    assert scored == wanted
+    loaded = load_workload(workload, tiny_encoder)
+    model = load_encoder(tiny_encoder, loaded.corpus)
+    for trial in study.best_trials:
+        metric = score(model, loaded.report, [config_of(trial.params)], loaded.metric)[0]
+        assert study.user_attrs[f"report_metric:{trial.number}"] == pytest.approx(metric)
+
+    def never(*args, **kwargs):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(hpo.search_lengths, "score", never)
+    run(20)
+
+
+def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny_encoder, tmp_path, storage):
+    run(4)
+    other_data = dataclasses.replace(workload, data=dataclasses.replace(workload.data, seed=5))
+    with pytest.raises(StudyChanged, match="another dataset"):
+        search_lengths(lengths, other_data, tiny_encoder, trials=5, storage=storage, runs=tmp_path / "runs")
+    with pytest.raises(StudyChanged, match="another metric"):
+        other_metric = dataclasses.replace(workload, metric="f1")
+        search_lengths(lengths, other_metric, tiny_encoder, trials=5, storage=storage, runs=tmp_path / "runs")
+    with pytest.raises(StudyChanged, match="another search space"):
+        space = dataclasses.replace(lengths.retention, low=0.5)
+        run(5, definition=dataclasses.replace(lengths, retention=space))
+    other_model = tmp_path / "other"
+    loaded = load_workload(workload, tiny_encoder)
+    model = load_encoder(tiny_encoder, loaded.corpus)
+    model.network.bert.embeddings.word_embeddings.weight.data.mul_(2)
+    model.save_pretrained(other_model)
+    loaded.tokenizer.save_pretrained(other_model)
+    with pytest.raises(StudyChanged, match="another model"):
+        search_lengths(lengths, workload, other_model, trials=5, storage=storage, runs=tmp_path / "runs")
+
+
+def test_no_trials_is_refused(run):
+    with pytest.raises(HpoError, match="--trials 0"):
+        run(0)
+
+
+def test_dashboard_can_label_its_axes(run):
+    assert run(3).study.metric_names == ["accuracy", "macs"]
+
+
+def test_times_account_for_the_search(run):
+    times = run(10).times
+    assert 0 < times.model + times.storage <= times.total

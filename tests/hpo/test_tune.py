@@ -1,0 +1,192 @@
+"""The finetune study: objective, checkpoints kept and removed, failures, resuming."""
+
+import dataclasses
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import hpo.tune
+from hpo.errors import HpoError, StudyChanged
+from hpo.storage import open_storage
+from hpo.tune import best_checkpoint, check_settings, tune
+from hpo.workload import load_encoder, load_workload
+from model.evaluate import score
+from model.macs import constant_rate_config
+from model.train import TrainingDiverged
+from studies.loader import Range, StudyFileError
+
+
+@pytest.fixture
+def run(finetune, workload, storage, tmp_path):
+    """Run or complete the study with `trials` in all."""
+
+    def call(trials, definition=finetune, **changes):
+        arguments = {"trials": trials, "storage": storage, "runs": tmp_path / "runs", **changes}
+        return tune(definition, arguments.pop("workload", workload), **arguments)
+
+    return call
+
+
+def checkpoints(runs: Path) -> list[str]:
+    return sorted(folder.name for folder in runs.glob("finetune-*/*/"))
+
+
+def test_best_checkpoint_is_a_transformers_folder_and_the_only_one(run, tmp_path):
+    study = run(3)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    folder = best_checkpoint(study, tmp_path / "runs")
+    assert checkpoints(tmp_path / "runs") == [folder.name] == [f"trial-{study.best_trial.number}"]
+    assert (folder / "model.safetensors").is_file()
+    network = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert network.config.num_labels == 2
+    assert AutoTokenizer.from_pretrained(folder)("good film")["input_ids"][0] == 2
+
+
+def test_area_is_the_mean_over_four_costs_of_the_kept_model(run, workload, tmp_path):
+    study = run(1)
+    folder = best_checkpoint(study, tmp_path / "runs")
+    loaded = load_workload(workload, folder)
+    model = load_encoder(folder, loaded.corpus)
+    lengths = loaded.search.num_tokens
+    configs = [constant_rate_config(model.shape, lengths, cost) for cost in (1.0, 0.7, 0.5, 0.35)]
+    assert study.best_value == pytest.approx(sum(score(model, loaded.search, configs, loaded.metric)) / 4)
+    assert study.best_trial.user_attrs["checkpoint_sha256"] == model.fingerprint()
+    assert study.best_trial.intermediate_values.keys() == {1, 2}
+
+
+def test_metric_objective_scores_full_length_only(run, finetune):
+    study = run(1, definition=dataclasses.replace(finetune, objective="metric"))
+    assert study.best_value == study.best_trial.user_attrs["metric_at_full_length"]
+    assert study.metric_names == ["accuracy"]
+
+
+def test_known_good_settings_are_tried_first(run):
+    assert run(1).trials[0].params == {"learning_rate": 5e-3, "length_drop": 0.2}
+
+
+def test_resumed_study_runs_only_missing_trials(run, monkeypatch):
+    run(2)
+    trained = []
+    train = hpo.tune.train
+    monkeypatch.setattr(hpo.tune, "train", lambda *args, **kwargs: (trained.append(1), train(*args, **kwargs))[1])
+    assert len(run(3).trials) == 3
+    assert len(trained) == 1
+    assert len(run(3).trials) == 3
+    assert len(trained) == 1
+
+
+def test_same_seed_gives_the_same_study(run, tmp_path):
+    first = run(2)
+    second = run(2, storage=f"sqlite:///{tmp_path}/second.db")
+    assert [trial.value for trial in first.trials] == [trial.value for trial in second.trials]
+    assert [trial.params for trial in first.trials] == [trial.params for trial in second.trials]
+
+
+def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeypatch):
+    train, calls = hpo.tune.train, []
+
+    def diverge_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise TrainingDiverged("The loss is nan at step 3; lower the learning rate.")
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(hpo.tune, "train", diverge_once)
+    study = run(2)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert "nan at step 3" in study.trials[0].user_attrs["failure"]
+
+
+def test_study_whose_trials_keep_failing_stops(run, monkeypatch):
+    def diverge(*args, **kwargs):
+        raise TrainingDiverged("The loss is inf at step 1; lower the learning rate.")
+
+    monkeypatch.setattr(hpo.tune, "train", diverge)
+    with pytest.raises(HpoError, match="3 trials .* failed in a row"):
+        run(10)
+
+
+def test_interrupted_trial_fails_and_a_rerun_completes(run, storage, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hpo.tune, "train", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(2)
+    study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
+    assert [(t.state, t.user_attrs["failure"]) for t in study.trials] == [(TrialState.FAIL, "interrupted")]
+    study = run(2)
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 2
+
+
+def test_trial_of_a_killed_process_is_tried_again_with_its_parameters(run, storage):
+    run(1)
+    study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
+    killed = study.ask()
+    killed.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+    killed.suggest_float("length_drop", 0.1, 0.4)
+    study = run(2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[2].params == killed.params
+    assert study.trials[2].user_attrs["retry_of"] == 1
+
+
+def test_leftover_checkpoint_of_a_killed_process_is_removed(run, tmp_path):
+    run(1)
+    study_folder = next((tmp_path / "runs").glob("finetune-*"))
+    (study_folder / "trial-77").mkdir()
+    (study_folder / ".trial-78.partial").mkdir()
+    run(2)
+    assert len(checkpoints(tmp_path / "runs")) == 1
+
+
+def test_hopeless_trial_is_pruned_and_leaves_no_checkpoint(run, finetune, tmp_path, monkeypatch):
+    values = iter([0.9, 0.9] * 2 + [0.1, 0.1])
+    monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [next(values)])
+    definition = dataclasses.replace(finetune, objective="metric", pruner_startup_trials=2, pruner_warmup_epochs=0)
+    study = run(3, definition=definition)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED]
+    assert checkpoints(tmp_path / "runs") == ["trial-0"]
+
+
+def test_changed_study_is_refused_by_name(run, finetune, workload):
+    run(1)
+    with pytest.raises(StudyChanged, match="another search space"):
+        run(2, definition=dataclasses.replace(finetune, objective="metric"))
+    with pytest.raises(StudyChanged, match="another dataset"):
+        run(2, workload=dataclasses.replace(workload, data=dataclasses.replace(workload.data, train_limit=50)))
+
+
+def test_full_disk_says_so_and_fails_the_trial(run, storage, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model.encoder.LengthAdaptiveModel.save_pretrained", full)
+    with pytest.raises(HpoError, match="No space left on device"):
+        run(1)
+    study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+
+
+def test_best_checkpoint_elsewhere_says_where_it_looked(run, tmp_path):
+    study = run(1)
+    with pytest.raises(HpoError, match="--runs"):
+        best_checkpoint(study, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"space": {"learning_speed": Range(low=0, high=1)}}, "learning_speed"),
+        ({"space": {"length_drop": Range(low=0.1, high=1.5)}}, "length_drop=1.5"),
+        ({"fixed": {"batch_size": 0}}, "batch_size=0"),
+        ({"fixed": {"seed": 3}}, "seed"),
+    ],
+)
+def test_impossible_definition_is_refused_before_any_training(finetune, changes, word):
+    with pytest.raises(StudyFileError, match=word):
+        check_settings(dataclasses.replace(finetune, first=(), **changes))

@@ -1,0 +1,151 @@
+import json
+from importlib.metadata import version
+
+import pytest
+from transformers import AutoTokenizer
+
+from hpo.errors import HpoError
+from hpo.workload import (
+    DEFAULT_MAX_LENGTH,
+    Workload,
+    library_versions,
+    load_encoder,
+    load_tokenizer,
+    load_workload,
+    require_trials,
+)
+from model.data import DataError, DataSpec
+from model.encoder import CheckpointError
+
+PAIRS = DataSpec(
+    dataset="nyu-mll/glue:mrpc",
+    text_columns=("sentence1", "sentence2"),
+    label_column="label",
+    train_limit=4000,
+    search_size=500,
+    seed=7,
+)
+
+
+# As recorded in the database
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload(model="a/b", data=DataSpec(dataset="reviews")),
+        Workload(model="folder", data=PAIRS, metric="f1", max_length=128),
+    ],
+)
+def test_a_workload_survives_the_database(workload):
+    recorded = json.loads(json.dumps(workload.to_attribute()))
+    assert Workload.from_attribute(recorded) == workload
+
+
+def test_the_record_names_every_setting():
+    assert Workload(model="m", data=PAIRS, metric="f1", max_length=128).to_attribute() == {
+        "model": "m",
+        "task": "classification",
+        "metric": "f1",
+        "max_length": 128,
+        "data": {
+            "dataset": "nyu-mll/glue:mrpc",
+            "text_columns": ["sentence1", "sentence2"],
+            "label_column": "label",
+            "train_limit": 4000,
+            "search_size": 500,
+            "seed": 7,
+        },
+    }
+
+
+def test_an_unknown_metric_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"metric='speed' is unknown; choose one of .*accuracy"):
+        Workload(model="m", data=PAIRS, metric="speed")
+
+
+@pytest.mark.parametrize("max_length", [3, 0, -5])
+def test_a_length_with_no_room_for_words_is_refused(max_length):
+    with pytest.raises(ValueError, match=f"max_length={max_length}; choose at least 4"):
+        Workload(model="m", data=PAIRS, max_length=max_length)
+
+
+def test_a_record_with_an_impossible_value_is_refused():
+    recorded = Workload(model="m", data=PAIRS).to_attribute()
+    with pytest.raises(DataError, match="seed=-1"):
+        Workload.from_attribute(recorded | {"data": recorded["data"] | {"seed": -1}})
+
+
+@pytest.mark.parametrize("trials", [0, -1])
+def test_a_total_that_is_not_positive_is_refused(trials):
+    with pytest.raises(HpoError, match=f"--trials {trials}; choose at least 1"):
+        require_trials(trials)
+    require_trials(1)
+
+
+# Loaded
+
+
+def test_texts_are_cut_at_the_workloads_length_or_the_encoders_own(workload, tiny_encoder):
+    own = AutoTokenizer.from_pretrained(tiny_encoder).model_max_length
+    assert own < DEFAULT_MAX_LENGTH
+    short = Workload(model=workload.model, data=workload.data, max_length=5)
+    for declared, limit in ((workload, own), (short, 5)):
+        loaded = load_workload(declared, tiny_encoder)
+        expected = AutoTokenizer.from_pretrained(tiny_encoder)(
+            list(loaded.corpus.search["text"]), truncation=True, max_length=limit
+        )["input_ids"]
+        assert [list(ids) for ids in loaded.search.input_ids] == expected
+
+
+def test_the_datasets_identity_depends_on_its_texts_and_on_where_they_are_cut(workload, tiny_encoder):
+    def identity(**changes):
+        data = DataSpec(**(workload.data.to_dict() | changes.pop("data", {})))
+        return load_workload(Workload(model=workload.model, data=data, **changes), tiny_encoder).dataset_identity
+
+    identities = [identity(), identity(max_length=5), identity(data={"seed": 1}), identity(data={"train_limit": 20})]
+    assert len(set(identities)) == 4
+    assert identity() == identities[0]
+
+
+def test_the_encoders_head_has_the_datasets_classes(workload, tiny_encoder):
+    corpus = load_workload(workload, tiny_encoder).corpus
+    config = load_encoder(tiny_encoder, corpus).network.config
+    assert tuple(config.id2label[label] for label in range(config.num_labels)) == tuple(corpus.label_names)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "empty folder",
+        pytest.param(
+            "no tokenizer",
+            marks=pytest.mark.xfail(strict=True, reason="transformers makes up a tokenizer that knows no word"),
+        ),
+        "broken tokenizer",
+        "no such folder",
+    ],
+)
+def test_an_encoder_without_a_usable_tokenizer_is_refused_in_one_sentence(tiny_encoder, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = tmp_path / "encoder"
+    if fault != "no such folder":
+        folder.mkdir()
+    if fault in ("no tokenizer", "broken tokenizer"):
+        (folder / "config.json").write_bytes((tiny_encoder / "config.json").read_bytes())
+    if fault == "broken tokenizer":
+        (folder / "tokenizer.json").write_text('{"version": "1.0", ')
+    with pytest.raises(CheckpointError) as caught:
+        load_tokenizer(folder)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"Cannot load a tokenizer from {folder} (")
+    assert sentence.endswith("the folder needs tokenizer.json or vocab.txt.")
+    assert "\n" not in sentence
+
+
+def test_versions_of_what_decides_a_result_are_recorded():
+    versions = library_versions()
+    assert versions["torch"] == version("torch")
+    assert versions["optuna"] == version("optuna")
+    assert {"python", "hpo", "transformers", "datasets", "tokenizers", "numpy"} <= versions.keys()
+    assert json.loads(json.dumps(versions)) == versions

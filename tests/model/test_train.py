@@ -1,0 +1,220 @@
+"""The sandwich step, LengthDrop's draws, distillation direction, seeds and failures."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, set_seed
+
+from model.data import EncodedSplit
+from model.encoder import LengthAdaptiveModel
+from model.length_config import LengthConfig
+from model.train import LengthDropTrainer, TrainingDiverged, TrainingSettings, sample_sandwich, train
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{index}" for index in range(30))]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> BertTokenizerFast:
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(VOCABULARY))
+    return BertTokenizerFast(vocab=str(path))
+
+
+@pytest.fixture
+def model() -> LengthAdaptiveModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return LengthAdaptiveModel(BertForSequenceClassification(config))
+
+
+@pytest.fixture
+def split() -> EncodedSplit:
+    """The label is whether the word 5 stands in the sentence."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(64) % 2
+    rows = [
+        [2, *generator.integers(6, 35, size=length), 5 if label else 6, 3]
+        for length, label in zip(generator.integers(2, 12, size=64), labels, strict=True)
+    ]
+    ids = [[int(token) for token in row] for row in rows]
+    return EncodedSplit(input_ids=ids, token_type_ids=[[0] * len(row) for row in ids], labels=labels, num_truncated=0)
+
+
+SETTINGS = TrainingSettings(
+    learning_rate=5e-3, batch_size=16, plain_epochs=1, epochs=2, length_drop=0.3, layer_drop=0.1, precision="fp32"
+)
+
+
+def test_training_learns_the_task_at_full_and_at_reduced_length(model, split, tokenizer):
+    from model.evaluate import score
+    from model.tasks import get_metric
+
+    report = train(model, split, tokenizer, dataclasses.replace(SETTINGS, epochs=12))
+    configs = [LengthConfig.full(3), LengthConfig.from_retention((0.8, 0.8, 0.8))]
+    assert min(score(model, split, configs, get_metric("accuracy"))) > 0.9
+    assert (report.steps, report.precision) == (4 * 13, "fp32")
+
+
+def test_first_pass_of_each_step_is_full_and_the_second_the_smallest(model, split, tokenizer, monkeypatch):
+    calls = []
+    forward = LengthAdaptiveModel.forward
+
+    def spy(self, *args, length_config=None, skip_layers=(), **kwargs):
+        calls.append((length_config, frozenset(skip_layers)))
+        return forward(self, *args, length_config=length_config, skip_layers=skip_layers, **kwargs)
+
+    monkeypatch.setattr(LengthAdaptiveModel, "forward", spy)
+    train(model, split, tokenizer, dataclasses.replace(SETTINGS, layer_drop=0.5))
+    assert calls[:4] == [(None, frozenset())] * 4  # the plain epoch: four batches
+    smallest = LengthConfig.from_retention((0.7, 0.7, 0.7))
+    steps = [calls[start : start + 4] for start in range(4, len(calls), 4)]
+    assert len(steps) == 8
+    for step in steps:
+        assert step[0] == (None, frozenset())  # LayerDrop never touches the teacher
+        assert step[1][0] == smallest
+        assert all(config is not None for config, _ in step[1:])
+    assert any(skipped for step in steps for _, skipped in step[1:])
+
+
+def test_gradient_of_a_step_is_the_mean_over_its_passes(model, split, tokenizer):
+    settings = dataclasses.replace(
+        SETTINGS, plain_epochs=0, epochs=1, layer_drop=0.0, temperature=2.0, distillation_weight=0.7
+    )
+    reference = LengthAdaptiveModel(BertForSequenceClassification(model.network.config))
+    reference.load_state_dict(model.state_dict())
+    trainer = build_trainer(model, split, tokenizer, settings)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(model, dict(batch))
+
+    reference.train()
+    labels = batch.pop("labels")
+    batch.pop("length", None)
+    full = reference(**batch)
+    loss = F.cross_entropy(full.logits, labels)
+    target = (full.logits.detach() / 2).softmax(-1)
+    for short_pass in sample_sandwich(settings, 3, np.random.default_rng(settings.seed)):
+        logits = reference(**batch, length_config=short_pass.length_config).logits
+        divergence = (target * (target.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
+        loss = loss + 0.7 * 4 * divergence + 0.3 * F.cross_entropy(logits, labels)
+    (loss / 4).backward()
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def build_trainer(model, split, tokenizer, settings) -> LengthDropTrainer:
+    from transformers import DataCollatorWithPadding, TrainingArguments
+
+    from model.train import _as_dataset
+
+    arguments = TrainingArguments(per_device_train_batch_size=16, use_cpu=True, report_to=[], disable_tqdm=True)
+    return LengthDropTrainer(
+        settings,
+        model=model,
+        args=arguments,
+        train_dataset=_as_dataset(split),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+
+
+def test_sampled_retentions_fill_the_range_of_length_drop():
+    generator = np.random.default_rng(0)
+    settings = dataclasses.replace(SETTINGS, length_drop=0.25, sandwich_size=200, layer_drop=0.0)
+    smallest, *sampled = sample_sandwich(settings, 4, generator)
+    assert smallest.length_config == LengthConfig.from_retention((0.75,) * 4)
+    shares = np.array([short_pass.length_config.shares for short_pass in sampled])
+    retention = shares / np.hstack([np.ones((200, 1)), shares[:, :-1]])
+    assert retention.min() >= 0.75 - 1e-12
+    assert retention.max() <= 1.0 + 1e-12
+    assert abs(retention.mean() - 0.875) < 0.01
+
+
+def test_layer_drop_rate_is_the_one_asked_for():
+    settings = dataclasses.replace(SETTINGS, layer_drop=0.2, sandwich_size=999)
+    skipped = [len(short_pass.skip_layers) for short_pass in sample_sandwich(settings, 6, np.random.default_rng(0))]
+    assert abs(np.mean(skipped) / 6 - 0.2) < 0.02
+
+
+def test_one_step_changes_every_parameter(model, split, tokenizer):
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, split, tokenizer, dataclasses.replace(SETTINGS, plain_epochs=0, epochs=1, warmup_ratio=0.0))
+    unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert unchanged == []
+
+
+def test_same_seed_trains_the_same_weights(model, split, tokenizer):
+    weights = model.state_dict()
+    start = {name: value.clone() for name, value in weights.items()}
+    results = []
+    for seed in (1, 1, 2):
+        model.load_state_dict(start)
+        set_seed(seed)
+        train(model, split, tokenizer, dataclasses.replace(SETTINGS, seed=seed))
+        results.append(model.fingerprint())
+    assert results[0] == results[1] != results[2]
+
+
+def test_loss_that_is_not_finite_ends_the_training(model, split, tokenizer):
+    model.network.classifier.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="nan at step 1"):
+        train(model, split, tokenizer, SETTINGS)
+
+
+def test_hooks_see_every_step_and_epoch(model, split, tokenizer):
+    steps, epochs = [], []
+    train(model, split, tokenizer, SETTINGS, on_epoch=epochs.append, on_progress=lambda *step: steps.append(step))
+    assert epochs == [1, 2, 3]
+    assert steps == [(step, 12) for step in range(1, 13)]
+
+
+def test_bf16_training_stays_close_to_fp32(model, split, tokenizer):
+    from model.evaluate import score
+    from model.tasks import get_metric
+
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no bf16 products")
+    report = train(model, split, tokenizer, dataclasses.replace(SETTINGS, epochs=12, precision="bf16"))
+    assert report.precision == "bf16"
+    assert score(model, split, [LengthConfig.full(3)], get_metric("accuracy"))[0] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("batch_size", 0),
+        ("epochs", -1),
+        ("warmup_ratio", 1.0),
+        ("weight_decay", -0.1),
+        ("length_drop", 1.0),
+        ("layer_drop", -0.1),
+        ("sandwich_size", -1),
+        ("temperature", 0.0),
+        ("distillation_weight", 1.1),
+        ("divergence", "sideways"),
+        ("precision", "fp8"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError, match=f"{name}="):
+        dataclasses.replace(SETTINGS, **{name: value})
+
+
+def test_empty_split_is_refused(model, tokenizer):
+    empty = EncodedSplit(input_ids=[], token_type_ids=[], labels=np.array([], dtype=np.int64), num_truncated=0)
+    with pytest.raises(ValueError, match="empty"):
+        train(model, empty, tokenizer, SETTINGS)
