@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hpo.errors import HpoError
 from model.data import Corpus, DataSpec, EncodedSplit, encode, load_corpus
 from model.encoder import CheckpointError, LengthAdaptiveModel
+from model.hub import only_local_files
 from model.tasks import Metric, get_metric
 
 DEFAULT_MAX_LENGTH = 512
@@ -111,7 +112,9 @@ def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
         CheckpointError: There is none, or it cannot be read.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(encoder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            encoder, local_files_only=only_local_files(encoder)
+        )
     except Exception as error:  # the library raises whatever its parsers do
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -6,9 +6,6 @@ import glob
 import hashlib
 import logging
 import re
-import ssl
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +21,8 @@ from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from model.hub import hub_answers
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,6 @@ LABEL_NAMES = (
 )
 ID_NAME = re.compile(r"(^|_)(id|idx|index|uid|uuid|guid|key)$|^unnamed|^__index_level")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_TIMEOUT_S = 5.0
 
 TEXT_FLAG, LABEL_FLAG = "--text-columns a[,b]", "--label-column NAME"
 
@@ -378,7 +376,7 @@ def _read_hub(dataset: str) -> dict[str, datasets.Dataset]:
             f"{dataset!r} is neither an existing folder or file nor a hub id; give a path, or an id as in "
             "nyu-mll/glue:sst2."
         )
-    reached = not datasets.config.HF_HUB_OFFLINE and _hub_answers()
+    reached = not datasets.config.HF_HUB_OFFLINE and hub_answers()
     try:
         with contextlib.nullcontext() if reached else _without_network():
             return dict(_load_dataset(name, config or None))
@@ -399,20 +397,6 @@ def _load_dataset(path: str, config: str | None) -> datasets.DatasetDict:
     builder = datasets.load_dataset_builder(path, config)
     is_csv = type(builder.config).__name__ == "CsvConfig"
     return datasets.load_dataset(path, config, **(CSV_OPTIONS if is_csv else {}))
-
-
-def _hub_answers() -> bool:
-    """Whether the hub gives any answer within seconds; its own client would retry for half a minute."""
-    request = urllib.request.Request(datasets.config.HF_ENDPOINT, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # the hub's client brings certificates of its own
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.families import FAMILIES
+from model.hub import only_local_files
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, sequence_macs
 
@@ -81,7 +82,8 @@ class LengthAdaptiveModel(nn.Module):
         if Path(folder_or_id).is_file():
             raise CheckpointError(f"{folder_or_id} is a file; give the model's folder.")
         try:
-            config = AutoConfig.from_pretrained(folder_or_id, **labels)
+            local = only_local_files(folder_or_id)
+            config = AutoConfig.from_pretrained(folder_or_id, local_files_only=local, **labels)
             if config.model_type not in FAMILIES:
                 raise CheckpointError(
                     f"{folder_or_id} holds a {config.model_type!r} model; supported are {', '.join(sorted(FAMILIES))}."

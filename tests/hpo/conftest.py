@@ -13,7 +13,8 @@ from hpo.workload import Workload
 from model.data import DataSpec
 from studies.loader import FinetuneStudy, LengthsStudy, Range
 
-WORDS = "good fine great bad poor awful film plot scene music actor story the a was is and very not".split()
+GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
+NEUTRAL = ("film", "plot", "scene", "music", "actor", "story", "the", "a", "was", "is", "and", "very", "not")
 NUM_LAYERS = 3
 
 
@@ -37,7 +38,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
     """A transformers folder: random BERT of three layers with its own vocabulary."""
     folder = tmp_path_factory.mktemp("encoder")
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {token: index for index, token in enumerate([*specials, *WORDS])}
+    vocabulary = {token: index for index, token in enumerate([*specials, *GOOD, *BAD, *NEUTRAL])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -74,8 +75,8 @@ def write_reviews(path: Path, rows: int, seed: int) -> None:
     texts, labels = [], []
     for row in range(rows):
         label = row % 2
-        words = generator.choices(WORDS[6:], k=generator.randint(3, 16))
-        words.insert(generator.randrange(len(words)), generator.choice(WORDS[:3] if label else WORDS[3:6]))
+        words = generator.choices(NEUTRAL, k=generator.randint(3, 16))
+        words.insert(generator.randrange(len(words)), generator.choice(GOOD if label else BAD))
         texts.append(" ".join(words))
         labels.append(label)
     pandas.DataFrame({"text": texts, "label": labels}).to_parquet(path)

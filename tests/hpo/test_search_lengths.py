@@ -169,11 +169,11 @@ def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny
     other_data = dataclasses.replace(workload, data=dataclasses.replace(workload.data, seed=5))
     with pytest.raises(StudyChanged, match="another dataset"):
         search_lengths(lengths, other_data, tiny_encoder, trials=5, storage=storage, runs=tmp_path / "runs")
+    other_metric = dataclasses.replace(workload, metric="f1")
     with pytest.raises(StudyChanged, match="another metric"):
-        other_metric = dataclasses.replace(workload, metric="f1")
         search_lengths(lengths, other_metric, tiny_encoder, trials=5, storage=storage, runs=tmp_path / "runs")
+    space = dataclasses.replace(lengths.retention, low=0.5)
     with pytest.raises(StudyChanged, match="another search space"):
-        space = dataclasses.replace(lengths.retention, low=0.5)
         run(5, definition=dataclasses.replace(lengths, retention=space))
     other_model = tmp_path / "other"
     loaded = load_workload(workload, tiny_encoder)

@@ -105,7 +105,7 @@ def test_study_whose_trials_keep_failing_stops(run, monkeypatch):
         raise TrainingDiverged("The loss is inf at step 1; lower the learning rate.")
 
     monkeypatch.setattr(hpo.tune, "train", diverge)
-    with pytest.raises(HpoError, match="3 trials .* failed in a row"):
+    with pytest.raises(HpoError, match=r"3 trials .* failed in a row"):
         run(10)
 
 

@@ -59,6 +59,11 @@ def test_counts_of_a_worked_example():
     assert config.lengths(1) == (1,) * 6
 
 
+def test_rounding_noise_of_a_product_keeps_no_extra_token():
+    assert 0.55 * 0.8 * 100 > 44, "the product of floats lies above the whole number"
+    assert LengthConfig.from_retention((0.55, 0.8)).lengths(100)[1] == 44
+
+
 def test_published_lengths_are_caps():
     config = LengthConfig.from_lengths((269, 253, 252, 202, 104, 34), max_length=384)
     assert config.lengths(384) == (269, 253, 252, 202, 104, 34)

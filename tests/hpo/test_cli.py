@@ -1,0 +1,278 @@
+"""The command line: the whole path, exit codes, one-line errors, JSON on stdout and nothing else."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import hpo.cli
+import hpo.search_lengths
+import hpo.tune
+from hpo.storage import open_storage
+
+TINY_FINETUNE = """
+kind = "finetune"
+name = "finetune"
+[space]
+learning_rate = { low = 1e-3, high = 1e-2, log = true }
+[fixed]
+plain_epochs = 1
+epochs = 1
+precision = "fp32"
+"""
+
+TINY_LENGTHS = """
+kind = "lengths"
+name = "lengths"
+[retention]
+low = 0.4
+high = 1.0
+step = 0.1
+[sampler]
+population_size = 10
+"""
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    """Study files that take no time."""
+    (tmp_path / "finetune.toml").write_text(TINY_FINETUNE)
+    (tmp_path / "lengths.toml").write_text(TINY_LENGTHS)
+    return {"finetune": str(tmp_path / "finetune.toml"), "lengths": str(tmp_path / "lengths.toml")}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, storage, tmp_path):
+    """Run `hpo ARGUMENTS` in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("HPO_STORAGE", storage)
+    monkeypatch.setenv("HPO_RUNS", str(tmp_path / "runs"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            hpo.cli.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def tuned(command, files, tiny_encoder, tiny_dataset):
+    """A finetune study of one trial, and the command."""
+    model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--search-size", "60")
+    code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "1")
+    assert code == 0, err
+    return command
+
+
+def test_tune_search_and_pareto_lead_to_a_chosen_point(tuned, files, tmp_path):
+    code, out, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "20", "--json")
+    assert code == 0, err
+    searched = json.loads(out)
+    assert (searched["study"], searched["trials"]) == ("lengths", 20)
+    assert searched["chosen"] is None
+    assert all(point["report_metric"] is not None for point in searched["points"])
+
+    code, out, err = tuned("pareto", "--max-drop", "1", "--json")
+    document = json.loads(out)
+    assert document["chosen"]["macs"] == min(point["macs"] for point in document["points"])
+    assert {key: document[key] for key in searched if key != "chosen"} == {
+        key: searched[key] for key in searched if key != "chosen"
+    }
+    page = next((tmp_path / "runs").glob("lengths-*/front.html"))
+    assert "plotly" in page.read_text(encoding="utf-8")
+
+    code, out, _ = tuned("pareto", "--budget", "0.99")
+    assert code == 0
+    assert "%" in out
+
+
+def test_studies_lists_what_is_there(tuned, files):
+    tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
+    code, out, _ = tuned("studies", "--json")
+    listed = {entry["study"]: entry for entry in json.loads(out)["studies"]}
+    assert code == 0
+    assert (listed["finetune"]["kind"], listed["finetune"]["finished"]) == ("finetune", 1)
+    assert (listed["lengths"]["finished"], listed["lengths"]["running"], listed["lengths"]["failed"]) == (3, 0, 0)
+    assert [best["name"] for best in listed["lengths"]["best"]] == ["accuracy", "macs"]
+    assert "lengths" in tuned("studies")[1]
+
+
+def test_tune_json_names_the_best_checkpoint(tuned, files, tiny_encoder, tiny_dataset):
+    model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--search-size", "60")
+    code, out, _ = tuned("tune", "--study", files["finetune"], *model, "--trials", "1", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert (Path(document["best"]["checkpoint"]) / "model.safetensors").is_file()
+    assert document["objective"]["direction"] == "maximize"
+
+
+def test_search_takes_a_checkpoint_and_dataset_without_any_finetune_study(command, files, tiny_encoder, tiny_dataset):
+    given = ("--checkpoint", str(tiny_encoder), "--dataset", str(tiny_dataset))
+    code, out, err = command("search-lengths", "--study", files["lengths"], "--trials", "4", *given, "--json")
+    assert code == 0, err
+    assert json.loads(out)["trials"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("tune", "--trials", "0"), 2, "--trials"),
+        (("tune", "--model", "somewhere"), 2, "--dataset"),
+        (("tune", "--colour", "red"), 2, "--colour"),
+        (("tune", "--task", "translation", "--model", "{model}", "--dataset", "{data}"), 1, "translation"),
+        (("tune", "--metric", "bleu", "--model", "{model}", "--dataset", "{data}"), 2, "bleu"),
+        (("tune", "--study", "nothing"), 1, "finetune"),
+        (("tune", "--study", "nowhere.toml"), 1, "nowhere.toml"),
+        (("tune", "--study", "lengths", "--model", "{model}", "--dataset", "{data}"), 1, "search-lengths"),
+        (("tune", "--objective", "speed", "--model", "{model}", "--dataset", "{data}"), 1, "speed"),
+        (("tune", "--model", "./no/such/folder", "--dataset", "{data}"), 1, "no/such/folder"),
+        (("tune", "--model", "{model}", "--dataset", "./no/such/data"), 1, "no/such/data"),
+        (("tune", "--model", "{model}", "--dataset", "{data}", "--label-column", "grade"), 1, "grade"),
+        (("tune", "--storage", "nonsense", "--model", "{model}", "--dataset", "{data}"), 1, "sqlite:///hpo.db"),
+        (("search-lengths",), 1, "hpo tune"),
+        (("search-lengths", "--max-drop", "0.1", "--budget", "0.5"), 2, "not both"),
+        (("pareto",), 1, "hpo tune"),
+        (("pareto", "--budget", "2"), 2, "--budget"),
+        (("pareto", "--budget", "0"), 2, "--budget"),
+        (("pareto", "--max-drop", "-1"), 2, "--max-drop"),
+        (("studies", "--storage", "sqlite:////no/such/folder/hpo.db"), 1, "/no/such/folder"),
+        (("dashboard", "--port", "0"), 2, "--port"),
+    ],
+)
+def test_bad_input_is_one_sentence_with_its_exit_code(command, tiny_encoder, tiny_dataset, arguments, code, words):
+    given = [argument.format(model=tiny_encoder, data=tiny_dataset) for argument in arguments]
+    returned, out, err = command(*given)
+    assert returned == code, err
+    assert out == ""
+    assert words in " ".join(err.split())
+    assert "Traceback" not in err
+    if code == 1:
+        assert err.startswith("hpo: ")
+        assert err.count("\n") == 1
+
+
+def test_unknown_study_lists_those_that_are_there(tuned):
+    code, _, err = tuned("pareto", "--study", "other")
+    assert code == 1
+    assert "'finetune'" in err
+
+
+def test_front_of_a_study_without_trials_says_what_to_run(tuned, storage):
+    optuna.create_study(storage=open_storage(storage), study_name="empty", directions=["maximize", "minimize"])
+    code, out, err = tuned("pareto", "--study", "empty", "--max-drop", "0.01")
+    assert (code, out) == (1, "")
+    assert "search-lengths" in err
+
+
+def test_finetune_study_has_no_front(tuned):
+    code, _, err = tuned("pareto", "--study", "finetune")
+    assert code == 1
+    assert "Traceback" not in err
+
+
+def test_interrupt_says_how_to_go_on_and_exits_130(tuned, files, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hpo.search_lengths, "score", interrupt)
+    code, _, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "20")
+    assert code == 130
+    assert "0 of 20 trials" in err
+    assert "same command again" in err
+
+
+def test_full_database_disk_is_a_sentence(tuned, files, monkeypatch):
+    def full(*args, **kwargs):
+        from sqlalchemy.exc import OperationalError
+
+        raise OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr(hpo.search_lengths, "open_study", full)
+    code, _, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "20")
+    assert code == 1
+    assert "disk is full" in err
+    assert "INSERT" not in err
+
+
+def test_runs_folder_that_is_a_file_is_refused(tuned, files, tmp_path):
+    (tmp_path / "taken").write_text("")
+    code, _, err = tuned("search-lengths", "--study", files["lengths"], "--runs", str(tmp_path / "taken"))
+    assert code == 1
+    assert str(tmp_path / "taken") in err
+
+
+def test_password_of_the_storage_is_in_no_output(command, tiny_encoder, tiny_dataset):
+    given = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset))
+    for url in ("postgresql+psycopg://u:hidden-s3cret@127.0.0.1:1/x", "nonsense://u:hidden-s3cret@h/x"):
+        code, out, err = command("tune", "--storage", url, *given)
+        assert code == 1
+        assert "s3cret" not in out + err
+
+
+def test_second_process_on_one_study_is_refused(tuned, files, storage, tmp_path):
+    import fcntl
+
+    tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
+    with next((tmp_path / "runs").glob("lengths-*/lock")).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "9")
+    assert code == 1
+    assert "being run by process" in err
+
+
+def test_search_killed_at_random_moments_ends_with_exactly_its_trials(tuned, files, storage, tmp_path):
+    arguments = ["search-lengths", "--study", files["lengths"], "--trials", "150"]
+    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    generator = random.Random(3)
+    database = Path(storage.removeprefix("sqlite:///"))
+
+    def finished() -> dict[int, list[float]]:
+        study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
+        return {t.number: t.values for t in study.trials if t.state == TrialState.COMPLETE}
+
+    told_before: dict[int, list[float]] = {}
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hpo.cli", *arguments], env=environment, stderr=subprocess.PIPE
+        )
+        _wait_for_new_trial(database, process, after=len(told_before))
+        time.sleep(generator.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        told = finished()
+        assert told.items() >= told_before.items()
+        told_before = told
+    code, _, err = tuned(*arguments)
+    assert code == 0, err
+    told = finished()
+    assert len(told) == 150
+    assert told.items() >= told_before.items()
+    study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
+    assert not [trial for trial in study.trials if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
+
+
+def _wait_for_new_trial(database: Path, process: subprocess.Popen, after: int) -> None:
+    deadline = time.monotonic() + 120
+    query = (
+        "SELECT COUNT(*) FROM trials JOIN studies USING (study_id) WHERE study_name = 'lengths' AND state = 'COMPLETE'"
+    )
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(process.stderr.read().decode() if process.stderr else "ended early")
+        with sqlite3.connect(database) as connection:
+            if connection.execute(query).fetchone()[0] > after:
+                return
+        time.sleep(0.02)
+    raise AssertionError("no trial was finished in two minutes")
