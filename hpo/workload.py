@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
 from model.data import Corpus, DataSpec, EncodedSplit, encode, load_corpus
-from model.encoder import CheckpointError, LengthAdaptiveModel
+from model.encoder import CheckpointError, LengthAdaptiveModel, explain_load_failure
 from model.hub import only_local_files
 from model.tasks import Metric, get_metric
 
@@ -116,6 +116,8 @@ def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
             encoder, local_files_only=only_local_files(encoder)
         )
     except Exception as error:  # the library raises whatever its parsers do
+        if not Path(encoder).is_dir():
+            raise CheckpointError(explain_load_failure(encoder, error)) from error
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"Cannot load a tokenizer from {encoder} ({first_line}); the folder needs tokenizer.json or vocab.txt."

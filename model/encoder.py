@@ -94,12 +94,13 @@ class LengthAdaptiveModel(nn.Module):
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
+                local_files_only=local,
                 ignore_mismatched_sizes=True,  # refused below, with a message that names the weight
             )
         except CheckpointError:
             raise
         except Exception as error:  # the library raises whatever its parsers do
-            raise CheckpointError(_explain_load_failure(folder_or_id, error)) from error
+            raise CheckpointError(explain_load_failure(folder_or_id, error)) from error
         model = cls(network, task)
         if absent := sorted(key for key in report["missing_keys"] if model._is_encoder_weight(key)):
             raise CheckpointError(
@@ -273,7 +274,8 @@ def _check_config(config: Any, source: str | Path) -> None:
         )
 
 
-def _explain_load_failure(source: str | Path, error: Exception) -> str:
+def explain_load_failure(source: str | Path, error: Exception) -> str:
+    """One sentence for whatever a loader raised on a folder or hub id."""
     path = Path(source)
     lines = (str(error).strip() or type(error).__name__).splitlines()
     first_line = f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
