@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
 from model.data import Corpus, DataSpec, EncodedSplit, encode, load_corpus
-from model.encoder import CheckpointError, LengthAdaptiveModel, explain_load_failure
+from model.encoder import TASKS, CheckpointError, LengthAdaptiveModel, explain_load_failure, read_config
 from model.hub import only_local_files
 from model.tasks import Metric, get_metric
 
@@ -39,6 +39,8 @@ class Workload:
     max_length: int = DEFAULT_MAX_LENGTH
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is not supported; choose one of {', '.join(TASKS)}.")
         get_metric(self.metric)
         if self.max_length < 4:
             raise ValueError(f"max_length={self.max_length}; choose at least 4 tokens.")
@@ -93,7 +95,8 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
     """
     corpus = load_corpus(workload.data)
     tokenizer = load_tokenizer(encoder)
-    max_length = min(workload.max_length, tokenizer.model_max_length)
+    positions = int(read_config(encoder).max_position_embeddings)
+    max_length = min(workload.max_length, tokenizer.model_max_length, positions)
     return LoadedWorkload(
         workload=workload,
         corpus=corpus,
@@ -122,6 +125,8 @@ def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"Cannot load a tokenizer from {encoder} ({first_line}); the folder needs tokenizer.json or vocab.txt."
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where there are no files
+        raise CheckpointError(f"{encoder} holds no tokenizer; the folder needs tokenizer.json or vocab.txt.")
     return tokenizer
 
 

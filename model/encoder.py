@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.families import FAMILIES
@@ -79,26 +79,16 @@ class LengthAdaptiveModel(nn.Module):
         if label_names is not None:
             labels["id2label"] = dict(enumerate(label_names))
             labels["label2id"] = {name: index for index, name in enumerate(label_names)}
-        if Path(folder_or_id).is_file():
-            raise CheckpointError(f"{folder_or_id} is a file; give the model's folder.")
+        config = read_config(folder_or_id, **labels)
         try:
-            local = only_local_files(folder_or_id)
-            config = AutoConfig.from_pretrained(folder_or_id, local_files_only=local, **labels)
-            if config.model_type not in FAMILIES:
-                raise CheckpointError(
-                    f"{folder_or_id} holds a {config.model_type!r} model; supported are {', '.join(sorted(FAMILIES))}."
-                )
-            _check_config(config, folder_or_id)
             network, report = AutoModelForSequenceClassification.from_pretrained(
                 folder_or_id,
                 config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
-                local_files_only=local,
+                local_files_only=only_local_files(folder_or_id),
                 ignore_mismatched_sizes=True,  # refused below, with a message that names the weight
             )
-        except CheckpointError:
-            raise
         except Exception as error:  # the library raises whatever its parsers do
             raise CheckpointError(explain_load_failure(folder_or_id, error)) from error
         model = cls(network, task)
@@ -106,6 +96,13 @@ class LengthAdaptiveModel(nn.Module):
             raise CheckpointError(
                 f"{folder_or_id} lacks {len(absent)} of the encoder's weights (first: {absent[0]}); "
                 "it is damaged or holds another architecture. Use a complete BERT checkpoint."
+            )
+        if surplus := sorted(
+            key for key in report["unexpected_keys"] if model._is_encoder_weight(key) and ".layer." in key
+        ):
+            raise CheckpointError(
+                f"{folder_or_id} holds weights that its config.json knows nothing of (first: {surplus[0]}); "
+                f"is num_hidden_layers={model.num_layers} right?"
             )
         for name, stored, expected in sorted(report["mismatched_keys"]):
             if name.startswith("classifier."):
@@ -200,6 +197,29 @@ class LengthAdaptiveModel(nn.Module):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def read_config(source: str | Path, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a folder or hub id, once it is clear that its architecture is one of ours.
+
+    Args:
+        source: Folder or hub id.
+        changes: Fields to override.
+    Raises:
+        CheckpointError: There is none, or it is of an architecture or a setting that is not supported.
+    """
+    if Path(source).is_file():
+        raise CheckpointError(f"{source} is a file; give the model's folder.")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source, local_files_only=only_local_files(source), **changes
+        )
+    except Exception as error:  # the library raises whatever its parsers do
+        raise CheckpointError(explain_load_failure(source, error)) from error
+    if config.model_type not in FAMILIES:
+        raise CheckpointError(f"{source} holds a {config.model_type!r} model; supported are {', '.join(FAMILIES)}.")
+    _check_config(config, source)
+    return config
 
 
 def keep_significant(

@@ -131,7 +131,7 @@ def test_search_takes_a_checkpoint_and_dataset_without_any_finetune_study(comman
         (("tune", "--trials", "0"), 2, "--trials"),
         (("tune", "--model", "somewhere"), 2, "--dataset"),
         (("tune", "--colour", "red"), 2, "--colour"),
-        (("tune", "--task", "translation", "--model", "{model}", "--dataset", "{data}"), 1, "translation"),
+        (("tune", "--task", "translation", "--model", "{model}", "--dataset", "{data}"), 2, "translation"),
         (("tune", "--metric", "bleu", "--model", "{model}", "--dataset", "{data}"), 2, "bleu"),
         (("tune", "--study", "nothing"), 1, "finetune"),
         (("tune", "--study", "nowhere.toml"), 1, "nowhere.toml"),

@@ -482,3 +482,12 @@ def test_a_masked_language_model_lends_its_encoder(make_network, tmp_path):
     assert len(expected) > 60
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+
+
+def test_config_that_hides_stored_layers_is_refused(bert_folder, tmp_path):
+    folder = tmp_path / "shallow"
+    shutil.copytree(bert_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers=2"):
+        LengthAdaptiveModel.from_pretrained(folder)
