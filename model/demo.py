@@ -1,10 +1,11 @@
 """The embedded task: film reviews generated from a seed and a tiny BERT that has not learned anything yet.
 
-A review's label is the writer's own verdict on the film: stated, denied ("I do not find it dull"), given by agreeing or
-disagreeing with somebody else, or set against another opinion ("The critics found it superb, but ..."). Every adjective
-appears on both sides of these constructions, so counting words says little. The other sentences retell the plot or the
-evening and say nothing about the label. Some reviews are easy on purpose: an encoder with random weights learns the
-words from those, and then the constructions from the others.
+A review's label is what most of the writer's own verdicts on the film say. A verdict is stated, denied ("to me it is
+never dull"), given by agreeing or disagreeing with somebody else, or set against another opinion ("The critics found
+it superb, but ..."). Every adjective appears on both sides of these constructions, so counting words says little. The
+other sentences retell the plot or the evening and say nothing about the label. Some reviews are easy on purpose: an
+encoder with random weights learns the words from those, and then the constructions from the others. Reviews with
+several verdicts need more tokens than those with one, so quality falls step by step as tokens are dropped.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,10 @@ FEELINGS = (
 )
 STATED = ("I find it {}", "this film is {}", "to me it is {}", "I call it {}", "for me it was {}")
 DENIED = (
-    "I do not find it {}",
+    "I find it not {}",
     "this film is not {}",
     "to me it is never {}",
-    "I would not call it {}",
+    "I call it hardly {}",
     "for me it was never {}",
 )
 REPORTED = ("{who} found it {}", "{who} called it {}", "to {who} it was {}", "for {who} it seemed {}")
@@ -126,37 +128,45 @@ def _clause(rng: random.Random, templates: Sequence[str], label: int, adjectives
     return rng.choice(templates).replace("{who}", rng.choice(WHO)).replace("{}", listed)
 
 
-def _easy_verdict(rng: random.Random, label: int) -> list[str]:
-    """Several plain statements with several adjectives each."""
-    return [_clause(rng, STATED, label, rng.randint(2, 3)) for _ in range(rng.randint(2, 3))]
-
-
-def _own_verdict(rng: random.Random, label: int) -> list[str]:
-    """One plain statement, or one that denies the opposite."""
+def _stated(rng: random.Random, label: int) -> str:
+    """A plain statement, or one that denies the opposite."""
     denied = rng.random() < 0.5
-    return [_clause(rng, DENIED, 1 - label) if denied else _clause(rng, STATED, label)]
+    return _clause(rng, DENIED, 1 - label) if denied else _clause(rng, STATED, label)
 
 
-def _verdict_on_others(rng: random.Random, label: int) -> list[str]:
+def _on_others(rng: random.Random, label: int) -> str:
     """Agreement with somebody who shares the verdict, or disagreement with somebody who does not."""
     agreed = rng.random() < 0.5
     opinion = _clause(rng, REPORTED, label if agreed else 1 - label)
-    return [rng.choice(AGREED if agreed else DISAGREED).format(opinion)]
+    return rng.choice(AGREED if agreed else DISAGREED).format(opinion)
 
 
-def _contrasted_verdict(rng: random.Random, label: int) -> list[str]:
+def _contrasted(rng: random.Random, label: int) -> str:
     """The writer's verdict beside somebody else's, which does not count."""
-    own = _clause(rng, STATED, label) if rng.random() < 0.5 else rng.choice(FEELINGS[label])
-    return [rng.choice(CONTRASTS).format(own=own, other=_clause(rng, REPORTED, 1 - label))]
+    own, other = _clause(rng, STATED, label), _clause(rng, REPORTED, 1 - label)
+    return rng.choice(CONTRASTS).format(own=own, other=other)
 
 
-# Each way to state the label, with its share of the reviews.
-VERDICTS: tuple[tuple[Callable[[random.Random, int], list[str]], float], ...] = (
-    (_easy_verdict, 0.45),
-    (_own_verdict, 0.27),
-    (_verdict_on_others, 0.18),
-    (_contrasted_verdict, 0.10),
+# Each way to state one verdict, with its share.
+KINDS: tuple[tuple[Callable[[random.Random, int], str], float], ...] = (
+    (_stated, 0.55),
+    (_on_others, 0.4),
+    (_contrasted, 0.05),
 )
+# How many verdicts agree with the label and how many do not, with the share of the reviews that are not easy.
+VOTES = (((1, 0), 0.74), ((3, 0), 0.14), ((2, 1), 0.08), ((4, 1), 0.04))
+EASY_SHARE = 0.4
+
+
+def _verdicts(rng: random.Random, label: int) -> list[str]:
+    """The sentences that decide: the label is what most of the writer's own verdicts say."""
+    if rng.random() < EASY_SHARE:
+        return [_clause(rng, STATED, label, rng.randint(2, 3)) for _ in range(rng.randint(2, 3))]
+    ((agreeing, opposing),) = rng.choices([votes for votes, _ in VOTES], [share for _, share in VOTES])
+    if agreeing + opposing > 1:
+        return [_stated(rng, label) for _ in range(agreeing)] + [_stated(rng, 1 - label) for _ in range(opposing)]
+    (kind,) = rng.choices([kind for kind, _ in KINDS], [share for _, share in KINDS])
+    return [kind(rng, label)]
 
 
 def _neutral_sentence(rng: random.Random) -> str:
@@ -174,8 +184,7 @@ def _neutral_sentence(rng: random.Random) -> str:
 
 def _review(rng: random.Random, label: int) -> str:
     """One review of `MIN_WORDS` to `MAX_WORDS` words."""
-    verdict = rng.choices([kind for kind, _ in VERDICTS], [share for _, share in VERDICTS])[0]
-    sentences = [clause + "." for clause in verdict(rng, label)]
+    sentences = [clause + "." for clause in _verdicts(rng, label)]
     num_words = sum(len(sentence.split()) for sentence in sentences)
     wanted = rng.randint(MIN_WORDS, MAX_WORDS - 15)
     while num_words < wanted:
@@ -306,7 +315,7 @@ def _make_encoder(vocabulary_size: int, seed: int) -> BertForSequenceClassificat
     config = BertConfig(
         vocab_size=vocabulary_size,
         hidden_size=64,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         intermediate_size=256,
         max_position_embeddings=MAX_TOKENS,
@@ -319,4 +328,16 @@ def _make_encoder(vocabulary_size: int, seed: int) -> BertForSequenceClassificat
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BertForSequenceClassification(config)
+        network = BertForSequenceClassification(config)
+    positions = network.bert.embeddings.position_embeddings.weight
+    positions.data.copy_(_sinusoids(*positions.shape) * config.initializer_range * 2)
+    return network
+
+
+def _sinusoids(count: int, width: int) -> Tensor:
+    """Sines and cosines (count, width) of the position at geometric wavelengths; from them a neighbour is easily found.
+
+    Source: Vaswani et al. 2017, "Positional Encoding".
+    """
+    angles = torch.arange(count)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)
