@@ -144,14 +144,13 @@ def tune_command(
     if (model is None) != (dataset is None):
         absent = "model" if model is None else "dataset"
         raise typer.BadParameter(f"give --{absent} too, or neither for the embedded demo task")
-    if model is None:
-        model, dataset = _demo(root)
-        study = DEMO_FINETUNE if study == FINETUNE else study
-    flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
-    workload = _workload(model, flags, metric, max_length, task)
-    definition = load_finetune(study)
+    definition = load_finetune(DEMO_FINETUNE if model is None and study == FINETUNE else study)
     if objective is not None:
         definition = dataclasses.replace(definition, objective=objective)  # type: ignore[arg-type]  # checks itself
+    if model is None:
+        model, dataset = _demo(root)
+    flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
+    workload = _workload(model, flags, metric, max_length, task)
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         finished = tune(definition, workload, trials=trials, storage=url, runs=root, seed=seed, on_progress=on_progress)
     folder = best_checkpoint(finished, root)

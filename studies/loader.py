@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 
 FOLDER = Path(__file__).parent
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-OBJECTIVES = ("area", "metric")
+OBJECTIVES: tuple[Literal["area"], Literal["metric"]] = ("area", "metric")
 CROSSOVERS = ("uniform", "blxalpha", "sbx", "vsbx", "spx", "undx")
 
 Value: TypeAlias = bool | int | float | str
@@ -101,7 +101,7 @@ class FinetuneStudy:
     """
 
     name: str
-    objective: Literal["area", "metric"]
+    objective: Literal["area", "metric"] = OBJECTIVES[0]
     space: Space
     fixed: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
     first: tuple[Mapping[str, Value], ...] = ()
@@ -263,7 +263,6 @@ def _read_finetune(document: dict[str, Any], default_name: str) -> FinetuneStudy
         "the file",
         document,
         ("name", "objective", "sampler", "pruner", "space", "fixed", "first"),
-        needed=("objective",),
     )
     sampler = _table(document, "sampler", ("multivariate", "startup_trials"))
     pruner = _table(document, "pruner", ("startup_trials", "warmup_epochs"))
@@ -273,7 +272,7 @@ def _read_finetune(document: dict[str, Any], default_name: str) -> FinetuneStudy
     space = {key: _read_parameter(key, value) for key, value in _table(document, "space").items()}
     return FinetuneStudy(
         name=document.get("name", default_name),
-        objective=document["objective"],
+        objective=document.get("objective", OBJECTIVES[0]),
         space=MappingProxyType(space),
         fixed=MappingProxyType(_table(document, "fixed")),
         first=tuple(MappingProxyType(parameters) for parameters in first),
