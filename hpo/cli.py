@@ -182,7 +182,9 @@ def tune_command(
     for key, value in sorted(best.params.items()):
         out.print(f"  {key} = {value:.4g}" if isinstance(value, float) else f"  {key} = {value}", markup=False)
     out.print(f"Its model: {folder}", markup=False, soft_wrap=True)
-    out.print("Next: hpo search-lengths --trials 500", markup=False)
+    places = f" --storage {display_url(url)}" * (storage is not None) + f" --runs {root}" * (runs is not None)
+    source = f" --finetune-study {finished.study_name}" * (finished.study_name != FINETUNE)
+    out.print(f"Next: hpo search-lengths --trials 500{source}{places}", markup=False, soft_wrap=True)
 
 
 @app.command("search-lengths")

@@ -201,6 +201,7 @@ class _Run:
             wanted = min(size - done % size, self.trials - done)
             asked, adopted = adopted[:wanted], adopted[wanted:]
             try:
+                logger.info("%d of %d trials are done; the next generation is %d.", done, self.trials, wanted)
                 with self.times.measure("total"):
                     with self.times.measure("storage"):
                         while len(asked) < wanted:

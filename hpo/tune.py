@@ -176,6 +176,8 @@ def _run_missing(
         failures = 0 if failure is None else failures + 1
         if failure is not None:
             logger.warning("Trial %d failed: %s", trial.number, failure)
+        else:
+            logger.info("Trial %d is done: %s of %d, %s.", trial.number, done + 1, trials, _best_in_words(study))
         if failures == MAX_ATTEMPTS:
             raise HpoError(
                 f"{failures} trials of study {study.study_name!r} failed in a row, the last because: {failure} "

@@ -276,3 +276,17 @@ def _wait_for_new_trial(database: Path, process: subprocess.Popen, after: int) -
                 return
         time.sleep(0.02)
     raise AssertionError("no trial was finished in two minutes")
+
+
+def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path):
+    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    arguments = ["search-lengths", "--study", files["lengths"], "--trials", "2000"]
+    process = subprocess.Popen([sys.executable, "-m", "hpo.cli", *arguments], env=environment, stderr=subprocess.PIPE)
+    _wait_for_new_trial(Path(storage.removeprefix("sqlite:///")), process, after=0)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Interrupted: " in err
+    assert b"Traceback" not in err
+    study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
+    assert not [trial for trial in study.trials if trial.state == TrialState.RUNNING]
