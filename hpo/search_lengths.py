@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +14,11 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.samplers import BaseGASampler, nsgaii
-from optuna.storages import RDBStorage
+from optuna.samplers import nsgaii
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from hpo.mirror import AskedTrial, MirroredStudy
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.storage import finished_trials, open_storage, open_study
 from hpo.workload import (
@@ -150,20 +150,12 @@ def search_lengths(
         sampler=optuna.samplers.RandomSampler(),
     )
     with StudyRuns(runs, study).locked():
-        study.sampler = _sampler(definition, seed + len(study.get_trials(deepcopy=False)))
-        run = _Run(study, rdb, definition, model, loaded, trials, on_progress)
+        sampler = _sampler(definition, seed + len(study.get_trials(deepcopy=False)))
+        mirror = MirroredStudy(study, rdb, sampler, search_space(definition, model.num_layers))
+        run = _Run(study, mirror, definition, model, loaded, trials, on_progress)
         run.complete()
         run.score_front_on_report_split()
     return LengthSearch(study=study, evaluated=run.evaluated, reused=run.reused, times=run.times)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A trial that is in the database with its parameters and waits for its values."""
-
-    number: int
-    trial_id: int
-    config: LengthConfig
 
 
 @dataclass
@@ -171,7 +163,7 @@ class _Run:
     """One process's work on the study."""
 
     study: optuna.Study
-    storage: RDBStorage
+    mirror: MirroredStudy
     definition: LengthsStudy
     model: LengthAdaptiveModel
     loaded: LoadedWorkload
@@ -180,28 +172,24 @@ class _Run:
     evaluated: int = 0
     reused: int = 0
     times: SearchTimes = field(default_factory=SearchTimes)
-    _scored: dict[bytes, tuple[int, float]] = field(default_factory=dict)
+    _first_with: dict[bytes, int] = field(default_factory=dict)  # trial that first asked for these lengths
+    _metric_of: dict[bytes, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lengths_present: NDArray[np.int64] = np.unique(self.loaded.search.num_tokens)
-        retention = self.definition.retention
-        self._distributions: dict[str, BaseDistribution] = {
-            f"retention_{layer}": FloatDistribution(retention.low, retention.high, step=retention.step)
-            for layer in range(self.model.num_layers)
-        }
 
     def complete(self) -> None:
         """Ask, evaluate and tell generations until the study has its trials."""
         for trial in finished_trials(self.study):
             self._remember(trial.number, config_of(trial.params), float(trial.values[0]))
-        adopted = self._adopt_orphans()
-        self._enqueue_first_generation()
+        adopted = self.mirror.orphans()
+        self._enqueue_first_generation(adopted)
         while (done := len(finished_trials(self.study))) < self.trials:
             size = self.definition.population_size
             wanted = min(size - done % size, self.trials - done)
+            logger.info("%d of %d trials are done; the next generation is %d.", done, self.trials, wanted)
             asked, adopted = adopted[:wanted], adopted[wanted:]
             try:
-                logger.info("%d of %d trials are done; the next generation is %d.", done, self.trials, wanted)
                 with self.times.measure("total"):
                     with self.times.measure("storage"):
                         while len(asked) < wanted:
@@ -229,90 +217,77 @@ class _Run:
             self.study.set_user_attr(f"report_macs:{number}", mean_macs(self.model.shape, report.num_tokens, config))
             self.study.set_user_attr(f"report_metric:{number}", value)
 
-    def _ask(self) -> _Asked:
-        trial = self.study.ask(self._distributions)
-        if isinstance(self.study.sampler, BaseGASampler):
-            # Optuna gives no generation to a trial whose parameters were all enqueued, so it would never be a parent.
-            self.study.sampler.get_trial_generation(self.study, self.storage.get_trial(trial._trial_id))
-        return _Asked(trial.number, trial._trial_id, config_of(trial.params))
+    def _ask(self) -> AskedTrial:
+        asked = self.mirror.ask(self._attributes_of)
+        self._first_with.setdefault(self._key(config_of(asked.params)), asked.number)
+        return asked
 
-    def _evaluate(self, asked: Sequence[_Asked], done: int) -> list[float]:
+    def _attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The length config, and the trial whose score is reused where these lengths were asked for before."""
+        config = config_of(params)
+        earlier = self._first_with.get(self._key(config))
+        return {"shares": list(config.shares or ()), **({} if earlier is None else {"reused_from": earlier})}
+
+    def _evaluate(self, asked: Sequence[AskedTrial], done: int) -> list[float]:
         """The metric of each trial; those with lengths scored before, also within the generation, reuse it."""
-        new: dict[bytes, LengthConfig] = {}
-        for trial in asked:
-            key = self._key(trial.config)
-            if key not in self._scored:
-                new.setdefault(key, trial.config)
+        configs = {self._key(config): config for config in (config_of(trial.params) for trial in asked)}
+        new = {key: config for key, config in configs.items() if key not in self._metric_of}
 
         def report_share(share: float) -> None:
             if self.on_progress is not None:
                 self.on_progress(done + share * len(asked), self.trials, f"{self.reused} reused")
 
-        with self.times.measure("model"):
-            configs = list(new.values())
-            metrics = (
-                score(self.model, self.loaded.search, configs, self.loaded.metric, on_progress=report_share)
-                if new
-                else []
-            )
+        if new:
+            with self.times.measure("model"):
+                search, metric = self.loaded.search, self.loaded.metric
+                metrics = score(self.model, search, list(new.values()), metric, on_progress=report_share)
+            self._metric_of.update(zip(new, metrics, strict=True))
         self.evaluated += len(new)
-        metric_of = {key: metric for key, (_, metric) in self._scored.items()} | dict(zip(new, metrics, strict=True))
-        return [metric_of[self._key(trial.config)] for trial in asked]
+        self.reused += len(asked) - len(new)
+        return [self._metric_of[self._key(config_of(trial.params))] for trial in asked]
 
-    def _tell(self, asked: Sequence[_Asked], metrics: Sequence[float]) -> None:
+    def _tell(self, asked: Sequence[AskedTrial], metrics: Sequence[float]) -> None:
         for trial, metric in zip(asked, metrics, strict=True):
-            earlier = self._scored.get(self._key(trial.config))
-            self.storage.set_trial_user_attr(trial.trial_id, "shares", list(trial.config.shares or ()))
-            if earlier is not None:
-                self.storage.set_trial_user_attr(trial.trial_id, "reused_from", earlier[0])
-                self.reused += 1
-            cost = mean_macs(self.model.shape, self.loaded.search.num_tokens, trial.config)
-            self.study.tell(trial.number, (metric, cost))
-            self._remember(trial.number, trial.config, metric)
+            cost = mean_macs(self.model.shape, self.loaded.search.num_tokens, config_of(trial.params))
+            self.mirror.tell(trial, (metric, cost))
 
-    def _abandon(self, asked: Sequence[_Asked], reason: str) -> None:
+    def _abandon(self, asked: Sequence[AskedTrial], reason: str) -> None:
         """Fail trials that this process asked for and will not tell, as far as the database still answers."""
+        if not asked:
+            return
         try:
-            running = {trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+            running = self.mirror.running()
             for trial in asked:
                 if trial.number in running:
-                    self.storage.set_trial_user_attr(trial.trial_id, "failure", reason)
-                    self.study.tell(trial.number, state=TrialState.FAIL)
+                    self.mirror.fail(trial, reason)
         except (SQLAlchemyError, StorageInternalError) as error:
             logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", error)
 
-    def _adopt_orphans(self) -> list[_Asked]:
-        """Trials that a killed process asked for and never told: they are evaluated now, unless half asked."""
-        adopted = []
-        for orphan in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if set(orphan.params) == set(self._distributions):
-                adopted.append(_Asked(orphan.number, orphan._trial_id, config_of(orphan.params)))
-            else:
-                self.storage.set_trial_user_attr(orphan._trial_id, "failure", "the process ended while asking")
-                self.study.tell(orphan.number, state=TrialState.FAIL)
-        return adopted
-
-    def _enqueue_first_generation(self) -> None:
+    def _enqueue_first_generation(self, adopted: Sequence[AskedTrial]) -> None:
         """Queue the constant-rate configs over the whole range, unless they are in the study already."""
-        live = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.WAITING)
-        there = {
-            tuple(sorted((trial.system_attrs.get("fixed_params") or trial.params).items()))
-            for trial in self.study.get_trials(deepcopy=False, states=live)
-        }
+        there = [dict(trial.params) for trial in adopted] + [trial.params for trial in finished_trials(self.study)]
         for rate in constant_rates(self.definition)[: self.trials]:
-            parameters = dict.fromkeys(self._distributions, rate)
-            if tuple(sorted(parameters.items())) not in there:
-                self.study.enqueue_trial(parameters)
+            params = dict.fromkeys(self.mirror.distributions, rate)
+            if params not in there:
+                self.mirror.enqueue(params)
 
     def _remember(self, number: int, config: LengthConfig, metric: float) -> None:
-        self._scored.setdefault(self._key(config), (number, metric))
+        self._first_with.setdefault(self._key(config), number)
+        self._metric_of.setdefault(self._key(config), metric)
 
     def _key(self, config: LengthConfig) -> bytes:
         """Equal for configs that keep equal counts in every sequence of the search split."""
         return config.count_table(self._lengths_present).tobytes()
 
 
-def config_of(parameters: dict[str, Any]) -> LengthConfig:
+def search_space(definition: LengthsStudy, num_layers: int) -> dict[str, BaseDistribution]:
+    """`retention_0 .. retention_{L-1}`, each from the same fixed range."""
+    retention = definition.retention
+    distribution = FloatDistribution(retention.low, retention.high, step=retention.step)
+    return {f"retention_{layer}": distribution for layer in range(num_layers)}
+
+
+def config_of(parameters: Mapping[str, Any]) -> LengthConfig:
     """The length config that a trial's `retention_0 .. retention_{L-1}` stand for."""
     return LengthConfig.from_retention([parameters[f"retention_{layer}"] for layer in range(len(parameters))])
 
