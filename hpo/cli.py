@@ -278,8 +278,9 @@ def pareto_command(
 
     _quieten_libraries()
     url = storage_url(storage)
-    found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
-    front = compute_front(found, url)
+    with _database(url):
+        found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
+        front = compute_front(found, url)
     chosen = _choose(front, max_drop, budget)
     page = html or StudyRuns(runs_folder(runs), found).folder / "front.html"
     try:
@@ -300,7 +301,8 @@ def studies_command(storage: Storage = None, as_json: Json = False) -> None:
 
     _quieten_libraries()
     url = storage_url(storage)
-    described = describe_studies(open_storage(url, create=False))
+    with _database(url):
+        described = describe_studies(open_storage(url, create=False))
     if as_json:
         _print_json({"storage": display_url(url), "studies": described})
         return
@@ -352,17 +354,11 @@ def _explain(error: Exception) -> str | None:
     """One sentence for an error the user can put right; None for one that only we can."""
     if isinstance(error, HpoError | StudyFileError):
         return str(error)
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    from hpo.storage import explain_database_error, storage_url
     from model.data import DataError
     from model.encoder import CheckpointError
 
     if isinstance(error, DataError | CheckpointError):
         return str(error)
-    if isinstance(error, SQLAlchemyError | StorageInternalError):
-        return str(explain_database_error(error, storage_url(None)))
     if isinstance(error, OSError) and error.errno is not None:
         place = f" {error.filename}" if error.filename else ""
         return f"Cannot read or write{place}: {error.strerror}. Put it right and run the same command again."
@@ -401,18 +397,34 @@ def _progress(unit: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
-    """On Ctrl-C say what is safe and how to go on, and exit 130."""
+def _database(url: str) -> Iterator[None]:
+    """Name the database that fails in the middle of a command, in one sentence."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from hpo.storage import explain_database_error
+
     try:
         yield
-    except KeyboardInterrupt:
-        from hpo.storage import count_finished, display_url
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise explain_database_error(error, url) from error
 
+
+@contextmanager
+def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
+    """On Ctrl-C say what is safe and how to go on, and exit 130."""
+    from hpo.storage import count_finished, display_url
+
+    try:
+        with _database(url):
+            yield
+    except KeyboardInterrupt:
         done = count_finished(url, study)
         err.print(
             f"\nInterrupted: {done} of {trials} trials of study {study!r} are in {display_url(url)}. "
             "Run the same command again to continue.",
             markup=False,
+            soft_wrap=True,
         )
         raise typer.Exit(130) from None
 
@@ -475,7 +487,8 @@ def _trained_by(
     from hpo.storage import find_study, open_storage
     from hpo.workload import Workload
 
-    found = find_study(open_storage(url, create=False), finetune_study, start_with="hpo tune")
+    with _database(url):
+        found = find_study(open_storage(url, create=False), finetune_study, start_with="hpo tune")
     recorded = found.user_attrs.get("workload")
     if recorded is None:
         raise HpoError(f"Study {finetune_study!r} does not say what it used; pass --checkpoint and --dataset.")

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpo.mirror import AskedTrial, MirroredStudy
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
-from hpo.storage import finished_trials, open_storage, open_study
+from hpo.storage import database_reason, finished_trials, open_storage, open_study
 from hpo.workload import (
     LoadedWorkload,
     Workload,
@@ -261,7 +261,8 @@ class _Run:
                 if trial.number in running:
                     self.mirror.fail(trial, reason)
         except (SQLAlchemyError, StorageInternalError) as error:
-            logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", error)
+            reason = database_reason(error)
+            logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", reason)
 
     def _enqueue_first_generation(self, adopted: Sequence[AskedTrial]) -> None:
         """Queue the constant-rate configs over the whole range, unless they are in the study already."""

@@ -178,8 +178,8 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 def explain_database_error(error: BaseException, url: str) -> HpoError:
     """One sentence for a database that fails in the middle of a run."""
     return StorageError(
-        f"The database {display_url(url)} failed ({_reason(error)}); finished trials are safe in it, so put it right "
-        "and run the same command again to continue."
+        f"The database {display_url(url)} failed ({database_reason(error)}); finished trials are safe in it, so put it "
+        "right and run the same command again to continue."
     )
 
 
@@ -230,7 +230,7 @@ def _make_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
         except SQLAlchemyError as error:
             if not MADE_MEANWHILE.search(str(error)):
                 raise
-            logger.debug("Another process is making the tables: %s", _reason(error))
+            logger.debug("Another process is making the tables: %s", database_reason(error))
         time.sleep(wait_s)
     return RDBStorage(url, engine_kwargs=engine_kwargs)
 
@@ -267,10 +267,10 @@ def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
             "with `optuna storage upgrade --storage URL`, or pass another --storage."
         )
     remedy = "name another file" if is_sqlite else "check the URL and that its server answers, or name another database"
-    return f"Cannot use the storage {shown}: {_reason(error)}; {remedy} with --storage."
+    return f"Cannot use the storage {shown}: {database_reason(error)}; {remedy} with --storage."
 
 
-def _reason(error: BaseException) -> str:
+def database_reason(error: BaseException) -> str:
     """The driver's own words, without SQL, parameters, links or a full stop."""
     cause: BaseException = error
     while (inner := getattr(cause, "orig", None) or cause.__cause__) is not None:

@@ -290,3 +290,15 @@ def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage
     assert b"Traceback" not in err
     study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
     assert not [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+
+
+def test_database_that_fails_in_mid_run_is_named_without_its_password(tuned, files, monkeypatch, storage):
+    def fail(*args, **kwargs):
+        raise optuna.exceptions.StorageInternalError from sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("hpo.mirror.MirroredStudy.ask", fail)
+    monkeypatch.delenv("HPO_STORAGE")
+    code, _, err = tuned("search-lengths", "--study", files["lengths"], "--storage", storage)
+    assert code == 1
+    assert err.endswith("run the same command again to continue.\n")
+    assert f"{storage} failed (database or disk is full)" in err

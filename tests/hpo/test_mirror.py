@@ -1,0 +1,97 @@
+"""Trials asked in memory stand in the database as Optuna itself would have put them."""
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.samplers import NSGAIISampler
+from optuna.trial import TrialState
+
+from hpo.mirror import MirroredStudy
+from hpo.storage import open_storage
+
+SPACE = {name: FloatDistribution(0.0, 1.0) for name in ("x", "y")}
+
+
+@pytest.fixture
+def database(storage):
+    return open_storage(storage)
+
+
+@pytest.fixture
+def study(database):
+    return optuna.create_study(storage=database, study_name="s", directions=["maximize", "minimize"])
+
+
+def values(params) -> tuple[float, float]:
+    return params["x"] - params["y"] ** 2, params["x"] + params["y"]
+
+
+def test_search_equals_the_one_that_optuna_runs_on_the_database(study, database):
+    direct = optuna.create_study(
+        storage=database,
+        study_name="direct",
+        directions=["maximize", "minimize"],
+        sampler=NSGAIISampler(population_size=8, seed=3),
+    )
+    mirror = MirroredStudy(study, database, NSGAIISampler(population_size=8, seed=3), SPACE)
+    for _ in range(4):
+        asked = [mirror.ask(lambda params: {}) for _ in range(8)]
+        trials = [direct.ask(dict(SPACE)) for _ in range(8)]
+        for one, other in zip(asked, trials, strict=True):
+            mirror.tell(one, values(one.params))
+            direct.tell(other, values(other.params))
+    for one, other in zip(study.trials, direct.trials, strict=True):
+        assert (one.number, one.state, one.params, one.values) == (
+            other.number,
+            other.state,
+            other.params,
+            other.values,
+        )
+        assert (one.system_attrs, one.distributions) == (other.system_attrs, other.distributions)
+        assert one.datetime_start <= one.datetime_complete
+
+
+def test_running_trial_is_in_the_database_whole(study, database):
+    mirror = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE)
+    asked = mirror.ask(lambda params: {"sum": params["x"] + params["y"]})
+    (trial,) = study.trials
+    assert (trial.state, trial.params, trial.number) == (TrialState.RUNNING, asked.params, asked.number)
+    assert trial.user_attrs == {"sum": trial.params["x"] + trial.params["y"]}
+
+
+def test_enqueued_parameters_come_first_and_become_parents(study, database):
+    mirror = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=0), SPACE)
+    mirror.enqueue({"x": 1.0, "y": 0.0})
+    asked = [mirror.ask(lambda params: {}) for _ in range(4)]
+    assert asked[0].params == {"x": 1.0, "y": 0.0}
+    assert [trial.system_attrs["NSGAIISampler:generation"] for trial in study.trials] == [0, 0, 0, 0]
+
+
+def test_sampler_goes_on_where_the_database_stands(study, database):
+    first = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=0), SPACE)
+    for _ in range(4):
+        asked = first.ask(lambda params: {})
+        first.tell(asked, values(asked.params))
+    again = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=1), SPACE)
+    again.ask(lambda params: {})
+    assert study.trials[-1].system_attrs["NSGAIISampler:generation"] == 1
+
+
+def test_orphans_are_told_apart_from_half_asked_trials(study, database):
+    mirror = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE)
+    whole = mirror.ask(lambda params: {})
+    half = study.ask()
+    (orphan,) = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE).orphans()
+    assert (orphan.number, orphan.params) == (whole.number, whole.params)
+    assert study.trials[half.number].state == TrialState.FAIL
+    assert "while asking" in study.trials[half.number].user_attrs["failure"]
+
+
+def test_failed_trial_says_why(study, database):
+    mirror = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE)
+    asked = mirror.ask(lambda params: {})
+    assert mirror.running() == {asked.number}
+    mirror.fail(asked, "interrupted")
+    assert study.trials[0].state == TrialState.FAIL
+    assert study.trials[0].user_attrs == {"failure": "interrupted"}
+    assert mirror.running() == set()
