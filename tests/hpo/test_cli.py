@@ -1,6 +1,7 @@
 """The command line: the whole path, exit codes, one-line errors, JSON on stdout and nothing else."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -10,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import optuna
 import pytest
+import transformers
 from optuna.trial import TrialState
 
 import hpo.cli
@@ -51,7 +54,22 @@ def files(tmp_path) -> dict[str, str]:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, storage, tmp_path):
+def restored_logging():
+    """The command sets up logging for its whole process; other tests share this one."""
+    names = ("hpo", "model", "studies", "huggingface_hub", "transformers", "datasets", "optuna")
+    before = [
+        (logger, list(logger.handlers), logger.propagate, logger.level) for logger in map(logging.getLogger, names)
+    ]
+    yield
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def command(restored_logging, monkeypatch, capsys, storage, tmp_path):
     """Run `hpo ARGUMENTS` in this process; returns exit code, stdout and stderr."""
     monkeypatch.setenv("HPO_STORAGE", storage)
     monkeypatch.setenv("HPO_RUNS", str(tmp_path / "runs"))
