@@ -378,6 +378,7 @@ def _quieten_libraries() -> None:
     datasets.disable_progress_bars()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # reports a Ctrl-C within a query as a traceback
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from hpo.mirror import AskedTrial, MirroredStudy
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
-from hpo.storage import database_reason, finished_trials, open_storage, open_study
+from hpo.storage import database_reason, finished_trials, open_storage, open_study, uninterrupted
 from hpo.workload import (
     LoadedWorkload,
     Workload,
@@ -184,18 +184,18 @@ class _Run:
             self._remember(trial.number, config_of(trial.params), float(trial.values[0]))
         adopted = self.mirror.orphans()
         self._enqueue_first_generation(adopted)
-        while (done := len(finished_trials(self.study))) < self.trials:
+        while (done := self._count_finished()) < self.trials:
             size = self.definition.population_size
             wanted = min(size - done % size, self.trials - done)
             logger.info("%d of %d trials are done; the next generation is %d.", done, self.trials, wanted)
             asked, adopted = adopted[:wanted], adopted[wanted:]
             try:
                 with self.times.measure("total"):
-                    with self.times.measure("storage"):
+                    with self.times.measure("storage"), uninterrupted():
                         while len(asked) < wanted:
                             asked.append(self._ask())
                     metrics = self._evaluate(asked, done)
-                    with self.times.measure("storage"):
+                    with self.times.measure("storage"), uninterrupted():
                         self._tell(asked, metrics)
             except BaseException as error:
                 self._abandon([*asked, *adopted], "interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
@@ -216,6 +216,10 @@ class _Run:
         for (number, config), value in zip(missing.items(), values, strict=True):
             self.study.set_user_attr(f"report_macs:{number}", mean_macs(self.model.shape, report.num_tokens, config))
             self.study.set_user_attr(f"report_metric:{number}", value)
+
+    def _count_finished(self) -> int:
+        with uninterrupted():
+            return len(finished_trials(self.study))
 
     def _ask(self) -> AskedTrial:
         asked = self.mirror.ask(self._attributes_of)
@@ -256,10 +260,11 @@ class _Run:
         if not asked:
             return
         try:
-            running = self.mirror.running()
-            for trial in asked:
-                if trial.number in running:
-                    self.mirror.fail(trial, reason)
+            with uninterrupted():
+                running = self.mirror.running()
+                for trial in asked:
+                    if trial.number in running:
+                        self.mirror.fail(trial, reason)
         except (SQLAlchemyError, StorageInternalError) as error:
             reason = database_reason(error)
             logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", reason)

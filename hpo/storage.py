@@ -6,11 +6,13 @@ Optuna's own tables hold everything, so optuna-dashboard and `optuna.load_study`
 import logging
 import os
 import re
+import signal
 import sqlite3
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote_plus
@@ -173,6 +175,25 @@ def find_study(storage: RDBStorage, name: str, start_with: str) -> optuna.Study:
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that were completed or stopped early, by number; these count towards `--trials`."""
     return study.get_trials(deepcopy=False, states=FINISHED)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let a Ctrl-C wait until the block, a few transactions, is through; a driver cut short leaves a broken connection.
+
+    Outside the main thread, which alone receives signals, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def explain_database_error(error: BaseException, url: str) -> HpoError:

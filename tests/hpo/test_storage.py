@@ -1,4 +1,5 @@
 import gc
+import signal
 import sqlite3
 import sys
 import threading
@@ -27,6 +28,7 @@ from hpo.storage import (
     open_storage,
     open_study,
     storage_url,
+    uninterrupted,
 )
 
 SERVERS = {
@@ -509,3 +511,18 @@ def test_several_may_open_a_new_database_of_a_server_at_the_same_moment(server_u
 
 def test_a_server_without_the_database_says_so(server_url):
     assert "nosuchdb" in refusal(server_url.rpartition("/")[0] + "/nosuchdb")
+
+
+def test_ctrl_c_waits_until_the_transactions_are_through():
+    steps = []
+
+    def tell() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("told")
+
+    with pytest.raises(KeyboardInterrupt):
+        tell()
+    assert steps == ["told"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
