@@ -23,6 +23,7 @@ from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.storage import database_reason, finished_trials, open_storage, open_study, uninterrupted
 from hpo.workload import (
     LoadedWorkload,
+    ProgressHook,
     Workload,
     compute_device,
     library_versions,
@@ -48,9 +49,6 @@ CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
     "spx": nsgaii.SPXCrossover,
     "undx": nsgaii.UNDXCrossover,
 }
-
-ProgressHook = Callable[[float, int, str], None]
-"""Called with the trials done (a running generation counts in part), the trials in all, and a remark."""
 
 
 @dataclass

@@ -15,7 +15,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from hpo.errors import HpoError
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.storage import finished_trials, open_storage, open_study
-from hpo.workload import LoadedWorkload, Workload, library_versions, load_encoder, load_workload, require_trials
+from hpo.workload import (
+    LoadedWorkload,
+    ProgressHook,
+    Workload,
+    library_versions,
+    load_encoder,
+    load_workload,
+    require_trials,
+)
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
 from model.length_config import LengthConfig
@@ -29,9 +37,6 @@ AREA_COSTS = (1.0, 0.7, 0.5, 0.35)
 """Relative MACs whose constant-rate configs the objective `area` averages over."""
 MAX_ATTEMPTS = 3
 """How often the parameters of a trial whose process died are tried, and how many failures in a row end a study."""
-
-ProgressHook = Callable[[float, int, str], None]
-"""Called with the trials done (a running one counts in part), the trials in all, and the best value in words."""
 
 
 def tune(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
 from model.data import Corpus, DataSpec, EncodedSplit, encode, load_corpus
-from model.encoder import TASKS, CheckpointError, LengthAdaptiveModel, explain_load_failure, read_config
+from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, explain_load_failure, read_config
 from model.hub import only_local_files
 from model.tasks import Metric, get_metric
 
 DEFAULT_MAX_LENGTH = 512
+
+ProgressHook = Callable[[float, int, str], None]
+"""Called with the trials done (running ones count in part), the trials in all, and a remark."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,7 @@ class Workload:
     max_length: int = DEFAULT_MAX_LENGTH
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r} is not supported; choose one of {', '.join(TASKS)}.")
+        check_task(self.task)
         get_metric(self.metric)
         if self.max_length < 4:
             raise ValueError(f"max_length={self.max_length}; choose at least 4 tokens.")

@@ -49,7 +49,7 @@ class LengthAdaptiveModel(nn.Module):
         model_type = str(network.config.model_type)
         if model_type not in FAMILIES:
             raise CheckpointError(f"Encoders of type {model_type!r} are not supported; use one of {sorted(FAMILIES)}.")
-        _check_task(task)
+        check_task(task)
         self.network = network
         self.task = task
         self.family = FAMILIES[model_type]
@@ -74,7 +74,7 @@ class LengthAdaptiveModel(nn.Module):
             CheckpointError: There is no such model, its weights are damaged or of another architecture.
             ValueError: Unknown task.
         """
-        _check_task(task)
+        check_task(task)
         labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
         if label_names is not None:
             labels["id2label"] = dict(enumerate(label_names))
@@ -279,7 +279,8 @@ def _real_tokens(
     return (None if (num_tokens_B == length).all() else mask_BL), num_tokens_B
 
 
-def _check_task(task: str) -> None:
+def check_task(task: str) -> None:
+    """Refuse a task that no head is there for, by a `ValueError` that lists the known ones."""
     if task not in TASKS:
         raise ValueError(f"task={task!r} is not supported; choose one of {', '.join(TASKS)}.")
 
