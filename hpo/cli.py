@@ -218,7 +218,7 @@ def search_lengths_command(
 ) -> None:
     """Search how many tokens each layer should keep: NSGA-II over quality and cost."""
     _check_choice(max_drop, budget)
-    from hpo.front import compute_front
+    from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
     from hpo.search_lengths import search_lengths
     from hpo.storage import storage_url
@@ -245,12 +245,13 @@ def search_lengths_command(
             seed=workload.data.seed,
             on_progress=on_progress,
         )
-    front = compute_front(search.study, url)
+    with _database(url):
+        front, history = compute_front(search.study, url), hypervolume_history(search.study)
     chosen = _choose(front, max_drop, budget)
     if search.reused:
         err.print(f"{search.reused} trials resolved to lengths already scored and reused the score.", markup=False)
     folder = StudyRuns(root, search.study).folder
-    _draw(search.study, front, chosen, folder / "front.html", [folder / "front.png", folder / "front.svg"])
+    _draw(front, history, chosen, folder / "front.html", [folder / "front.png", folder / "front.svg"])
     _show_front(front, chosen, as_json)
 
 
@@ -272,7 +273,7 @@ def pareto_command(
 ) -> None:
     """Print and draw the front of a lengths study, and the point that meets a budget."""
     _check_choice(max_drop, budget)
-    from hpo.front import compute_front
+    from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
     from hpo.storage import find_study, open_storage, storage_url
 
@@ -280,11 +281,11 @@ def pareto_command(
     url = storage_url(storage)
     with _database(url):
         found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
-        front = compute_front(found, url)
+        front, history = compute_front(found, url), hypervolume_history(found)
     chosen = _choose(front, max_drop, budget)
     page = html or StudyRuns(runs_folder(runs), found).folder / "front.html"
     try:
-        _draw(found, front, chosen, page, image or [])
+        _draw(front, history, chosen, page, image or [])
     except OSError as error:
         if html is not None or image:
             raise
@@ -527,12 +528,11 @@ def _show_front(front: "Front", chosen: "FrontPoint | None", as_json: bool) -> N
     out.print(front_table(front, chosen))
 
 
-def _draw(study: "optuna.Study", front: "Front", chosen: "FrontPoint | None", page: Path, images: list[Path]) -> None:
-    from hpo.front import hypervolume_history
+def _draw(front: "Front", history: list[float], chosen: "FrontPoint | None", page: Path, images: list[Path]) -> None:
     from hpo.plot import draw_front, write_image, write_page
 
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_page(front, hypervolume_history(study), page, chosen)
+    write_page(front, history, page, chosen)
     err.print(f"Page: {page}", markup=False, soft_wrap=True)
     figure = draw_front(front, chosen)
     for image in images:

@@ -145,7 +145,6 @@ def search_lengths(
             "median_tokens": int(np.median(loaded.search.num_tokens)),
             FOLDER_ATTRIBUTE: new_folder_name(definition.name),
         },
-        sampler=optuna.samplers.RandomSampler(),
     )
     with StudyRuns(runs, study).locked():
         sampler = _sampler(definition, seed + len(study.get_trials(deepcopy=False)))

@@ -3,6 +3,7 @@
 Optuna's own tables hold everything, so optuna-dashboard and `optuna.load_study` see all of it.
 """
 
+import functools
 import logging
 import os
 import re
@@ -11,15 +12,16 @@ import sqlite3
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 from urllib.parse import quote_plus
 
 import optuna
 import sqlalchemy
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
@@ -112,10 +114,8 @@ def open_study(
     metric_names: Sequence[str],
     identity: Mapping[str, str],
     attributes: Mapping[str, Any],
-    sampler: optuna.samplers.BaseSampler,
-    pruner: optuna.pruners.BasePruner | None = None,
 ) -> optuna.Study:
-    """Create the study, or resume the one of that name if it is the same one.
+    """Create the study, or resume the one of that name if it is the same one; the caller sets sampler and pruner.
 
     Args:
         storage: An open storage.
@@ -124,14 +124,10 @@ def open_study(
         metric_names: A name per objective, which optuna-dashboard shows on its axes.
         identity: What a study may not change, such as its model's fingerprint, by the word the user knows it by.
         attributes: Further facts, written once when the study is made.
-        sampler: Proposes parameters.
-        pruner: Stops trials early; single-objective studies only.
     Raises:
         StudyChanged: A study of that name has another identity; the message names what differs.
     """
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=directions, sampler=sampler, pruner=pruner, load_if_exists=True
-    )
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
     recorded = study.user_attrs.get(IDENTITY)
     if recorded is None:
         if study.get_trials(deepcopy=False):
@@ -177,23 +173,53 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=FINISHED)
 
 
+class _Waiting:
+    """A handler for Ctrl-C that only remembers it."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.pressed = True
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Let a Ctrl-C wait until the block, a few transactions, is through; a driver cut short leaves a broken connection.
 
-    Outside the main thread, which alone receives signals, this does nothing.
+    Blocks may be nested: it is raised at the end of the outermost. Outside the main thread, which alone receives
+    signals, this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or isinstance(
+        signal.getsignal(signal.SIGINT), _Waiting
+    ):
         yield
         return
-    waiting: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    waiting = _Waiting()
+    before = signal.signal(signal.SIGINT, waiting)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if waiting:
+    if waiting.pressed:
         raise KeyboardInterrupt
+
+
+def _in_one_go(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def through(*args: Any, **kwargs: Any) -> Any:
+        with uninterrupted():
+            return call(*args, **kwargs)
+
+    return through
+
+
+class UninterruptedStorage(RDBStorage):
+    """Optuna's SQL storage, each of whose calls a Ctrl-C waits for."""
+
+
+for _name in BaseStorage.__abstractmethods__:
+    setattr(UninterruptedStorage, _name, _in_one_go(getattr(RDBStorage, _name)))
 
 
 def explain_database_error(error: BaseException, url: str) -> HpoError:
@@ -247,13 +273,13 @@ def _make_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
     """Optuna's storage; where another process makes the same new tables at this moment, it is given time to finish."""
     for wait_s in RACE_WAITS_S:
         try:
-            return RDBStorage(url, engine_kwargs=engine_kwargs)
+            return UninterruptedStorage(url, engine_kwargs=engine_kwargs)
         except SQLAlchemyError as error:
             if not MADE_MEANWHILE.search(str(error)):
                 raise
             logger.debug("Another process is making the tables: %s", database_reason(error))
         time.sleep(wait_s)
-    return RDBStorage(url, engine_kwargs=engine_kwargs)
+    return UninterruptedStorage(url, engine_kwargs=engine_kwargs)
 
 
 def _relax_sqlite_sync(connection: Any, _record: Any) -> None:

@@ -94,7 +94,6 @@ def tune(
             "versions": library_versions(),
             FOLDER_ATTRIBUTE: new_folder_name(definition.name),
         },
-        sampler=optuna.samplers.RandomSampler(),
     )
     study_runs = StudyRuns(runs, study)
     with study_runs.locked():

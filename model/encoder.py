@@ -122,11 +122,6 @@ class LengthAdaptiveModel(nn.Module):
         return self.shape.num_layers
 
     @property
-    def max_tokens(self) -> int:
-        """Longest sequence the position embeddings allow."""
-        return int(self.network.config.max_position_embeddings)
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device

@@ -84,7 +84,6 @@ def make_study(storage, name="lengths", *, identity=None, attributes=None, direc
         metric_names=("accuracy", "macs")[: len(directions)],
         identity={"model": "m1", "dataset": "d1", "search space": "s1"} | (identity or {}),
         attributes={"kind": "lengths", "runs_folder": "lengths-1"} | (attributes or {}),
-        sampler=optuna.samplers.RandomSampler(seed=0),
     )
 
 
@@ -526,3 +525,32 @@ def test_ctrl_c_waits_until_the_transactions_are_through():
     assert steps == ["told"]
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_the_outermost_block():
+    steps = []
+
+    def ask_and_tell() -> None:
+        with uninterrupted():
+            with uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+            steps.append("asked")
+        steps.append("told")
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_and_tell()
+    assert steps == ["asked"]
+
+
+def test_ctrl_c_within_a_storage_call_comes_after_it(tmp_path):
+    storage = open_storage(f"sqlite:///{tmp_path / 'hpo.db'}")
+    study = make_study(storage)
+
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        study.set_user_attr("note", "written")
+    sqlalchemy.event.remove(storage.engine, "before_cursor_execute", interrupt)
+    assert study.user_attrs["note"] == "written"
