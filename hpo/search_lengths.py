@@ -25,7 +25,6 @@ from hpo.workload import (
     LoadedWorkload,
     ProgressHook,
     Workload,
-    compute_device,
     library_versions,
     load_encoder,
     load_workload,
@@ -33,6 +32,7 @@ from hpo.workload import (
 )
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
+from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.macs import mean_macs
 from studies.loader import LengthsStudy

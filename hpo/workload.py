@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
@@ -147,11 +146,6 @@ def library_versions() -> dict[str, str]:
     """Versions that decide a result, for the record."""
     names = ("hpo", "torch", "transformers", "optuna", "datasets", "tokenizers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def compute_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def require_trials(trials: int) -> None:

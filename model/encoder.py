@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from model.families import FAMILIES
+from model.families import FAMILIES, attend
 from model.hub import only_local_files
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, sequence_macs
@@ -156,14 +156,15 @@ class LengthAdaptiveModel(nn.Module):
             raise ValueError(f"The length config has {length_config.num_layers} layers, the model {self.num_layers}.")
         mask_BL, num_tokens_B = _real_tokens(input_ids, attention_mask)
         counts_BN = None if length_config is None else length_config.count_table(num_tokens_B)
-        hidden = self.family.embed(self.network, input_ids, token_type_ids)
+        positions_1L = torch.arange(input_ids.size(1), device=input_ids.device)[None]
+        hidden = self.family.embed(self.network, input_ids, token_type_ids, positions_1L)
         arriving_B = num_tokens_B
         for layer in range(self.num_layers):
             if layer in skip_layers:
                 continue
             keep_B = arriving_B if counts_BN is None else counts_BN[:, layer]
             drops = bool((keep_B < arriving_B).any())
-            hidden, score = self.family.attend(self.network, layer, hidden, mask_BL, with_scores=drops)
+            hidden, score = attend(self.family, self.network, layer, hidden, mask_BL, with_scores=drops)
             if score is not None:
                 hidden, mask_BL = keep_significant(hidden, score, keep_B, mask_BL)
                 arriving_B = keep_B
@@ -225,8 +226,6 @@ def keep_significant(
 ) -> tuple[Tensor, Tensor | None]:
     """Keep [CLS] and each sequence's most attended other tokens, in reading order.
 
-    Among equal scores the earlier token wins, so that the choice does not depend on padding or batch mates.
-
     Args:
         hidden_BLD: Token vectors after self-attention; the first of each sequence is [CLS].
         score_BL: Attention each token received.
@@ -246,8 +245,7 @@ def keep_significant(
         raise ValueError(f"keep={least if least < 1 else most}, but {length} tokens arrive; choose 1..{length}.")
     if mask_BL is not None:
         score_BL = score_BL.masked_fill(~mask_BL, -torch.inf)
-    score_BL = F.pad(score_BL[:, 1:], (1, 0), value=torch.inf)  # the classifier reads [CLS]
-    positions_BK = score_BL.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    positions_BK = significance_order(score_BL)[:, :most]
     kept_mask_BK = None
     if least < most:
         counts_B1 = torch.from_numpy(counts_B.copy()).to(score_BL.device)[:, None]
@@ -258,6 +256,15 @@ def keep_significant(
         kept_mask_BK = positions_BK < length
         positions_BK = positions_BK.clamp(max=length - 1)
     return hidden_BLD.take_along_dim(positions_BK[:, :, None], dim=1), kept_mask_BK
+
+
+def significance_order(score_BL: Tensor) -> Tensor:
+    """Positions of each sequence's tokens, [CLS] first and then the most attended first; (B, L).
+
+    Among equal scores the earlier token wins, so that the order does not depend on padding or batch mates.
+    """
+    score_BL = F.pad(score_BL[:, 1:], (1, 0), value=torch.inf)  # the classifier reads [CLS]
+    return score_BL.sort(dim=1, descending=True, stable=True).indices
 
 
 def _real_tokens(

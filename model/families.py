@@ -1,9 +1,12 @@
 """What the length-adaptive encoder needs to know of each transformers architecture.
 
 An `EncoderFamily` names the parts of a transformers network and computes one layer in two halves, self-attention and
-feed-forward, because tokens are dropped between them. Nothing else in the project knows an architecture.
+feed-forward, because tokens are dropped between them. Of self-attention only `mix` looks at more than one token, so
+all other parts take rows of tokens packed from sequences of any length. Nothing else in the project knows an
+architecture.
 
-Shape letters: B sequences, L tokens arriving, D hidden size, H heads, C classes.
+Shape letters: B sequences, L tokens arriving, R rows (any leading dimensions of tokens), D hidden size, P what
+`project` makes of a token, H heads, C classes.
 """
 
 from typing import Any, Protocol
@@ -22,25 +25,33 @@ class EncoderFamily(Protocol):
     def shape(self, config: PreTrainedConfig) -> EncoderShape:
         """The sizes that decide the encoder's cost."""
 
-    def embed(self, network: PreTrainedModel, input_ids_BL: Tensor, token_type_ids_BL: Tensor | None) -> Tensor:
-        """Token vectors (B, L, D) that enter the first layer."""
+    def embed(
+        self, network: PreTrainedModel, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor
+    ) -> Tensor:
+        """Token vectors (R, D) that enter the first layer; `positions_R` counts from 0 in each sequence."""
 
-    def attend(
-        self, network: PreTrainedModel, layer: int, hidden_BLD: Tensor, mask_BL: Tensor | None, with_scores: bool
+    def project(self, network: PreTrainedModel, layer: int, hidden_RD: Tensor) -> Tensor:
+        """What self-attention needs of each token, its query, key and value, as (R, P)."""
+
+    def mix(
+        self, network: PreTrainedModel, layer: int, projected_BLP: Tensor, mask_BL: Tensor | None, with_scores: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The self-attention half of a layer, its residual and LayerNorm included.
+        """Let the tokens of each sequence attend to each other.
 
         Args:
             network: The transformers network.
             layer: Index of the layer.
-            hidden_BLD: Token vectors that arrive.
+            projected_BLP: `project` of the token vectors that arrive.
             mask_BL: True at real tokens; None where all are real.
             with_scores: Also return how much attention each token received.
         Returns:
-            The attended vectors (B, L, D), and the float32 scores (B, L) or None.
+            The context (B, L, D), and the float32 scores (B, L) or None.
         """
 
-    def feed_forward(self, network: PreTrainedModel, layer: int, attended_BKD: Tensor) -> Tensor:
+    def merge(self, network: PreTrainedModel, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
+        """The attended vectors: output projection of the context, residual and LayerNorm."""
+
+    def feed_forward(self, network: PreTrainedModel, layer: int, attended_RD: Tensor) -> Tensor:
         """The feed-forward half of a layer, its residual and LayerNorm included."""
 
     def classify(self, network: PreTrainedModel, hidden_BKD: Tensor) -> Tensor:
@@ -59,26 +70,32 @@ class BertFamily:
             head_macs_per_sequence=d * d + d * config.num_labels,
         )
 
-    def embed(self, network: Any, input_ids_BL: Tensor, token_type_ids_BL: Tensor | None) -> Tensor:
-        embeddings: Tensor = network.bert.embeddings(input_ids=input_ids_BL, token_type_ids=token_type_ids_BL)
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        embeddings: Tensor = network.bert.embeddings(
+            input_ids=input_ids_R, token_type_ids=token_type_ids_R, position_ids=positions_R
+        )
         return embeddings
 
-    def attend(
-        self, network: Any, layer: int, hidden_BLD: Tensor, mask_BL: Tensor | None, with_scores: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        block = network.bert.encoder.layer[layer].attention
-        heads = block.self.num_attention_heads
-        query, key, value = (
-            projection(hidden_BLD).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for projection in (block.self.query, block.self.key, block.self.value)
-        )
-        dropout = block.self.dropout.p if network.training else 0.0
-        context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores)
-        attended = block.output(context_BHLd.transpose(1, 2).flatten(2), hidden_BLD)
-        return attended, score_BL
+    def project(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
+        block = network.bert.encoder.layer[layer].attention.self
+        parts = (block.query, block.key, block.value)
+        return F.linear(hidden_RD, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
 
-    def feed_forward(self, network: Any, layer: int, attended_BKD: Tensor) -> Tensor:
-        hidden: Tensor = network.bert.encoder.layer[layer].feed_forward_chunk(attended_BKD)
+    def mix(
+        self, network: Any, layer: int, projected_BLP: Tensor, mask_BL: Tensor | None, with_scores: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        block = network.bert.encoder.layer[layer].attention.self
+        query, key, value = projected_BLP.unflatten(-1, (3, block.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = block.dropout.p if network.training else 0.0
+        context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores)
+        return context_BHLd.transpose(1, 2).flatten(2), score_BL
+
+    def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
+        attended: Tensor = network.bert.encoder.layer[layer].attention.output(context_RD, hidden_RD)
+        return attended
+
+    def feed_forward(self, network: Any, layer: int, attended_RD: Tensor) -> Tensor:
+        hidden: Tensor = network.bert.encoder.layer[layer].feed_forward_chunk(attended_RD)
         return hidden
 
     def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
@@ -88,6 +105,20 @@ class BertFamily:
 
 FAMILIES: dict[str, EncoderFamily] = {"bert": BertFamily()}
 """Adapters by transformers' `model_type`."""
+
+
+def attend(
+    family: EncoderFamily,
+    network: PreTrainedModel,
+    layer: int,
+    hidden_BLD: Tensor,
+    mask_BL: Tensor | None,
+    with_scores: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The whole self-attention half of a layer, for a batch; see `EncoderFamily.mix` for arguments and results."""
+    projected_BLP = family.project(network, layer, hidden_BLD)
+    context_BLD, score_BL = family.mix(network, layer, projected_BLP, mask_BL, with_scores)
+    return family.merge(network, layer, context_BLD, hidden_BLD), score_BL
 
 
 def attention(

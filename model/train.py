@@ -29,6 +29,7 @@ from transformers import (
 from model.data import EncodedSplit
 from model.distill import Divergence, distillation_loss
 from model.encoder import LengthAdaptiveModel
+from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
 
 logger = logging.getLogger(__name__)
@@ -261,13 +262,6 @@ def sample_sandwich(settings: TrainingSettings, num_layers: int, generator: np.r
         ShortPass(LengthConfig.from_retention(retention.tolist()), frozenset(np.flatnonzero(skip).tolist()))
         for retention, skip in zip((smallest, *drawn), skipped, strict=True)
     ]
-
-
-def computes_in_bf16() -> bool:
-    """Whether the GPU, or without one this processor, has bf16 matrix products."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class _Hooks(TrainerCallback):

@@ -180,11 +180,11 @@ class Spy:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def attend(self, network, layer, hidden, mask, with_scores):
-        self.arriving.append(hidden.size(1))
+    def mix(self, network, layer, projected, mask, with_scores):
+        self.arriving.append(projected.size(1))
         self.masks.append(mask)
         self.scored.append(with_scores)
-        return self.inner.attend(network, layer, hidden, mask, with_scores)
+        return self.inner.mix(network, layer, projected, mask, with_scores)
 
     def feed_forward(self, network, layer, attended):
         self.fed.append(attended.size(1))

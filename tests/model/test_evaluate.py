@@ -8,7 +8,7 @@ import torch
 
 from model.data import EncodedSplit
 from model.encoder import LengthAdaptiveModel
-from model.evaluate import predict, score
+from model.evaluate import Evaluator, choose_precision, predict, score, stratified_blocks
 from model.length_config import LengthConfig
 from model.tasks import get_metric
 
@@ -67,38 +67,54 @@ def predict_one_by_one(model, split, configs):
         ]
 
 
-class Calls:
-    """A family that computes as `inner` does and counts."""
+class Rows:
+    """A family that computes as `inner` does and counts the rows that go through each part."""
 
     def __init__(self, inner):
-        self.inner, self.attended, self.scored, self.fed = inner, 0, 0, 0
+        self.inner, self.projected, self.mixed, self.scored, self.fed = inner, [], 0, 0, []
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def attend(self, network, layer, hidden, mask, with_scores):
+    def project(self, network, layer, hidden):
+        self.projected.append(hidden.size(0))
+        return self.inner.project(network, layer, hidden)
+
+    def mix(self, network, layer, projected, mask, with_scores):
         assert mask is None, "nothing is padded"
-        self.attended += 1
-        self.scored += with_scores
-        return self.inner.attend(network, layer, hidden, mask, with_scores)
+        rows = projected.size(0) * projected.size(1)
+        self.mixed += rows
+        self.scored += rows * with_scores
+        return self.inner.mix(network, layer, projected, mask, with_scores)
 
     def feed_forward(self, network, layer, attended):
-        self.fed += 1
+        self.fed.append(attended.size(0))
         return self.inner.feed_forward(network, layer, attended)
 
 
 @pytest.fixture
-def calls(model):
-    model.family = Calls(model.family)
+def rows(model, monkeypatch):
+    """Counts rows, of which none are fillers."""
+    monkeypatch.setattr("model.evaluate.ROW_STEP", 1)
+    model.family = Rows(model.family)
     return model.family
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 18, 30, 2048])
-def test_predictions_equal_one_pass_per_config_and_example(model, split, configs, tokens_per_batch):
-    predictions = predict(model, split, configs, tokens_per_batch=tokens_per_batch)
+@pytest.mark.parametrize("rows_per_chunk", [1, 18, 30, 2048])
+@pytest.mark.parametrize("num_blocks", [1, 5])
+def test_predictions_equal_one_pass_per_config_and_example(model, split, configs, rows_per_chunk, num_blocks):
+    evaluator = Evaluator(model, split, rows_per_chunk=rows_per_chunk, num_blocks=num_blocks)
+    predictions = evaluator.predict(configs)
     assert predictions.dtype == np.int64
     assert predictions.tolist() == predict_one_by_one(model, split, configs)
     assert len({tuple(row) for row in predictions.tolist()}) > 3, "the configs should not all agree"
+
+
+def test_a_block_is_predicted_in_its_own_order(model, split, configs):
+    evaluator = Evaluator(model, split, num_blocks=3)
+    expected = np.array(predict_one_by_one(model, split, configs))
+    for number, block in enumerate(evaluator.blocks):
+        np.testing.assert_array_equal(evaluator.predict_block(number, configs), expected[:, block])
 
 
 def test_the_order_of_configs_does_not_matter(model, split, configs):
@@ -106,7 +122,7 @@ def test_the_order_of_configs_does_not_matter(model, split, configs):
     np.testing.assert_array_equal(predict(model, split, configs[::-1]), predictions[::-1])
 
 
-def test_no_configs_and_no_examples_give_empty_arrays(model, split, configs, make_batch):
+def test_no_configs_and_no_examples_give_empty_arrays(model, split, configs):
     assert predict(model, split, []).shape == (0, len(LENGTHS))
     assert predict(model, as_split({}, []), configs).shape == (len(configs), 0)
 
@@ -116,60 +132,112 @@ def test_configs_of_another_number_of_layers_are_refused(model, split):
         predict(model, split, [LengthConfig.full(4), LengthConfig.full(3)])
 
 
-def test_configs_with_a_common_beginning_share_its_computation(model, calls, make_batch):
+def test_configs_with_a_common_beginning_share_its_computation(model, rows, make_batch):
     split = as_split(make_batch([10, 10]), [10, 10])
     caps = [(8, 6, 6, 2), (8, 6, 3, 3), (8, 8, 8, 8), (8, 6, 6, 2), (10, 10, 10, 10)]
     predict(model, split, [LengthConfig.from_lengths(lengths, max_length=10) for lengths in caps])
-    # layer 0 once; after it 8 or 10; after that 8-6, 8-8 or 10-10; then 8-6-6, 8-6-3, 8-8-8 or 10-10-10
-    assert calls.attended == 1 + 2 + 3 + 4
-    assert calls.fed == 2 + 3 + 4 + 4
-    assert calls.scored == 1 + 1 + 1 + 1  # where a config drops: at the root, after 8, after 8-6, after 8-6-6
+    # layer 0 once; then after 8 and 10; after 8-6, 8-8 and 10-10; after 8-6-6, 8-6-3, 8-8-8 and 10-10-10
+    assert sum(rows.projected) == rows.mixed == 2 * (10 + (8 + 10) + (6 + 8 + 10) + (6 + 3 + 8 + 10))
+    assert sum(rows.fed) == 2 * ((8 + 10) + (6 + 8 + 10) + (6 + 3 + 8 + 10) + (2 + 3 + 8 + 10))
+    assert rows.scored == 2 * (10 + 8 + 6 + 6)  # where a config drops: at the root, after 8, after 8-6, after 8-6-6
 
 
-def test_each_distinct_prefix_of_counts_is_computed_once_per_batch(model, calls, split):
+@pytest.mark.parametrize("rows_per_chunk", [18, 2048])
+def test_each_distinct_prefix_of_counts_is_computed_once_per_example(model, rows, split, rows_per_chunk):
     configs = random_configs(40, seed=1)
-    predict(model, split, configs)
+    Evaluator(model, split, rows_per_chunk=rows_per_chunk, cache_bytes=0).predict(configs)
     attended = fed = 0
-    for num_tokens in set(LENGTHS):
-        prefixes = {config.lengths(num_tokens)[:layers] for config in configs for layers in range(5)}
-        attended += sum(len(prefix) < 4 for prefix in prefixes)
-        fed += sum(len(prefix) > 0 for prefix in prefixes)
-    assert (calls.attended, calls.fed) == (attended, fed)
+    for num_tokens in LENGTHS:
+        prefixes = {(num_tokens, *config.lengths(num_tokens)[:layers]) for config in configs for layers in range(5)}
+        attended += sum(prefix[-1] for prefix in prefixes if len(prefix) < 5)
+        fed += sum(prefix[-1] for prefix in prefixes if len(prefix) > 1)
+    assert (sum(rows.projected), rows.mixed, sum(rows.fed)) == (attended, attended, fed)
 
 
-def test_batches_hold_no_more_tokens_than_asked(model, calls, split):
-    predict(model, split, [LengthConfig.full(4)], tokens_per_batch=18)
-    # two rows of 9 fit, hence three batches for the five; the rows of 21 and 33 go alone
-    batches = {1: 1, 2: 1, 4: 1, 9: 3, 21: 2, 33: 1}
-    assert calls.attended == 4 * sum(batches.values())
-    assert calls.scored == 0, "the full length needs no scores"
+def test_chunks_hold_about_as_many_rows_as_asked(model, rows, split):
+    Evaluator(model, split, rows_per_chunk=40).predict(random_configs(40, seed=1))
+    assert max(rows.projected) <= 40 + max(LENGTHS)
+    assert np.mean(rows.fed) > 20, "most of a chunk is used"
+
+
+def test_the_full_length_needs_no_scores(model, rows, split):
+    predict(model, split, [LengthConfig.full(4)])
+    assert (rows.scored, rows.mixed) == (0, 4 * sum(LENGTHS))
+
+
+def test_fillers_bring_chunks_to_few_sizes_and_change_nothing(model, split, configs, monkeypatch):
+    model.family = counted = Rows(model.family)
+    monkeypatch.setattr("model.evaluate.ROW_STEP", 16)
+    filled = Evaluator(model, split, rows_per_chunk=40).predict(configs)
+    assert {rows % 16 for rows in (*counted.projected, *counted.fed)} == {0}
+    assert filled.tolist() == predict_one_by_one(model, split, configs)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_a_later_call_reuses_the_first_layers_of_earlier_ones(model, rows, split, num_blocks):
+    evaluator = Evaluator(model, split, num_blocks=num_blocks)
+    first, second = random_configs(20, seed=1), random_configs(20, seed=2)
+    predictions = evaluator.predict(first)
+    computed = evaluator.rows_computed
+    np.testing.assert_array_equal(evaluator.predict(first), predictions)
+    again = evaluator.rows_computed - computed
+    deep = {(n, *config.lengths(n)[:layers]) for n in LENGTHS for config in first for layers in (3, 4)}
+    counts = dict(zip(*np.unique(LENGTHS, return_counts=True), strict=True))
+    assert again == sum(prefix[-1] * counts[prefix[0]] for prefix in deep)
+    np.testing.assert_array_equal(evaluator.predict(second), predict(model, split, second))
+
+
+def test_remembered_states_stay_within_their_limit(model, split):
+    evaluator = Evaluator(model, split, cache_bytes=20_000)
+    for seed in range(4):
+        configs = random_configs(10, seed)
+        np.testing.assert_array_equal(evaluator.predict(configs), predict(model, split, configs))
+        assert 0 < evaluator._cache.held <= 20_000
+        assert evaluator._cache.held == sum(state.nbytes for state in evaluator._cache._states.values())
+
+
+def test_blocks_are_samples_of_equal_size_and_like_lengths():
+    lengths = np.random.default_rng(0).integers(3, 60, 872)
+    blocks = stratified_blocks(lengths, 8, seed=0)
+    assert sorted(np.concatenate(blocks).tolist()) == list(range(872))
+    assert {len(block) for block in blocks} == {109}
+    assert np.ptp([lengths[block].mean() for block in blocks]) < 1
+    assert not np.array_equal(blocks[0], stratified_blocks(lengths, 8, seed=1)[0])
+    assert [len(block) for block in stratified_blocks(lengths[:3], 8, seed=0)] == [1, 1, 1]
+
+
+def test_precision_is_bf16_only_where_the_machine_has_it_and_the_metric_stays(model, split, monkeypatch):
+    labels = np.array(predict_one_by_one(model, split, [LengthConfig.full(4)])[0])
+    metric = get_metric("accuracy")
+    monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: False)
+    assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"
+    monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: True)
+    rounded = predict(model, split, [LengthConfig.full(4)], precision="bf16")[0]
+    assert (rounded != labels).any(), "so many classes that rounding changes an answer"
+    assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"
+    same = np.where(rounded == labels, labels, -1)  # both are wrong where they differ
+    assert choose_precision(model, replace(split, labels=same), metric) == "bf16"
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_and_the_mode_is_left_as_it_was(make_network, split, configs, training):
+def test_dropout_is_off_and_the_model_is_left_as_it_was(make_network, split, configs, training):
     network = make_network(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     expected = predict(LengthAdaptiveModel(network).eval(), split, configs)
     model = LengthAdaptiveModel(network).train(training)
+    before = model.fingerprint()
     np.testing.assert_array_equal(predict(model, split, configs), expected)
+    predict(model, split, configs, precision="bf16")
+    assert model.fingerprint() == before
     assert all(module.training == training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_mode_is_restored_after_an_interruption(model, split, configs):
-    def interrupt(share):
-        raise KeyboardInterrupt
-
-    model.train()
-    with pytest.raises(KeyboardInterrupt):
-        predict(model, split, configs, on_progress=interrupt)
-    assert model.training
-
-
-def test_progress_is_the_share_of_tokens_done(model, split, configs):
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_progress_grows_to_one(model, split, configs, num_blocks):
     shares = []
-    predict(model, split, configs, tokens_per_batch=18, on_progress=shares.append)
-    total = sum(LENGTHS)
-    done = np.cumsum([1, 2, 8, 18, 18, 9, 21, 21, 33])
-    assert shares == pytest.approx((done / total).tolist())
+    Evaluator(model, split, rows_per_chunk=18, num_blocks=num_blocks).predict(configs, on_progress=shares.append)
+    assert shares == sorted(shares)
+    assert len(shares) > 5
     assert shares[-1] == 1.0
 
 
