@@ -8,6 +8,7 @@ trial enters the database whole: running, with its parameters and attributes. Wh
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -96,14 +97,27 @@ class MirroredStudy:
         number = self.storage.get_trial_number_from_id(trial_id)
         return AskedTrial(number=number, trial_id=trial_id, params=drawn.params, system_attrs=drawn.system_attrs)
 
-    def tell(self, asked: AskedTrial, values: Sequence[float]) -> None:
-        """Finish a trial in the database and let the sampler learn from it."""
-        self.storage.set_trial_state_values(asked.trial_id, TrialState.COMPLETE, values)
+    def tell(
+        self, asked: AskedTrial, values: Sequence[float] | None, attributes: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """Finish a trial in the database and let the sampler learn from it.
+
+        Args:
+            asked: The trial.
+            values: Its objectives; None where it was stopped early.
+            attributes: User attributes to add.
+        """
+        state = TrialState.PRUNED if values is None else TrialState.COMPLETE
+        for key, value in attributes.items():
+            self.storage.set_trial_user_attr(asked.trial_id, key, value)
+        self.storage.set_trial_state_values(asked.trial_id, state, values)
         self.copy.add_trial(
             create_trial(
+                state=state,
                 params=dict(asked.params),
                 distributions=self.distributions,
-                values=list(values),
+                values=None if values is None else list(values),
+                user_attrs=dict(attributes),
                 system_attrs=dict(asked.system_attrs),
             )
         )

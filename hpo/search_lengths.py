@@ -2,7 +2,6 @@
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +12,14 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.samplers import nsgaii
-from optuna.trial import TrialState
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from hpo.early_stopping import Bits, Rivals, bits_from_text, bits_to_text
 from hpo.mirror import AskedTrial, MirroredStudy
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
+from hpo.samplers import Array, make_sampler
 from hpo.storage import database_reason, finished_trials, open_storage, open_study, uninterrupted
 from hpo.workload import (
     LoadedWorkload,
@@ -31,24 +31,19 @@ from hpo.workload import (
     require_trials,
 )
 from model.encoder import LengthAdaptiveModel
-from model.evaluate import score
+from model.evaluate import Evaluator, Precision, choose_precision, score
 from model.hardware import compute_device
 from model.length_config import LengthConfig
-from model.macs import mean_macs
+from model.macs import mean_macs, mean_macs_of_shares
 from studies.loader import LengthsStudy
 
 logger = logging.getLogger(__name__)
 
 COST_NAME = "macs"
 COST_DIRECTION: Literal["minimize"] = "minimize"
-CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
-    "uniform": nsgaii.UniformCrossover,
-    "blxalpha": nsgaii.BLXAlphaCrossover,
-    "sbx": nsgaii.SBXCrossover,
-    "vsbx": nsgaii.VSBXCrossover,
-    "spx": nsgaii.SPXCrossover,
-    "undx": nsgaii.UNDXCrossover,
-}
+CORRECT, STOPPED_BY, PARTIAL_METRIC, SEEN = "correct", "stopped_by", "partial_metric", "examples_seen"
+"""Trial attributes: which examples were right; of a trial that was stopped early, by which trial, at what, and after
+how many examples."""
 
 
 @dataclass
@@ -82,12 +77,14 @@ class LengthSearch:
     Attributes:
         study: The study, its front scored on the report split.
         evaluated: Configs that went through the model in this run.
+        stopped: Those of them that were stopped early.
         reused: Trials of this run whose lengths had been scored before.
         times: Where this run's time went.
     """
 
     study: optuna.Study
     evaluated: int
+    stopped: int
     reused: int
     times: SearchTimes
 
@@ -147,12 +144,38 @@ def search_lengths(
         },
     )
     with StudyRuns(runs, study).locked():
-        sampler = _sampler(definition, seed + len(study.get_trials(deepcopy=False)))
-        mirror = MirroredStudy(study, rdb, sampler, search_space(definition, model.num_layers))
-        run = _Run(study, mirror, definition, model, loaded, trials, on_progress)
+        space = search_space(definition, model.num_layers)
+        full_macs = mean_macs(model.shape, loaded.search.num_tokens)
+
+        def cost_of(shares_CL: Array) -> Array:
+            return mean_macs_of_shares(model.shape, loaded.search.num_tokens, shares_CL) / full_macs
+
+        sampler = make_sampler(definition, space, cost_of, seed + len(study.get_trials(deepcopy=False)))
+        mirror = MirroredStudy(study, rdb, sampler, space)
+        precision = _precision(study, model, loaded)
+        run = _Run(study, mirror, definition, model, loaded, precision, trials, seed, on_progress)
         run.complete()
         run.score_front_on_report_split()
-    return LengthSearch(study=study, evaluated=run.evaluated, reused=run.reused, times=run.times)
+    return LengthSearch(study=study, evaluated=run.evaluated, stopped=run.stopped, reused=run.reused, times=run.times)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What became of a config.
+
+    Attributes:
+        trial: The trial that first asked for these lengths.
+        metric: Its quality on the search split; None where it was stopped early.
+        macs: Its mean cost there.
+        correct_N: Which examples it gets right, where that is what is measured.
+        attributes: What its trials record.
+    """
+
+    trial: int
+    metric: float | None
+    macs: float
+    correct_N: Bits | None
+    attributes: Mapping[str, Any]
 
 
 @dataclass
@@ -164,21 +187,28 @@ class _Run:
     definition: LengthsStudy
     model: LengthAdaptiveModel
     loaded: LoadedWorkload
+    precision: Precision
     trials: int
+    seed: int
     on_progress: ProgressHook | None
     evaluated: int = 0
+    stopped: int = 0
     reused: int = 0
     times: SearchTimes = field(default_factory=SearchTimes)
     _first_with: dict[bytes, int] = field(default_factory=dict)  # trial that first asked for these lengths
-    _metric_of: dict[bytes, float] = field(default_factory=dict)
+    _result_of: dict[bytes, _Result] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._lengths_present: NDArray[np.int64] = np.unique(self.loaded.search.num_tokens)
+        split = self.loaded.search
+        self._lengths_present: NDArray[np.int64] = np.unique(split.num_tokens)
+        self._stops_early = self.loaded.metric.per_example and self.definition.blocks > 1
+        blocks = self.definition.blocks if self._stops_early else 1
+        self._evaluator = Evaluator(self.model, split, precision=self.precision, num_blocks=blocks, seed=self.seed)
 
     def complete(self) -> None:
         """Ask, evaluate and tell generations until the study has its trials."""
         for trial in finished_trials(self.study):
-            self._remember(trial.number, config_of(trial.params), float(trial.values[0]))
+            self._remember(trial)
         adopted = self.mirror.orphans()
         self._enqueue_first_generation(adopted)
         while (done := self._count_finished()) < self.trials:
@@ -191,9 +221,9 @@ class _Run:
                     with self.times.measure("storage"), uninterrupted():
                         while len(asked) < wanted:
                             asked.append(self._ask())
-                    metrics = self._evaluate(asked, done)
+                    self._evaluate(asked, done)
                     with self.times.measure("storage"), uninterrupted():
-                        self._tell(asked, metrics)
+                        self._tell(asked)
             except BaseException as error:
                 self._abandon([*asked, *adopted], "interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
                 raise
@@ -209,7 +239,7 @@ class _Run:
         missing = {number: config for number, config in wanted.items() if f"report_metric:{number}" not in known}
         if not missing:
             return
-        values = score(self.model, report, list(missing.values()), self.loaded.metric)
+        values = score(self.model, report, list(missing.values()), self.loaded.metric, precision=self.precision)
         for (number, config), value in zip(missing.items(), values, strict=True):
             self.study.set_user_attr(f"report_macs:{number}", mean_macs(self.model.shape, report.num_tokens, config))
             self.study.set_user_attr(f"report_metric:{number}", value)
@@ -229,28 +259,88 @@ class _Run:
         earlier = self._first_with.get(self._key(config))
         return {"shares": list(config.shares or ()), **({} if earlier is None else {"reused_from": earlier})}
 
-    def _evaluate(self, asked: Sequence[AskedTrial], done: int) -> list[float]:
-        """The metric of each trial; those with lengths scored before, also within the generation, reuse it."""
-        configs = {self._key(config): config for config in (config_of(trial.params) for trial in asked)}
-        new = {key: config for key, config in configs.items() if key not in self._metric_of}
+    def _evaluate(self, asked: Sequence[AskedTrial], done: int) -> None:
+        """Score the trials whose lengths were not scored before, each distinct one once."""
+        new: dict[bytes, AskedTrial] = {}
+        for trial in asked:
+            key = self._key(config_of(trial.params))
+            if key not in self._result_of:
+                new.setdefault(key, trial)
 
         def report_share(share: float) -> None:
             if self.on_progress is not None:
-                self.on_progress(done + share * len(asked), self.trials, f"{self.reused} reused")
+                remark = f"{self.reused} reused, {self.stopped} stopped early"
+                self.on_progress(done + share * len(asked), self.trials, remark)
 
         if new:
             with self.times.measure("model"):
-                search, metric = self.loaded.search, self.loaded.metric
-                metrics = score(self.model, search, list(new.values()), metric, on_progress=report_share)
-            self._metric_of.update(zip(new, metrics, strict=True))
+                results = self._score(list(new.values()), report_share)
+            self._result_of.update(zip(new, results, strict=True))
+            self.stopped += sum(result.metric is None for result in results)
         self.evaluated += len(new)
         self.reused += len(asked) - len(new)
-        return [self._metric_of[self._key(config_of(trial.params))] for trial in asked]
 
-    def _tell(self, asked: Sequence[AskedTrial], metrics: Sequence[float]) -> None:
-        for trial, metric in zip(asked, metrics, strict=True):
-            cost = mean_macs(self.model.shape, self.loaded.search.num_tokens, config_of(trial.params))
-            self.mirror.tell(trial, (metric, cost))
+    def _score(self, asked: Sequence[AskedTrial], report_share: Callable[[float], None]) -> list[_Result]:
+        """Score configs block by block, and leave out those that the front so far has beaten."""
+        configs = [config_of(trial.params) for trial in asked]
+        labels, blocks = self.loaded.search.labels, self._evaluator.blocks
+        macs = [mean_macs(self.model.shape, self.loaded.search.num_tokens, config) for config in configs]
+        predictions_CN = np.zeros((len(configs), len(labels)), dtype=np.int64)
+        rivals = self._rivals()
+        beaten_by: dict[int, int] = {}
+        seen_of: dict[int, NDArray[np.int64]] = {}
+        seen_M = np.empty(0, dtype=np.int64)
+        for number, block in enumerate(blocks):
+            alive = [index for index in range(len(configs)) if index not in beaten_by]
+            if not alive:
+                break
+
+            def report(share: float, number: int = number) -> None:
+                report_share((number + share) / len(blocks))
+
+            alive_configs = [configs[index] for index in alive]
+            classes = self._evaluator.predict_block(number, alive_configs, on_progress=report)
+            predictions_CN[np.array(alive)[:, None], block] = classes
+            seen_M = np.concatenate([seen_M, block])
+            if rivals is None or number + 1 == len(blocks):
+                continue
+            for index in alive:
+                if len(set(asked[index].params.values())) == 1:
+                    continue  # constant rates, full length among them, are what a front is compared with
+                correct_M = predictions_CN[index, seen_M] == labels[seen_M]
+                rival = rivals.beats(macs[index], correct_M, seen_M, self.definition.confidence)
+                if rival is not None:
+                    beaten_by[index], seen_of[index] = rival, seen_M
+        results = []
+        for index, trial in enumerate(asked):
+            correct_N = predictions_CN[index] == labels if self._stops_early else None
+            if index in beaten_by:
+                seen = seen_of[index]
+                partial = self.loaded.metric.compute(predictions_CN[index, seen], labels[seen])
+                stop = {STOPPED_BY: beaten_by[index], PARTIAL_METRIC: partial, SEEN: len(seen)}
+                results.append(_Result(trial.number, None, macs[index], None, stop))
+                continue
+            metric = self.loaded.metric.compute(predictions_CN[index], labels)
+            bits = {} if correct_N is None else {CORRECT: bits_to_text(correct_N)}
+            results.append(_Result(trial.number, metric, macs[index], correct_N, bits))
+        return results
+
+    def _rivals(self) -> Rivals | None:
+        """The front so far, where configs may be stopped for its sake."""
+        scored = [result for result in self._result_of.values() if result.correct_N is not None]
+        if not self._stops_early or not scored:
+            return None
+        return Rivals.of(
+            np.array([result.trial for result in scored]),
+            np.array([result.macs for result in scored]),
+            np.array([result.correct_N for result in scored]),
+        )
+
+    def _tell(self, asked: Sequence[AskedTrial]) -> None:
+        for trial in asked:
+            result = self._result_of[self._key(config_of(trial.params))]
+            values = None if result.metric is None else (result.metric, result.macs)
+            self.mirror.tell(trial, values, result.attributes)
 
     def _abandon(self, asked: Sequence[AskedTrial], reason: str) -> None:
         """Fail trials that this process asked for and will not tell, as far as the database still answers."""
@@ -274,9 +364,18 @@ class _Run:
             if params not in there:
                 self.mirror.enqueue(params)
 
-    def _remember(self, number: int, config: LengthConfig, metric: float) -> None:
-        self._first_with.setdefault(self._key(config), number)
-        self._metric_of.setdefault(self._key(config), metric)
+    def _remember(self, trial: FrozenTrial) -> None:
+        config = config_of(trial.params)
+        key = self._key(config)
+        self._first_with.setdefault(key, trial.number)
+        if key in self._result_of:
+            return
+        attrs = trial.user_attrs
+        kept = {name: attrs[name] for name in (CORRECT, STOPPED_BY, PARTIAL_METRIC, SEEN) if name in attrs}
+        bits = bits_from_text(attrs[CORRECT], len(self.loaded.search.labels)) if CORRECT in attrs else None
+        metric = float(trial.values[0]) if trial.state == TrialState.COMPLETE else None
+        macs = mean_macs(self.model.shape, self.loaded.search.num_tokens, config)
+        self._result_of[key] = _Result(trial.number, metric, macs, bits, kept)
 
     def _key(self, config: LengthConfig) -> bytes:
         """Equal for configs that keep equal counts in every sequence of the search split."""
@@ -305,14 +404,10 @@ def constant_rates(definition: LengthsStudy, most: int = 13) -> list[float]:
     return list(dict.fromkeys(rates))
 
 
-def _sampler(definition: LengthsStudy, seed: int) -> optuna.samplers.BaseSampler:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return optuna.samplers.NSGAIISampler(
-            population_size=definition.population_size,
-            mutation_prob=definition.mutation_prob,
-            crossover=CROSSOVERS[definition.crossover](),
-            crossover_prob=definition.crossover_prob,
-            swapping_prob=definition.swapping_prob,
-            seed=seed,
-        )
+def _precision(study: optuna.Study, model: LengthAdaptiveModel, loaded: LoadedWorkload) -> Precision:
+    """What the study's trials are computed in: chosen when it begins, and recorded with it."""
+    recorded = study.user_attrs.get("precision")
+    if recorded is None:
+        recorded = choose_precision(model, loaded.search, loaded.metric)
+        study.set_user_attr("precision", recorded)
+    return "bf16" if recorded == "bf16" else "fp32"

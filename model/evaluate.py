@@ -85,7 +85,9 @@ class Evaluator:
         self._rows_per_chunk = rows_per_chunk
         self._cache = _StateCache(cache_bytes)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._network = copy.deepcopy(model.network).eval().requires_grad_(False).to(dtype)
+        self._network = copy.deepcopy(model.network).requires_grad_(False)
+        torch.nn.Module.to(self._network, dtype=dtype)
+        self._network.train(False)
         self.blocks = stratified_blocks(split.num_tokens, num_blocks, seed)
         self._bundles = [_Bundles.of(split.num_tokens, block, rows_per_chunk) for block in self.blocks]
 
@@ -373,7 +375,7 @@ class _Walk:
         edges = np.flatnonzero(np.diff(chunk.kept * 2 + drops, prepend=-1, append=-1))
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(chunk.kept[first])
-            projected_BLP = projected_RP[rows].unflatten(0, (-1, length))
+            projected_BLP = projected_RP[rows].view(-1, length, projected_RP.size(1))
             context_BLD, score_BL = self.family.mix(self.network, depth, projected_BLP, None, bool(drops[first]))
             context_RD[rows] = context_BLD.flatten(0, 1)
             if score_BL is not None:

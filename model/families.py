@@ -85,7 +85,9 @@ class BertFamily:
         self, network: Any, layer: int, projected_BLP: Tensor, mask_BL: Tensor | None, with_scores: bool
     ) -> tuple[Tensor, Tensor | None]:
         block = network.bert.encoder.layer[layer].attention.self
-        query, key, value = projected_BLP.unflatten(-1, (3, block.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = projected_BLP.view(*projected_BLP.shape[:2], 3, block.num_attention_heads, -1).permute(
+            2, 0, 3, 1, 4
+        )
         dropout = block.dropout.p if network.training else 0.0
         context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores)
         return context_BHLd.transpose(1, 2).flatten(2), score_BL

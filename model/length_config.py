@@ -131,11 +131,16 @@ class LengthConfig:
         """Tokens left for many sequences at once: one row per sequence, one column per layer."""
         num_tokens_N1 = np.asarray(num_tokens_N, dtype=np.int64)[:, None]
         if self.shares is not None:
-            counts_NL = np.ceil(np.array(self.shares) * num_tokens_N1 - ROUNDING_SLACK).astype(np.int64)
-        else:
-            counts_NL = np.broadcast_to(np.array(self.caps, dtype=np.int64), (len(num_tokens_N1), self.num_layers))
-        counts: NDArray[np.int64] = np.minimum(np.maximum(counts_NL, MIN_TOKENS), num_tokens_N1)
-        return counts
+            return counts_of_shares(np.array(self.shares), num_tokens_N1)
+        caps_NL = np.broadcast_to(np.array(self.caps, dtype=np.int64), (len(num_tokens_N1), self.num_layers))
+        return np.minimum(caps_NL, num_tokens_N1)
+
+
+def counts_of_shares(shares: NDArray[np.floating[Any]], num_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens left where a share of a sequence is kept: rounded up, at least 2 and at most all; arrays broadcast."""
+    rounded_up = np.ceil(shares * num_tokens - ROUNDING_SLACK).astype(np.int64)
+    counts: NDArray[np.int64] = np.minimum(np.maximum(rounded_up, MIN_TOKENS), num_tokens)
+    return counts
 
 
 def _is_number(value: object) -> bool:

@@ -7,11 +7,12 @@ residual additions and the sums that score tokens, none of which is a matrix pro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.length_config import LengthConfig
+from model.length_config import LengthConfig, counts_of_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +66,15 @@ def sequence_macs(
     config = config or LengthConfig.full(shape.num_layers)
     if config.num_layers != shape.num_layers:
         raise ValueError(f"The length config has {config.num_layers} layers, the encoder {shape.num_layers}.")
-    counts_NL = config.count_table(num_tokens)
+    return _macs_of_counts(shape, num_tokens, config.count_table(num_tokens))
+
+
+def _macs_of_counts(shape: EncoderShape, num_tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """MACs where `counts[..., layer]` tokens are left after each layer."""
     macs = num_tokens * shape.hidden_size  # the embeddings' LayerNorm
     arriving = num_tokens
     for layer in range(shape.num_layers):
-        kept = counts_NL[:, layer]
+        kept = counts[..., layer]
         macs = macs + layer_macs(arriving, kept, shape.hidden_size, shape.feed_forward_size)
         arriving = kept
     return macs + shape.head_macs_per_sequence + num_tokens * shape.head_macs_per_token
@@ -77,8 +82,18 @@ def sequence_macs(
 
 def mean_macs(shape: EncoderShape, num_tokens_N: NDArray[np.int64], config: LengthConfig | None = None) -> float:
     """Mean MACs of a split's real sequences, without padding."""
-    lengths, counts = np.unique(num_tokens_N, return_counts=True)
-    return float((sequence_macs(shape, lengths, config) * counts).sum() / counts.sum())
+    lengths, repeats = np.unique(num_tokens_N, return_counts=True)
+    return float((sequence_macs(shape, lengths, config) * repeats).sum() / repeats.sum())
+
+
+def mean_macs_of_shares(
+    shape: EncoderShape, num_tokens_N: NDArray[np.int64], shares_CL: NDArray[np.floating[Any]]
+) -> NDArray[np.float64]:
+    """`mean_macs` of thousands of configs at once, each given by the shares left after its layers; (C,)."""
+    lengths, repeats = np.unique(num_tokens_N, return_counts=True)
+    macs_CN = _macs_of_counts(shape, lengths, counts_of_shares(shares_CL[:, None, :], lengths[:, None]))
+    means_C: NDArray[np.float64] = (macs_CN * repeats).sum(axis=1) / repeats.sum()
+    return means_C
 
 
 def constant_rate_config(shape: EncoderShape, num_tokens_N: NDArray[np.int64], relative_macs: float) -> LengthConfig:

@@ -21,11 +21,14 @@ class Metric:
         direction: `maximize` or `minimize`, as Optuna writes it.
         compute: Predicted classes (N,) and true classes (N,) to the metric. It raises ValueError where
             the two differ in length or hold nothing.
+        per_example: Whether the metric is the share of examples that are right, so that a part of a split tells of
+            the whole.
     """
 
     name: str
     direction: Literal["maximize", "minimize"]
     compute: Callable[[Labels, Labels], float]
+    per_example: bool = False
 
 
 def accuracy(predictions: Labels, labels: Labels) -> float:
@@ -60,7 +63,9 @@ def matthews_correlation(predictions: Labels, labels: Labels) -> float:
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        function.__name__: Metric(name=function.__name__, direction="maximize", compute=function)
+        function.__name__: Metric(
+            name=function.__name__, direction="maximize", compute=function, per_example=function is accuracy
+        )
         for function in (accuracy, f1, matthews_correlation)
     }
 )

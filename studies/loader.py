@@ -16,6 +16,14 @@ FOLDER = Path(__file__).parent
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OBJECTIVES: tuple[Literal["area"], Literal["metric"]] = ("area", "metric")
 CROSSOVERS = ("uniform", "blxalpha", "sbx", "vsbx", "spx", "undx")
+SAMPLERS = {
+    "surrogate": ("population_size", "brood"),
+    "nsga2": ("population_size", "crossover", "crossover_prob", "swapping_prob", "mutation_prob"),
+    "lat": ("population_size",),
+    "tpe": ("population_size",),
+    "random": ("population_size",),
+}
+"""Samplers of length configs, and the settings that each takes."""
 
 Value: TypeAlias = bool | int | float | str
 
@@ -145,23 +153,33 @@ class LengthsStudy:
     Attributes:
         name: The study's name in the database.
         retention: Range of every layer's retention; with a step, so that configs share prefixes.
-        population_size: Trials of one generation.
+        sampler: Which of `SAMPLERS` chooses the configs.
+        population_size: Trials of one generation, which are asked and evaluated together.
+        brood: Candidates that the surrogate screens for each trial.
         crossover: How NSGA-II mixes two parents.
         crossover_prob: How often it does.
         swapping_prob: Share of parameters swapped by uniform crossover.
         mutation_prob: Per parameter; None is 1 / number of layers.
+        blocks: Parts of the search split after each of which a config may be stopped; 1 never stops any.
+        confidence: Standard errors by which it must trail a front point that costs no more.
     """
 
     name: str
     retention: Range
-    population_size: int = 50
+    sampler: str = "surrogate"
+    population_size: int = 25
+    brood: int = 40
     crossover: str = "uniform"
     crossover_prob: float = 0.9
     swapping_prob: float = 0.5
     mutation_prob: float | None = None
+    blocks: int = 4
+    confidence: float = 3.0
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+        if self.sampler not in SAMPLERS:
+            raise StudyFileError(f"[sampler] name={self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
         if not 0 < self.retention.low < self.retention.high == 1:
             raise StudyFileError(
                 f"[retention] runs from {self.retention.low} to {self.retention.high}; "
@@ -170,6 +188,10 @@ class LengthsStudy:
         if self.retention.log:
             raise StudyFileError("[retention] cannot be logarithmic")
         _check_count("population_size", self.population_size, least=4)
+        _check_count("brood", self.brood, least=1)
+        _check_count("blocks", self.blocks, least=1)
+        if not _is_number(self.confidence) or self.confidence <= 0:
+            raise StudyFileError(f"confidence={self.confidence!r}; choose a number of standard errors above 0")
         if self.crossover not in CROSSOVERS:
             raise StudyFileError(f"crossover={self.crossover!r}; choose one of {', '.join(CROSSOVERS)}")
         for key in ("crossover_prob", "swapping_prob", "mutation_prob"):
@@ -282,13 +304,20 @@ def _read_finetune(document: dict[str, Any], default_name: str) -> FinetuneStudy
 
 
 def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
-    _check_keys("the file", document, ("name", "retention", "sampler"), needed=("retention",))
+    _check_keys("the file", document, ("name", "retention", "sampler", "early_stopping"), needed=("retention",))
     retention = _read_parameter("retention", _table(document, "retention"))
     if not isinstance(retention, Range):
         raise StudyFileError("[retention] lists choices; write low, high and step")
-    sampler_keys = ("population_size", "crossover", "crossover_prob", "swapping_prob", "mutation_prob")
+    sampler = _table(document, "sampler")
+    name = sampler.pop("name", LengthsStudy.sampler)
+    if isinstance(name, str) and name in SAMPLERS:
+        _check_keys(f"[sampler] {name}", sampler, SAMPLERS[name])
     return LengthsStudy(
-        name=document.get("name", default_name), retention=retention, **_table(document, "sampler", sampler_keys)
+        name=document.get("name", default_name),
+        retention=retention,
+        sampler=name,
+        **sampler,
+        **_table(document, "early_stopping", ("blocks", "confidence")),
     )
 
 

@@ -113,4 +113,4 @@ def finetune() -> FinetuneStudy:
 
 @pytest.fixture
 def lengths() -> LengthsStudy:
-    return LengthsStudy(name="lengths", retention=Range(low=0.4, high=1.0, step=0.1), population_size=10)
+    return LengthsStudy(name="lengths", retention=Range(low=0.4, high=1.0, step=0.1), population_size=10, blocks=1)

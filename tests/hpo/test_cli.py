@@ -204,7 +204,7 @@ def test_interrupt_says_how_to_go_on_and_exits_130(tuned, files, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hpo.search_lengths, "score", interrupt)
+    monkeypatch.setattr("model.evaluate.Evaluator.predict_block", interrupt)
     code, _, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "20")
     assert code == 130
     assert "0 of 20 trials" in err

@@ -14,8 +14,14 @@ from hpo.errors import HpoError, StudyChanged
 from hpo.search_lengths import config_of, constant_rates, search_lengths
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
-from model.evaluate import score
+from model.evaluate import Evaluator, score
 from model.macs import mean_macs
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Scores as one pass per example gives them, whatever this machine computes in."""
+    monkeypatch.setattr(hpo.search_lengths, "choose_precision", lambda *_: "fp32")
 
 
 @pytest.fixture
@@ -74,11 +80,13 @@ def test_values_equal_scoring_each_config_alone(run, workload, tiny_encoder):
 def test_lengths_scored_before_are_reused_and_say_so(run, monkeypatch):
     scored = []
 
-    def spy(model, split, configs, metric, **kwargs):
-        scored.extend(configs)
-        return score(model, split, configs, metric, **kwargs)
+    predict_block = Evaluator.predict_block
 
-    monkeypatch.setattr(hpo.search_lengths, "score", spy)
+    def spy(self, number, configs, **kwargs):
+        scored.extend(configs)
+        return predict_block(self, number, configs, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "predict_block", spy)
     search = run(60)
     trials = search.study.get_trials()
     reusing = [trial for trial in trials if "reused_from" in trial.user_attrs]
@@ -91,6 +99,15 @@ def test_lengths_scored_before_are_reused_and_say_so(run, monkeypatch):
     assert len(tables) == search.evaluated
 
 
+def test_precision_is_chosen_once_and_recorded(run, monkeypatch):
+    used = []
+    monkeypatch.setattr(hpo.search_lengths, "choose_precision", lambda *_: used.append("asked") or "bf16")
+    study = run(10).study
+    assert study.user_attrs["precision"] == "bf16"
+    run(20)
+    assert used == ["asked"]
+
+
 def test_orphans_of_a_killed_process_are_finished_not_lost(run, storage, monkeypatch):
     class Killed(BaseException):
         pass
@@ -100,7 +117,7 @@ def test_orphans_of_a_killed_process_are_finished_not_lost(run, storage, monkeyp
 
     run(10)
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.search_lengths, "score", die)
+        patch.setattr(Evaluator, "predict_block", die)
         patch.setattr(hpo.mirror.MirroredStudy, "fail", lambda *args: None)  # a killed process tells nothing
         with pytest.raises(Killed):
             run(30)
@@ -128,7 +145,7 @@ def test_interrupt_fails_the_running_generation_and_a_rerun_completes(run, stora
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.search_lengths, "score", interrupt)
+        patch.setattr(Evaluator, "predict_block", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(20)
     study = optuna.load_study(study_name="lengths", storage=open_storage(storage))

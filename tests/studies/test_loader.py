@@ -5,6 +5,7 @@ import pytest
 
 from studies.loader import (
     FOLDER,
+    SAMPLERS,
     Choices,
     FinetuneStudy,
     LengthsStudy,
@@ -17,7 +18,24 @@ from studies.loader import (
 )
 
 FINETUNE = (Path(__file__).parent / "sample_finetune.toml").read_text(encoding="utf-8")
-LENGTHS = (FOLDER / "lengths.toml").read_text(encoding="utf-8")
+LENGTHS = """
+kind = "lengths"
+name = "lengths"
+[retention]
+low = 0.2
+high = 1.0
+step = 0.05
+[sampler]
+name = "nsga2"
+population_size = 50
+crossover = "uniform"
+crossover_prob = 0.9
+swapping_prob = 0.5
+# mutation_prob = 0.17
+[early_stopping]
+blocks = 4
+confidence = 3.0
+"""
 EPOCHS = "epochs = { low = 2, high = 4 }"
 BATCH_SIZES = "batch_size = { choices = [16, 32, 64] }"
 RETENTION = "low = 0.2\nhigh = 1.0\nstep = 0.05"
@@ -88,12 +106,33 @@ def test_the_built_in_lengths_study_reads_as_written():
     assert load_lengths("lengths") == LengthsStudy(
         name="lengths",
         retention=Range(low=0.2, high=1.0, step=0.05),
+        sampler="surrogate",
+        population_size=25,
+        brood=40,
+        blocks=4,
+        confidence=3.0,
+    )
+
+
+def test_a_lengths_study_reads_as_written(write):
+    assert load_lengths(write(LENGTHS)) == LengthsStudy(
+        name="lengths",
+        retention=Range(low=0.2, high=1.0, step=0.05),
+        sampler="nsga2",
         population_size=50,
         crossover="uniform",
         crossover_prob=0.9,
         swapping_prob=0.5,
         mutation_prob=None,
+        blocks=4,
+        confidence=3.0,
     )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_can_be_named_alone(write, sampler):
+    text = f'kind = "lengths"\n[retention]\nlow = 0.4\nhigh = 1.0\n[sampler]\nname = "{sampler}"\n'
+    assert load_lengths(write(text)).sampler == sampler
 
 
 # Copies of one's own
@@ -317,7 +356,14 @@ def test_a_finetune_study_that_declares_something_impossible_is_refused(write, o
     ("old", "new", "says"),
     [
         ('kind = "lengths"', 'kind = "lengths"\npopulation_size = 10', "no setting population_size"),
-        ("population_size = 50", "bogus = 50", "[sampler] has no setting bogus"),
+        ("population_size = 50", "bogus = 50", "[sampler] nsga2 has no setting bogus"),
+        ("population_size = 50", "brood = 50", "[sampler] nsga2 has no setting brood"),
+        ('name = "nsga2"', 'name = "lat"', "[sampler] lat has no setting crossover, crossover_prob, swapping_prob"),
+        ('name = "nsga2"', 'name = "nsga3"', "[sampler] name='nsga3'; choose one of surrogate, nsga2"),
+        ('name = "nsga2"', "name = 3", "[sampler] name=3"),
+        ("blocks = 4", "blocks = 0", "blocks=0; choose a whole number from 1 up"),
+        ("confidence = 3.0", "confidence = 0", "confidence=0; choose a number of standard errors above 0"),
+        ("confidence = 3.0", "patience = 3", "[early_stopping] has no setting patience"),
         (RETENTION, "low = 0.2\nhigh = 0.9\nstep = 0.05", "[retention] runs from 0.2 to 0.9"),
         (RETENTION, "low = 0.2\nhigh = 1.5\nstep = 0.05", "[retention] runs from 0.2 to 1.5"),
         (RETENTION, "low = 0.0\nhigh = 1.0\nstep = 0.05", "[retention] runs from 0.0 to 1.0"),

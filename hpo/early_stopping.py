@@ -1,0 +1,76 @@
+"""Giving up on a length config before it has seen the whole search split.
+
+Optuna's pruners serve one objective. With two, a config is hopeless once some front point that costs no more is also
+better: then it cannot enter the front. Cost is known exactly beforehand; quality is compared on the same examples, so
+that what is hard for both does not blur the comparison.
+
+Shape letters: F front points, N examples of the split, M examples seen.
+"""
+
+import base64
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo.samplers import Staircase
+
+Bits = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """The front so far.
+
+    Attributes:
+        trial_F: Trial numbers.
+        macs_F: Cost of each.
+        correct_FN: Which examples each gets right.
+    """
+
+    trial_F: NDArray[np.int64]
+    macs_F: NDArray[np.float64]
+    correct_FN: Bits
+
+    @classmethod
+    def of(cls, trials: NDArray[np.int64], macs: NDArray[np.float64], correct: Bits) -> "Rivals":
+        """The non-dominated among scored trials."""
+        front = Staircase.members(macs, correct.mean(axis=1)) if len(macs) else np.empty(0, dtype=np.int64)
+        return cls(trials[front], macs[front], correct[front])
+
+    def beats(self, macs: float, correct_M: Bits, seen_M: NDArray[np.int64], confidence: float) -> int | None:
+        """The trial that beats a config for certain or nearly so; None where none does.
+
+        The seen examples are a random sample, without replacement, of the N. The difference of the two accuracies over
+        all N is therefore within `confidence` standard errors of the one seen, a standard error being
+        sqrt(s^2 / M * (1 - M / N)) with s^2 the variance of one example's difference; two differing examples are added
+        to s^2, so that a handful of equal answers proves nothing.
+
+        Args:
+            macs: Cost of the config.
+            correct_M: Which of the seen examples it gets right.
+            seen_M: Their numbers.
+            confidence: Standard errors by which it must trail.
+        """
+        cheaper = np.flatnonzero(self.macs_F <= macs)
+        if not len(cheaper) or not len(seen_M):
+            return None
+        seen, total = len(seen_M), self.correct_FN.shape[1]
+        difference_FM = correct_M.astype(np.int8) - self.correct_FN[np.ix_(cheaper, seen_M)].astype(np.int8)
+        mean_F = difference_FM.mean(axis=1)
+        variance_F = ((difference_FM != 0).sum(axis=1) + 2) / (seen + 2) - mean_F**2
+        error_F = np.sqrt(np.maximum(variance_F, 0.0) / seen * (1 - seen / total))
+        bound_F = mean_F + confidence * error_F
+        worst = int(bound_F.argmin())
+        return int(self.trial_F[cheaper[worst]]) if bound_F[worst] < 0 else None
+
+
+def bits_to_text(correct_N: Bits) -> str:
+    """Which examples are right, short enough for a database attribute: 8 per byte, base64."""
+    return base64.b64encode(np.packbits(correct_N).tobytes()).decode("ascii")
+
+
+def bits_from_text(text: str, count: int) -> Bits:
+    """The inverse of `bits_to_text` for `count` examples."""
+    packed = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    return np.unpackbits(packed, count=count).astype(np.bool_)

@@ -1,0 +1,420 @@
+"""Optuna samplers for per-layer retention, chosen by name in a lengths study file.
+
+All of them draw from static ranges and read what they know from the study's trials, so a search resumes from its
+database. Two of them know what a length config is: the share of a sequence that a layer leaves is the product of the
+retentions up to it, and it is shares, not retentions, that are mixed, mutated and modelled here.
+
+Shape letters: C candidates, N layers, T scored trials, J steps of the front.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, nsgaii
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import norm
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+from studies.loader import LengthsStudy
+
+Array = NDArray[np.floating[Any]]
+CostOf = Callable[[Array], Array]
+"""Shares (C, N) to the cost of each as a share of full length, (C,)."""
+
+CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
+    "uniform": nsgaii.UniformCrossover,
+    "blxalpha": nsgaii.BLXAlphaCrossover,
+    "sbx": nsgaii.SBXCrossover,
+    "vsbx": nsgaii.VSBXCrossover,
+    "spx": nsgaii.SPXCrossover,
+    "undx": nsgaii.UNDXCrossover,
+}
+
+LAT_MUTATION_PROB = 0.5
+MODELLED_TRIALS = 300
+"""Most trials that the surrogate is fitted on; the time to fit grows with their cube."""
+SCREENED = 400
+"""Candidates of a brood whose joint uncertainty is computed; the others are screened out by their own prospects."""
+
+
+def make_sampler(
+    definition: LengthsStudy, space: Mapping[str, BaseDistribution], cost_of: CostOf, seed: int
+) -> BaseSampler:
+    """The sampler that a study file names.
+
+    Args:
+        definition: The study file.
+        space: The search space, `retention_0 ..` in order of the layers.
+        cost_of: Exact cost of shares; the surrogate predicts quality alone.
+        seed: Of all draws.
+    """
+    retentions = RetentionSpace.of(space)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        match definition.sampler:
+            case "random":
+                return optuna.samplers.RandomSampler(seed=seed)
+            case "tpe":
+                return optuna.samplers.TPESampler(multivariate=True, seed=seed)
+            case "lat":
+                return LatSampler(retentions, dict(space), seed)
+            case "nsga2":
+                return optuna.samplers.NSGAIISampler(
+                    population_size=definition.population_size,
+                    mutation_prob=definition.mutation_prob,
+                    crossover=CROSSOVERS[definition.crossover](),
+                    crossover_prob=definition.crossover_prob,
+                    swapping_prob=definition.swapping_prob,
+                    seed=seed,
+                )
+            case _:
+                screening = SurrogateScreening(
+                    retentions, cost_of, definition.population_size, definition.brood, np.random.default_rng(seed)
+                )
+                return optuna.samplers.NSGAIISampler(
+                    population_size=definition.population_size, child_generation_strategy=screening, seed=seed
+                )
+
+
+@dataclass(frozen=True)
+class RetentionSpace:
+    """The static range of every layer's retention, and the way between retentions and shares.
+
+    Attributes:
+        names: Parameters in order of the layers.
+        low: Least retention.
+        high: Greatest retention, 1.
+        step: Grid of the retentions; None for any.
+    """
+
+    names: tuple[str, ...]
+    low: float
+    high: float
+    step: float | None
+
+    @classmethod
+    def of(cls, space: Mapping[str, BaseDistribution]) -> "RetentionSpace":
+        first = next(iter(space.values()))
+        assert isinstance(first, FloatDistribution)
+        return cls(tuple(space), first.low, first.high, first.step)
+
+    def shares_of(self, trials: Sequence[FrozenTrial]) -> Array:
+        """The shares that each trial leaves after each layer, (T, N)."""
+        retention_TN = [[trial.params[name] for name in self.names] for trial in trials]
+        shares_TN: Array = np.cumprod(
+            np.array(retention_TN, dtype=np.float64).reshape(len(trials), len(self.names)), axis=1
+        )
+        return shares_TN
+
+    def to_retention(self, shares_CN: Array) -> Array:
+        """The retentions whose products come nearest to shares, layer by layer, within range and on the grid.
+
+        Each layer aims at its own share given what the rounded layers before it leave, so rounding does not add up.
+        """
+        retention_CN = np.empty_like(shares_CN)
+        left_C = np.ones(len(shares_CN))
+        for layer in range(shares_CN.shape[1]):
+            wanted_C = np.clip(shares_CN[:, layer] / left_C, self.low, self.high)
+            if self.step is not None:
+                steps_C = np.round((wanted_C - self.low) / self.step)
+                wanted_C = np.minimum(self.low + steps_C * self.step, self.high)
+            retention_CN[:, layer] = wanted_C
+            left_C = left_C * wanted_C
+        return retention_CN
+
+    def params(self, retention_N: Array) -> dict[str, float]:
+        """As Optuna stores them."""
+        decimals = [round(float(retention), 10) for retention in retention_N]
+        return dict(zip(self.names, decimals, strict=True))
+
+
+class LatSampler(BaseSampler):
+    """The Length-Adaptive Transformer's evolution of lengths, one child at a time.
+
+    Parents come from the convex hull of the front. Every other child is a mutation, in which each layer's share is
+    redrawn with probability 0.5 between its neighbours'; the others are the mean of two parents. The paper alternates
+    30 of each per round; asked in generations of an even size, so does this.
+
+    Source: Kim & Cho 2021, "Evolutionary Search of Length Configurations", and its code.
+    """
+
+    def __init__(self, retentions: RetentionSpace, space: dict[str, BaseDistribution], seed: int) -> None:
+        self._retentions = retentions
+        self._space = space
+        self._generator = np.random.default_rng(seed)
+        self._random = optuna.samplers.RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        scored = _Scored.of(study, self._retentions)
+        if not len(scored.quality_T):
+            return {}
+        parents_TN = scored.shares_TN[convex_hull(scored.cost_T, scored.quality_T)]
+        if trial.number % 2:
+            pair = self._generator.integers(len(parents_TN), size=2)
+            child_N = parents_TN[pair].mean(axis=0)
+        else:
+            parent_N = parents_TN[self._generator.integers(len(parents_TN))]
+            child_N = mutate_between_neighbours(parent_N, LAT_MUTATION_PROB, self._generator)
+        return self._retentions.params(self._retentions.to_retention(child_N[None])[0])
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+
+@dataclass
+class SurrogateScreening:
+    """NSGA-II's child generation with a predictor in front of it.
+
+    A brood many times the generation's size is bred from the front and NSGA-II's own parents. A Gaussian process fitted
+    on the scored trials predicts the quality of each candidate, whose cost is known exactly, and those are asked that
+    promise the greatest expected gain of hypervolume, each given those chosen before it.
+
+    Attributes:
+        retentions: The search space.
+        cost_of: Exact cost of shares.
+        generation: Children chosen at a time.
+        brood: Candidates bred per child.
+        generator: Source of randomness.
+        waiting: Children chosen and not yet asked for.
+        known: How many trials were scored when they were chosen.
+    """
+
+    retentions: RetentionSpace
+    cost_of: CostOf
+    generation: int
+    brood: int
+    generator: np.random.Generator
+    waiting: list[dict[str, float]] = field(default_factory=list)
+    known: int = -1
+    _kernel: Any = None
+
+    def __call__(
+        self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
+    ) -> dict[str, Any]:
+        """The parameters of one child."""
+        count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        if not self.waiting or count != self.known:
+            self.known = count
+            scored = _Scored.of(study, self.retentions)
+            self.waiting = self._choose(scored, self.retentions.shares_of(parents))
+        return self.waiting.pop(0)
+
+    def _choose(self, scored: "_Scored", parents_TN: Array) -> list[dict[str, float]]:
+        retention_CN = self._breed(scored, parents_TN)
+        shares_CN = np.cumprod(retention_CN, axis=1)
+        cost_C = self.cost_of(shares_CN)
+        model = self._fit(scored)
+        front = Staircase.of(scored.cost_T, scored.quality_T)
+        mean_C, deviation_C = model.predict(shares_CN, return_std=True)
+        prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
+        best = np.argsort(-prospects_C, kind="stable")[: max(SCREENED, self.generation)]
+        mean_C, covariance_CC = model.predict(shares_CN[best], return_cov=True)
+        picked = choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation)
+        return [self.retentions.params(retention_CN[best[number]]) for number in picked]
+
+    def _breed(self, scored: "_Scored", parents_TN: Array) -> Array:
+        """Distinct retentions that no trial has tried, (C, N)."""
+        front_TN = scored.shares_TN[Staircase.members(scored.cost_T, scored.quality_T)]
+        pool_TN = np.concatenate([front_TN, front_TN, parents_TN])
+        generator, count = self.generator, self.brood * self.generation
+        children = []
+        for number in range(count):
+            first_N, second_N = pool_TN[generator.integers(len(pool_TN), size=2)]
+            match number % 4:
+                case 0:
+                    child_N = mutate_between_neighbours(first_N, LAT_MUTATION_PROB, generator)
+                case 1:
+                    child_N = mutate_between_neighbours(first_N, 1 / len(first_N), generator)
+                case 2:
+                    weight = generator.random()
+                    child_N = weight * first_N + (1 - weight) * second_N
+                case _:
+                    child_N = np.minimum.accumulate(np.where(generator.random(len(first_N)) < 0.5, first_N, second_N))
+                    child_N = mutate_between_neighbours(child_N, 1 / len(first_N), generator)
+            children.append(child_N)
+        retention_CN = np.round(self.retentions.to_retention(np.array(children)), 10)
+        tried = {tuple(row) for row in np.round(scored.retention_TN, 10).tolist()}
+        new = [row for row in dict.fromkeys(map(tuple, retention_CN.tolist())) if row not in tried]
+        return np.array(new) if new else retention_CN
+
+    def _fit(self, scored: "_Scored") -> GaussianProcessRegressor:
+        chosen = _most_telling(scored, MODELLED_TRIALS)
+        num_layers = scored.shares_TN.shape[1]
+        if self._kernel is None:
+            self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
+                np.full(num_layers, 0.5), (5e-2, 2e1), nu=2.5
+            ) + WhiteKernel(1e-2, (1e-5, 1.0))
+        model = GaussianProcessRegressor(self._kernel, normalize_y=True, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(scored.shares_TN[chosen], scored.quality_T[chosen])
+        self._kernel = model.kernel_
+        return model
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The completed trials of a study, quality to be maximised.
+
+    Attributes:
+        retention_TN: Their parameters.
+        shares_TN: Shares left after each layer.
+        quality_T: First objective, negated where it is minimised.
+        cost_T: Second objective as a share of the greatest, which is full length.
+    """
+
+    retention_TN: Array
+    shares_TN: Array
+    quality_T: Array
+    cost_T: Array
+
+    @classmethod
+    def of(cls, study: optuna.Study, retentions: RetentionSpace) -> "_Scored":
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
+        values_T2 = np.array([trial.values for trial in trials], dtype=np.float64).reshape(len(trials), 2)
+        retention_TN = np.array([[trial.params[name] for name in retentions.names] for trial in trials], np.float64)
+        return cls(
+            retention_TN.reshape(len(trials), len(retentions.names)),
+            retentions.shares_of(trials),
+            sign * values_T2[:, 0],
+            values_T2[:, 1] / values_T2[:, 1].max(initial=1e-300),
+        )
+
+
+def mutate_between_neighbours(shares_N: Array, probability: float, generator: np.random.Generator) -> Array:
+    """Redraw some layers' shares, each between what the layers beside it leave.
+
+    Args:
+        shares_N: Shares left after each layer, never rising.
+        probability: Of each layer.
+        generator: Source of randomness.
+    Source: Kim & Cho 2021, "Evolutionary Search of Length Configurations".
+    """
+    child_N = shares_N.copy()
+    for layer in np.flatnonzero(generator.random(len(child_N)) < probability):
+        above = child_N[layer - 1] if layer else 1.0
+        below = child_N[layer + 1] if layer + 1 < len(child_N) else 0.0
+        child_N[layer] = generator.uniform(below, above)
+    return child_N
+
+
+def convex_hull(cost_T: Array, quality_T: Array) -> NDArray[np.int64]:
+    """Indices of the front's points on its upper left convex hull, by rising cost."""
+    hull: list[int] = []
+    for point in Staircase.members(cost_T, quality_T):
+        while len(hull) >= 2:
+            a, b = hull[-2:]
+            turn = (cost_T[b] - cost_T[a]) * (quality_T[point] - quality_T[a]) - (quality_T[b] - quality_T[a]) * (
+                cost_T[point] - cost_T[a]
+            )
+            if turn < 0:
+                break
+            hull.pop()
+        hull.append(int(point))
+    return np.array(hull, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """The best quality at most at a cost, as a function of cost up to full length.
+
+    Attributes:
+        edge_J: Costs where a step begins, ascending, the first 0 and the end 1 left out.
+        height_J: Quality from each edge on, rising; the first is that of the reference point.
+    """
+
+    edge_J: Array
+    height_J: Array
+
+    @staticmethod
+    def members(cost_T: Array, quality_T: Array) -> NDArray[np.int64]:
+        """Indices of the non-dominated points by rising cost; of equals the first."""
+        order = np.lexsort((-quality_T, cost_T))
+        best = np.maximum.accumulate(np.concatenate([[-np.inf], quality_T[order]]))[:-1]
+        return order[quality_T[order] > best]
+
+    @classmethod
+    def of(cls, cost_T: Array, quality_T: Array) -> "Staircase":
+        """The staircase of these points; below the cheapest of them quality counts from the worst one's."""
+        on_front = cls.members(cost_T, quality_T)
+        floor = quality_T.min()
+        return cls(np.concatenate([[0.0], cost_T[on_front]]), np.concatenate([[floor], quality_T[on_front]]))
+
+    def with_point(self, cost: float, quality: float) -> "Staircase":
+        """The staircase with one point more."""
+        members = self.members(np.append(self.edge_J[1:], cost), np.append(self.height_J[1:], quality))
+        edges, heights = np.append(self.edge_J[1:], cost)[members], np.append(self.height_J[1:], quality)[members]
+        return Staircase(np.concatenate([[0.0], edges]), np.concatenate([self.height_J[:1], heights]))
+
+    def expected_gain(self, cost_C: Array, mean_C: Array, deviation_C: Array) -> Array:
+        """The hypervolume that each candidate is expected to add, its quality being normal and its cost known.
+
+        The gain is the area between the candidate's quality and the staircase right of its cost, so its expectation is
+        the sum over the steps of their widths times the expected improvement over their heights.
+        """
+        ends_J = np.append(self.edge_J[1:], max(1.0, self.edge_J[-1]))
+        width_CJ = np.clip(ends_J - np.maximum(self.edge_J, cost_C[:, None]), 0.0, None)
+        deviation_C1 = np.maximum(deviation_C, 1e-12)[:, None]
+        z_CJ = (mean_C[:, None] - self.height_J) / deviation_C1
+        improvement_CJ = deviation_C1 * (z_CJ * norm.cdf(z_CJ) + norm.pdf(z_CJ))
+        gain_C: Array = (width_CJ * improvement_CJ).sum(axis=1)
+        return gain_C
+
+
+def choose_batch(front: Staircase, cost_C: Array, mean_C: Array, covariance_CC: Array, size: int) -> list[int]:
+    """Pick candidates one after the other by expected gain, as if those picked had turned out as predicted.
+
+    Args:
+        front: What is known.
+        cost_C: Exact costs.
+        mean_C: Predicted qualities.
+        covariance_CC: Of the predictions; a pick takes away the uncertainty that others share with it.
+        size: Picks; fewer where there are fewer candidates.
+    """
+    mean_C = np.asarray(mean_C, dtype=np.float64)
+    variance_C = np.diag(covariance_CC).copy()
+    noise = 1e-3 * float(variance_C.max(initial=1e-12)) + 1e-15
+    explained: list[Array] = []
+    picked: list[int] = []
+    for _ in range(min(size, len(cost_C))):
+        gain_C = front.expected_gain(cost_C, mean_C, np.sqrt(np.maximum(variance_C, 0.0)))
+        gain_C[picked] = -1.0
+        best = int(gain_C.argmax())
+        picked.append(best)
+        front = front.with_point(float(cost_C[best]), float(mean_C[best]))
+        shared_C = covariance_CC[:, best] - sum((part * part[best] for part in explained), np.zeros(len(cost_C)))
+        part = shared_C / np.sqrt(max(float(shared_C[best]), 0.0) + noise)
+        explained.append(part)
+        variance_C -= part**2
+    return picked
+
+
+def _most_telling(scored: _Scored, most: int) -> NDArray[np.int64]:
+    """Trials to fit the surrogate on: all, or those nearest below the front, where it has to tell candidates apart."""
+    if len(scored.quality_T) <= most:
+        return np.arange(len(scored.quality_T))
+    front = Staircase.of(scored.cost_T, scored.quality_T)
+    reached_T = front.height_J[np.searchsorted(front.edge_J, scored.cost_T, side="right") - 1]
+    return np.sort(np.argsort(reached_T - scored.quality_T, kind="stable")[:most])
