@@ -1,12 +1,20 @@
 """The evaluation engine: many length configs over one split in a single walk, with no wasted arithmetic.
 
-Rows of tokens from sequences of any length are packed together, so nothing is padded: the linear parts of a layer do
-not care whose token a row is, and attention runs over groups of sequences with equally many tokens. Configs that keep
-the same counts in their first layers share the computation of those layers, and sequences that share nothing still
-share a batch: a chunk holds whatever (sequence, beginning) pairs come next in the depth-first walk of the tree.
-Memory holds a chunk and its attended half per layer, however many configs come at once.
+Rows of tokens from sequences of any length are packed together, so nothing is padded: the row-wise parts of a layer do
+not care whose token a row is, and attention runs over groups of sequences with equally many tokens. Three things are
+shared or left out, none of which changes a result:
 
-Shape letters: C configs, N examples, R rows of a chunk, B sequences of a group, L tokens arriving, D hidden size.
+- Configs that keep the same counts in their first layers share the computation of those layers, and sequences that
+  share nothing still share a batch: a chunk holds whatever (sequence, beginning) pairs come next in the depth-first
+  walk of the tree of counts.
+- What a token's feed-forward half and its next query, key and value are does not depend on which others are kept, so
+  they are computed once for the most tokens that some config keeps there, and each config takes its rows.
+- The head reads the first token, so the last layer is computed for that one alone, and its count decides nothing.
+
+Memory holds a chunk and what became of it per layer, however many configs come at once.
+
+Shape letters: C configs, N examples, R rows of a chunk, B sequences of a group, L tokens arriving, D hidden size, P
+what a family's `project` makes of a token.
 """
 
 import copy
@@ -36,7 +44,7 @@ ROW_STEP = 64
 """Chunks are filled up to a multiple of this many rows: oneDNN builds a kernel for each number of rows it meets."""
 CACHE_BYTES = 512 * 2**20
 CACHED_LEVELS = 2
-"""Layers whose results are kept for the next call; deeper ones recur too seldom."""
+"""First layers whose results are kept for the next call; deeper ones recur too seldom."""
 BF16_TOLERANCE = 0.002
 """Most that bf16 may move the full model's metric: 0.2 points."""
 
@@ -122,7 +130,7 @@ class Evaluator:
         bundles = self._bundles[number]
         if not configs or not len(bundles.size):
             return np.empty((len(configs), len(self.blocks[number])), dtype=np.int64)
-        tree = PrefixTree.of(configs, bundles.lengths)
+        tree = PrefixTree.of(configs, bundles.lengths, self.model.num_layers - 1)
         with torch.inference_mode():
             walk = _Walk(self, number, bundles, tree)
             walk.run(on_progress)
@@ -214,26 +222,42 @@ class _Bundles:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Cells packed row after row; a cell is a bundle's sequences at one node of the tree.
+class _Cells:
+    """A bundle's sequences at one node of the tree make a cell; cells are packed row after row.
 
     Attributes:
         node: The node of each cell.
         bundle: The bundle of each cell.
         size: Sequences of each cell.
-        kept: Tokens of each of its sequences; ascending, so that cells of equal counts stand together.
-        hidden_RD: Token vectors; rows beyond the cells' own are fillers.
+        rows: Rows of each of its sequences; ascending where they attend, so that equal ones stand together.
     """
 
     node: Ints
     bundle: Ints
     size: Ints
-    kept: Ints
-    hidden_RD: Tensor
+    rows: Ints
+
+    def __getitem__(self, part: slice | NDArray[np.bool_] | Ints) -> "_Cells":
+        return _Cells(self.node[part], self.bundle[part], self.size[part], self.rows[part])
 
     def starts(self) -> Ints:
         """The first row of each cell, and the end of the last."""
-        return _starts(self.size * self.kept)
+        return _starts(self.size * self.rows)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the first layers made of the tokens of some cells; rows beyond the cells' own are fillers.
+
+    Attributes:
+        hidden_RD: Token vectors.
+        projected_RP: Their query, key and value in the next layer.
+        rank_R: Each row's place in its sequence by the attention it received in the last layer computed.
+    """
+
+    hidden_RD: Tensor
+    projected_RP: Tensor
+    rank_R: Ints
 
 
 class _Walk:
@@ -248,31 +272,26 @@ class _Walk:
         self.family = evaluator.model.family
         self.network = evaluator._network
         self.cache = evaluator._cache
-        leaves = tree.levels[-1]
-        length_of_leaf = np.arange(len(leaves.kept))
-        for level in reversed(tree.levels):
-            length_of_leaf = level.parent[length_of_leaf]
+        self.last = evaluator.model.num_layers - 1
         examples_of_length = np.bincount(bundles.of_length, weights=bundles.size).astype(np.int64)
-        self.place_of_leaf = _starts(examples_of_length[length_of_leaf])
+        self.place_of_leaf = _starts(examples_of_length[tree.root_of(self.last)])
         self.class_of_place = np.empty(self.place_of_leaf[-1], dtype=np.int64)
         self.first_of_length = _starts(examples_of_length)
-        depth = CACHED_LEVELS if self.cache.limit else 0
-        self.prefixes = [tree.prefixes(level) for level in range(min(depth, self.model.num_layers - 1) + 1)]
+        self.cached_levels = min(CACHED_LEVELS, self.last) if self.cache.limit else 0
+        self.prefixes = [tree.prefixes(level) for level in range(self.cached_levels)]
 
     def run(self, on_progress: Callable[[float], None] | None) -> None:
         """Fill `class_of_place`."""
         entries = self._entries()
-        total = sum(int((size * kept).sum()) for _, _, _, size, kept, _ in entries)
+        total = sum(len(cells.node) for _, cells, _ in entries)
         done = 0
-        for depth, node, bundle, size, kept, states in entries:
-            for part in _cut(size * kept, self.evaluator._rows_per_chunk):
-                hidden = (
-                    self._embed(bundle[part])
-                    if states is None
-                    else _fill(torch.cat([states[cell] for cell in range(part.start, part.stop)]))
-                )
-                self._descend(depth, _Chunk(node[part], bundle[part], size[part], kept[part], hidden))
-                done += int((size[part] * kept[part]).sum())
+        for depth, cells, made in entries:
+            for part in _cut(cells.size * cells.rows, self.evaluator._rows_per_chunk):
+                if made:
+                    self._pass_on(depth, cells[part], _joined(made[part]))
+                else:
+                    self._expand(depth, cells[part], *self._embed(cells[part]))
+                done += part.stop - part.start
                 if on_progress is not None:
                     on_progress(done / total)
 
@@ -280,80 +299,63 @@ class _Walk:
         """The classes by config and example, (C, N) in the block's order."""
         columns = [
             self.class_of_place[self.place_of_leaf[leaf_C][:, None] + np.arange(last - first)]
-            for leaf_C, first, last in zip(
-                self.tree.leaf, self.first_of_length[:-1], self.first_of_length[1:], strict=True
-            )
+            for leaf_C, (first, last) in zip(self.tree.leaf, itertools.pairwise(self.first_of_length), strict=True)
         ]
         return np.concatenate(columns, axis=1)
 
-    def _entries(self) -> "list[tuple[int, Ints, Ints, Ints, Ints, list[Tensor] | None]]":
-        """Where the walk begins: cells at level 0, and those of later levels whose vectors are remembered.
+    def _entries(self) -> list[tuple[int, _Cells, list[_Rows]]]:
+        """Where the walk begins: at which level, in which cells, and with what is remembered of each, if anything.
 
-        Sets `missing`: per level, which (node, bundle) the walk has to compute.
+        Sets `missing`: per cached level, which (node, bundle) the walk has to compute.
         """
-        levels = len(self.prefixes)
-        cells = [self._cells(depth) for depth in range(levels)]
-        known = [
-            np.array([self._key(depth, n, b) in self.cache for n, b in zip(*cells[depth], strict=True)], dtype=np.bool_)
-            if depth
-            else np.zeros(len(cells[0][0]), dtype=np.bool_)
-            for depth in range(levels)
-        ]
         self.missing: list[NDArray[np.bool_]] = []
-        needed = np.ones(len(cells[-1][0]), dtype=np.bool_)
+        if not self.cached_levels:
+            return [(0, self._all_cells(0), [])]
         entries = []
-        for depth in reversed(range(levels)):
-            node, bundle = cells[depth]
-            lookup = np.zeros((len(self.tree.levels[depth].kept), len(self.bundles.size)), dtype=np.bool_)
-            lookup[node, bundle] = needed & ~known[depth]
-            self.missing.insert(0, lookup)
-            here = needed if not depth else needed & known[depth]
-            if here.any():
-                entries.append((depth, node[here], bundle[here]))
-            if depth:
-                above_node, above_bundle = cells[depth - 1]
-                wanted = np.zeros((len(self.tree.levels[depth - 1].kept), len(self.bundles.size)), dtype=np.bool_)
-                lost_node, lost_bundle = np.nonzero(lookup)
-                wanted[self.tree.levels[depth].parent[lost_node], lost_bundle] = True
-                needed = wanted[above_node, above_bundle]
-        ready = []
-        for depth, node, bundle in entries:
-            order = self._order(depth, node)
-            node, bundle = node[order], bundle[order]
-            states = [self.cache[self._key(depth, n, b)] for n, b in zip(node, bundle, strict=True)] if depth else None
-            ready.append((depth, node, bundle, self.bundles.size[bundle], self.tree.levels[depth].kept[node], states))
-        return ready
+        wanted = np.ones((len(self.tree.levels[self.cached_levels - 1].kept), len(self.bundles.size)), dtype=np.bool_)
+        for depth in reversed(range(self.cached_levels)):
+            cells = self._all_cells(depth)
+            cells = cells[wanted[cells.node, cells.bundle]]
+            keys = (self._key(depth, *cell) for cell in zip(cells.node, cells.bundle, strict=True))
+            known = np.fromiter((key in self.cache for key in keys), dtype=np.bool_, count=len(cells.node))
+            if known.any():
+                found = cells[known]
+                made = [self.cache[self._key(depth, *cell)] for cell in zip(found.node, found.bundle, strict=True)]
+                entries.append((depth, found, made))
+            lost = cells[~known]
+            missing = np.zeros_like(wanted)
+            missing[lost.node, lost.bundle] = True
+            self.missing.insert(0, missing)
+            if not depth:
+                if len(lost.node):
+                    entries.append((0, lost, []))
+                break
+            wanted = np.zeros((len(self.tree.levels[depth - 1].kept), len(self.bundles.size)), dtype=np.bool_)
+            wanted[self.tree.levels[depth].parent[lost.node], lost.bundle] = True
+        return entries
 
-    def _cells(self, depth: int) -> tuple[Ints, Ints]:
-        """Every (node, bundle) of a level."""
-        length = np.arange(len(self.tree.levels[depth].kept))
-        for level in reversed(self.tree.levels[: depth + 1]):
-            length = level.parent[length]
+    def _all_cells(self, depth: int) -> _Cells:
+        """Every cell of a level, in an order in which they may attend."""
         by_length = [np.flatnonzero(self.bundles.of_length == number) for number in range(len(self.bundles.lengths))]
-        bundle = [by_length[number] for number in length]
-        return np.repeat(np.arange(len(length)), [len(part) for part in bundle]), np.concatenate(bundle)
+        bundles = [by_length[number] for number in self.tree.root_of(depth)]
+        node = np.repeat(np.arange(len(bundles)), [len(part) for part in bundles])
+        return self._sorted(depth, node, np.concatenate(bundles))[0]
+
+    def _sorted(self, depth: int, node: Ints, bundle: Ints) -> tuple[_Cells, Ints]:
+        """Cells with those of equal counts together, and among them those that will drop tokens; and their order."""
+        level = self.tree.levels[depth]
+        order = np.lexsort((level.drops[node], level.kept[node]))
+        node, bundle = node[order], bundle[order]
+        return _Cells(node, bundle, self.bundles.size[bundle], level.kept[node]), order
 
     def _key(self, depth: int, node: int, bundle: int) -> tuple[int, ...]:
         return (self.block, int(bundle), *self.prefixes[depth][node])
 
-    def _order(self, depth: int, node: Ints) -> Ints:
-        """Cells of equal counts together, and among them those that will drop tokens."""
-        level = self.tree.levels[depth]
-        return np.lexsort((level.drops[node], level.kept[node]))
-
-    def _descend(self, depth: int, chunk: _Chunk) -> None:
-        if depth == self.model.num_layers:
-            self._classify(chunk)
-            return
-        attended_RD, rank_R = self._attend(depth, chunk)
-        for child in self._children(depth, chunk, attended_RD, rank_R):
-            self._descend(depth + 1, child)
-
-    def _embed(self, bundle: Ints) -> Tensor:
+    def _embed(self, cells: _Cells) -> tuple[Tensor, Tensor]:
         split, device = self.evaluator.split, self.model.device
         rows = [
             example
-            for number in bundle
+            for number in cells.bundle
             for example in self.bundles.examples[self.bundles.start[number] :][: self.bundles.size[number]]
         ]
         ids = np.concatenate([split.input_ids[example] for example in rows])
@@ -362,19 +364,40 @@ class _Walk:
         ids_1R, types_1R, positions_1R = (
             torch.from_numpy(part.astype(np.int64))[None].to(device) for part in (ids, types, positions)
         )
-        return _fill(self.family.embed(self.network, ids_1R, types_1R, positions_1R)[0])
+        hidden_RD = _fill(self.family.embed(self.network, ids_1R, types_1R, positions_1R)[0])
+        return hidden_RD, self.family.project(self.network, 0, hidden_RD)
 
-    def _attend(self, depth: int, chunk: _Chunk) -> tuple[Tensor, Ints]:
-        """The attended rows, and each row's rank in its sequence by attention received; 0 where none is dropped."""
-        projected_RP = self.family.project(self.network, depth, chunk.hidden_RD)
-        context_RD = torch.empty_like(chunk.hidden_RD)
-        starts = chunk.starts()
+    def _expand(self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> None:
+        """Compute a layer, and all after it, for cells whose arriving tokens' vectors and projections are given."""
+        if depth == self.last:
+            self._classify(cells, hidden_RD, projected_RP)
+            return
+        attended_RD, rank_R = self._attend(depth, cells, hidden_RD, projected_RP)
+        remembered = depth < self.cached_levels
+        most = cells.rows if remembered else self.tree.levels[depth].most[cells.node]
+        cell, rows = _ranges(*_bounds(cells.starts()))
+        kept = rank_R[rows] < most[cell]
+        if not kept.all() or len(rows) != len(attended_RD):
+            attended_RD = _take(attended_RD, rows[kept])
+            rank_R = rank_R[rows[kept]]
+        passed_on_RD = self.family.feed_forward(self.network, depth, attended_RD)
+        self.evaluator.rows_computed += len(passed_on_RD)
+        passed_on = _Rows(passed_on_RD, self.family.project(self.network, depth + 1, passed_on_RD), rank_R)
+        cells = _Cells(cells.node, cells.bundle, cells.size, most)
+        if remembered:
+            self._remember(depth, cells, passed_on)
+        self._pass_on(depth, cells, passed_on)
+
+    def _attend(self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> tuple[Tensor, Ints]:
+        """The attended rows, and each one's rank in its sequence by attention received; 0 where none is dropped."""
+        context_RD = torch.empty_like(hidden_RD)
+        starts = cells.starts()
         context_RD[starts[-1] :] = 0
         rank_R = np.zeros(starts[-1], dtype=np.int64)
-        drops = self.tree.levels[depth].drops[chunk.node]
-        edges = np.flatnonzero(np.diff(chunk.kept * 2 + drops, prepend=-1, append=-1))
+        drops = self.tree.levels[depth].drops[cells.node] | (depth < self.cached_levels)
+        edges = np.flatnonzero(np.diff(cells.rows * 2 + drops, prepend=-1, append=-1))
         for first, last in itertools.pairwise(edges):
-            rows, length = slice(int(starts[first]), int(starts[last])), int(chunk.kept[first])
+            rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
             projected_BLP = projected_RP[rows].view(-1, length, projected_RP.size(1))
             context_BLD, score_BL = self.family.mix(self.network, depth, projected_BLP, None, bool(drops[first]))
             context_RD[rows] = context_BLD.flatten(0, 1)
@@ -383,75 +406,99 @@ class _Walk:
                 rank_BL = np.empty_like(order_BL)
                 np.put_along_axis(rank_BL, order_BL, np.arange(length)[None], axis=1)
                 rank_R[rows] = rank_BL.reshape(-1)
-        return self.family.merge(self.network, depth, context_RD, chunk.hidden_RD), rank_R
+        return self.family.merge(self.network, depth, context_RD, hidden_RD), rank_R
 
-    def _children(self, depth: int, chunk: _Chunk, attended_RD: Tensor, rank_R: Ints) -> Iterator[_Chunk]:
-        """What the feed-forward half passes on of a chunk, once for each count that some config keeps."""
+    def _pass_on(self, depth: int, cells: _Cells, passed_on: _Rows) -> None:
+        """Give each child its rows of what a layer made, and go on there."""
         first_child = self.tree.levels[depth].first_child
-        parent, node = _ranges(first_child[chunk.node], first_child[chunk.node + 1])
-        if depth + 1 < len(self.missing):
-            wanted = self.missing[depth + 1][node, chunk.bundle[parent]]
+        parent, node = _ranges(first_child[cells.node], first_child[cells.node + 1])
+        if depth + 1 < self.cached_levels:
+            wanted = self.missing[depth + 1][node, cells.bundle[parent]]
             parent, node = parent[wanted], node[wanted]
-        order = self._order(depth + 1, node)
-        parent, node = parent[order], node[order]
-        bundle, size, kept = chunk.bundle[parent], chunk.size[parent], self.tree.levels[depth + 1].kept[node]
-        starts = chunk.starts()
-        for part in _cut(size * kept, self.evaluator._rows_per_chunk):
-            cell, rows = _ranges(starts[parent[part]], starts[parent[part] + 1])
-            rows = rows[rank_R[rows] < kept[part][cell]]
-            padded = np.zeros(_round_up(len(rows)), dtype=np.int64)
-            padded[: len(rows)] = rows
-            index_R = torch.from_numpy(padded).to(attended_RD.device)
-            hidden_RD = self.family.feed_forward(self.network, depth, attended_RD.index_select(0, index_R))
-            self.evaluator.rows_computed += len(padded)
-            child = _Chunk(node[part], bundle[part], size[part], kept[part], hidden_RD)
-            if depth + 1 < len(self.prefixes):
-                self._remember(depth + 1, child)
-            yield child
+        children, order = self._sorted(depth + 1, node, cells.bundle[parent])
+        first, last = _bounds(cells.starts())
+        first, last = first[parent[order]], last[parent[order]]
+        for part in _cut(children.size * children.rows, self.evaluator._rows_per_chunk):
+            cell, rows = _ranges(first[part], last[part])
+            rows = rows[passed_on.rank_R[rows] < children.rows[part][cell]]
+            hidden_RD, projected_RP = _take(passed_on.hidden_RD, rows), _take(passed_on.projected_RP, rows)
+            self._expand(depth + 1, children[part], hidden_RD, projected_RP)
 
-    def _remember(self, depth: int, chunk: _Chunk) -> None:
-        starts = chunk.starts()
-        for cell, (node, bundle) in enumerate(zip(chunk.node, chunk.bundle, strict=True)):
-            self.cache[self._key(depth, node, bundle)] = chunk.hidden_RD[starts[cell] : starts[cell + 1]]
+    def _remember(self, depth: int, cells: _Cells, made: _Rows) -> None:
+        starts = cells.starts()
+        for cell, (first, last) in enumerate(itertools.pairwise(starts)):
+            rows = slice(int(first), int(last))
+            self.cache.add(
+                self._key(depth, cells.node[cell], cells.bundle[cell]),
+                _Rows(made.hidden_RD[rows], made.projected_RP[rows], made.rank_R[rows]),
+            )
 
-    def _classify(self, chunk: _Chunk) -> None:
-        cell, sequence = _ranges(np.zeros_like(chunk.size), chunk.size)
-        first_rows = chunk.starts()[cell] + sequence * chunk.kept[cell]
-        index_B = torch.from_numpy(first_rows).to(chunk.hidden_RD.device)
-        logits_BC = self.family.classify(self.network, chunk.hidden_RD.index_select(0, index_B)[:, None])
-        of_length = self.bundles.of_length[chunk.bundle]
-        before = self.bundles.start[chunk.bundle] - self.first_of_length[of_length]
-        places = (self.place_of_leaf[chunk.node] + before)[cell] + sequence
+    def _classify(self, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> None:
+        """The last layer and the head, for the first token of each sequence."""
+        starts = cells.starts()
+        edges = np.flatnonzero(np.diff(cells.rows, prepend=-1, append=-1))
+        contexts = []
+        for first, last in itertools.pairwise(edges):
+            rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
+            projected_BLP = projected_RP[rows].view(-1, length, projected_RP.size(1))
+            contexts.append(self.family.mix_first(self.network, self.last, projected_BLP))
+        cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
+        context_BD = _fill(torch.cat(contexts))
+        hidden_BD = _take(hidden_RD, starts[cell] + sequence * cells.rows[cell])
+        attended_BD = self.family.merge(self.network, self.last, context_BD, hidden_BD)
+        passed_on_BD = self.family.feed_forward(self.network, self.last, attended_BD)
+        self.evaluator.rows_computed += len(passed_on_BD)
+        logits_BC = self.family.classify(self.network, passed_on_BD[: len(cell), None])
+        of_length = self.bundles.of_length[cells.bundle]
+        before = self.bundles.start[cells.bundle] - self.first_of_length[of_length]
+        places = (self.place_of_leaf[cells.node] + before)[cell] + sequence
         self.class_of_place[places] = logits_BC.argmax(dim=1).cpu().numpy()
 
 
 class _StateCache:
-    """Hidden states of cells, the least recently used forgotten first."""
+    """What the first layers made of cells, the least recently used forgotten first."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
-        self._states: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._states: OrderedDict[tuple[int, ...], _Rows] = OrderedDict()
 
     def __contains__(self, key: tuple[int, ...]) -> bool:
         return key in self._states
 
-    def __getitem__(self, key: tuple[int, ...]) -> Tensor:
+    def __getitem__(self, key: tuple[int, ...]) -> _Rows:
         self._states.move_to_end(key)
         return self._states[key]
 
-    def __setitem__(self, key: tuple[int, ...], state: Tensor) -> None:
-        if state.nbytes > self.limit or key in self._states:
+    def add(self, key: tuple[int, ...], made: _Rows) -> None:
+        """Keep a copy, since a view would keep its whole chunk alive; not of what is larger than all the memory."""
+        if _nbytes(made) > self.limit or key in self._states:
             return
-        self._states[key] = state.clone()  # a view would keep its whole chunk alive
-        self.held += state.nbytes
+        self._states[key] = _Rows(made.hidden_RD.clone(), made.projected_RP.clone(), made.rank_R.copy())
+        self.held += _nbytes(made)
         while self.held > self.limit:
-            self.held -= self._states.popitem(last=False)[1].nbytes
+            self.held -= _nbytes(self._states.popitem(last=False)[1])
+
+
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    return _Rows(
+        torch.cat([part.hidden_RD for part in parts]),
+        torch.cat([part.projected_RP for part in parts]),
+        np.concatenate([part.rank_R for part in parts]),
+    )
+
+
+def _nbytes(made: _Rows) -> int:
+    return made.hidden_RD.nbytes + made.projected_RP.nbytes + made.rank_R.nbytes
 
 
 def _starts(sizes: Ints) -> Ints:
     """Where consecutive parts of these sizes begin, and the end of the last."""
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _bounds(starts: Ints) -> tuple[Ints, Ints]:
+    return starts[:-1], starts[1:]
 
 
 def _ranges(first: Ints, last: Ints) -> tuple[Ints, Ints]:
@@ -475,6 +522,13 @@ def _cut(rows: Ints, most: int) -> Iterator[slice]:
 
 def _round_up(rows: int) -> int:
     return -(-rows // ROW_STEP) * ROW_STEP
+
+
+def _take(rows_RX: Tensor, numbers: Ints) -> Tensor:
+    """The rows of these numbers, with fillers."""
+    padded = np.zeros(_round_up(len(numbers)), dtype=np.int64)
+    padded[: len(numbers)] = numbers
+    return rows_RX.index_select(0, torch.from_numpy(padded).to(rows_RX.device))
 
 
 def _fill(hidden_RD: Tensor) -> Tensor:

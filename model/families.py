@@ -48,6 +48,9 @@ class EncoderFamily(Protocol):
             The context (B, L, D), and the float32 scores (B, L) or None.
         """
 
+    def mix_first(self, network: PreTrainedModel, layer: int, projected_BLP: Tensor) -> Tensor:
+        """The context (B, D) of each sequence's first token alone; all tokens are real."""
+
     def merge(self, network: PreTrainedModel, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
         """The attended vectors: output projection of the context, residual and LayerNorm."""
 
@@ -84,13 +87,19 @@ class BertFamily:
     def mix(
         self, network: Any, layer: int, projected_BLP: Tensor, mask_BL: Tensor | None, with_scores: bool
     ) -> tuple[Tensor, Tensor | None]:
-        block = network.bert.encoder.layer[layer].attention.self
-        query, key, value = projected_BLP.view(*projected_BLP.shape[:2], 3, block.num_attention_heads, -1).permute(
-            2, 0, 3, 1, 4
-        )
-        dropout = block.dropout.p if network.training else 0.0
+        query, key, value = self._heads(network, projected_BLP)
+        dropout = network.config.attention_probs_dropout_prob if network.training else 0.0
         context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores)
         return context_BHLd.transpose(1, 2).flatten(2), score_BL
+
+    def mix_first(self, network: Any, layer: int, projected_BLP: Tensor) -> Tensor:
+        query, key, value = self._heads(network, projected_BLP)
+        return attention(query[:, :, :1], key, value, None, 0.0, with_scores=False)[0].flatten(1)
+
+    def _heads(self, network: Any, projected_BLP: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value, (B, H, L, d) each."""
+        per_head = projected_BLP.view(*projected_BLP.shape[:2], 3, network.config.num_attention_heads, -1)
+        return per_head.permute(2, 0, 3, 1, 4).unbind()
 
     def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
         attended: Tensor = network.bert.encoder.layer[layer].attention.output(context_RD, hidden_RD)

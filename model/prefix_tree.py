@@ -26,12 +26,14 @@ class Level:
         parent: Each node's parent in the level before; nodes are sorted by it.
         first_child: Where each node's children begin in the next level, one entry more than there are nodes; no
             entries in the last level.
+        most: The greatest count of each node's children.
         drops: Whether some child of a node keeps fewer tokens than arrive.
     """
 
     kept: Ints
     parent: Ints
     first_child: Ints
+    most: Ints
     drops: NDArray[np.bool_]
 
 
@@ -40,7 +42,7 @@ class PrefixTree:
     """Distinct beginnings of token counts.
 
     Attributes:
-        levels: N + 1 levels.
+        levels: One more than there are layers.
         leaf: For each length and config, the node of the last level that it ends in; (P, C).
     """
 
@@ -48,9 +50,9 @@ class PrefixTree:
     leaf: Ints
 
     @classmethod
-    def of(cls, configs: Sequence[LengthConfig], lengths_P: Ints) -> "PrefixTree":
-        """The tree of these configs over sequences of these distinct lengths; there is at least one config."""
-        counts_PCN = np.stack([config.count_table(lengths_P) for config in configs], axis=1)
+    def of(cls, configs: Sequence[LengthConfig], lengths_P: Ints, num_layers: int) -> "PrefixTree":
+        """The tree of the first layers of these configs, at least one, over sequences of these distinct lengths."""
+        counts_PCN = np.stack([config.count_table(lengths_P)[:, :num_layers] for config in configs], axis=1)
         node_PC = np.repeat(np.arange(len(lengths_P))[:, None], len(configs), axis=1)
         kept, parent = lengths_P, np.arange(len(lengths_P))
         stride = int(lengths_P.max(initial=0)) + 1
@@ -61,10 +63,18 @@ class PrefixTree:
             first_child = np.searchsorted(next_parent, np.arange(len(kept) + 1))
             drops = np.zeros(len(kept), dtype=np.bool_)
             drops[next_parent[next_kept < kept[next_parent]]] = True
-            levels.append(Level(kept, parent, first_child, drops))
+            levels.append(Level(kept, parent, first_child, next_kept[first_child[1:] - 1], drops))
             kept, parent, node_PC = next_kept, next_parent, inverse.reshape(node_PC.shape)
-        levels.append(Level(kept, parent, np.empty(0, dtype=np.int64), np.zeros(len(kept), dtype=np.bool_)))
+        none = np.empty(0, dtype=np.int64)
+        levels.append(Level(kept, parent, none, none, np.zeros(len(kept), dtype=np.bool_)))
         return cls(tuple(levels), node_PC)
+
+    def root_of(self, depth: int) -> Ints:
+        """The length, by its number, that each node of a level belongs to."""
+        root = np.arange(len(self.levels[depth].kept))
+        for level in reversed(self.levels[: depth + 1]):
+            root = level.parent[root]
+        return root
 
     def prefixes(self, depth: int) -> list[tuple[int, ...]]:
         """The length and the counts that lead to each node of a level, which name it in any tree."""

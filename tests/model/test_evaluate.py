@@ -72,6 +72,7 @@ class Rows:
 
     def __init__(self, inner):
         self.inner, self.projected, self.mixed, self.scored, self.fed = inner, [], 0, 0, []
+        self.read_first = 0
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -86,6 +87,10 @@ class Rows:
         self.mixed += rows
         self.scored += rows * with_scores
         return self.inner.mix(network, layer, projected, mask, with_scores)
+
+    def mix_first(self, network, layer, projected):
+        self.read_first += projected.size(0) * projected.size(1)
+        return self.inner.mix_first(network, layer, projected)
 
     def feed_forward(self, network, layer, attended):
         self.fed.append(attended.size(0))
@@ -136,33 +141,52 @@ def test_configs_with_a_common_beginning_share_its_computation(model, rows, make
     split = as_split(make_batch([10, 10]), [10, 10])
     caps = [(8, 6, 6, 2), (8, 6, 3, 3), (8, 8, 8, 8), (8, 6, 6, 2), (10, 10, 10, 10)]
     predict(model, split, [LengthConfig.from_lengths(lengths, max_length=10) for lengths in caps])
-    # layer 0 once; then after 8 and 10; after 8-6, 8-8 and 10-10; after 8-6-6, 8-6-3, 8-8-8 and 10-10-10
-    assert sum(rows.projected) == rows.mixed == 2 * (10 + (8 + 10) + (6 + 8 + 10) + (6 + 3 + 8 + 10))
-    assert sum(rows.fed) == 2 * ((8 + 10) + (6 + 8 + 10) + (6 + 3 + 8 + 10) + (2 + 3 + 8 + 10))
-    assert rows.scored == 2 * (10 + 8 + 6 + 6)  # where a config drops: at the root, after 8, after 8-6, after 8-6-6
+    # attention: layer 0 once, then after 8 and 10, then after 8-6, 8-8 and 10-10
+    assert rows.mixed == 2 * (10 + (8 + 10) + (6 + 8 + 10))
+    # the last layer: after 8-6-6, 8-6-3, 8-8-8 and 10-10-10, whatever it would keep, and for the first token only
+    assert rows.read_first == 2 * (6 + 3 + 8 + 10)
+    # row by row: at each node once for the most that is kept of it, 10; 8 and 10; 6 and not 3, 8, 10
+    assert sum(rows.fed) == 2 * (10 + (8 + 10) + (6 + 8 + 10) + 4 * 1)
+    assert sum(rows.projected) == 2 * (10 + 10 + (8 + 10) + (6 + 8 + 10))
+    assert rows.scored == 2 * (10 + 8 + 6)  # where a config drops: at the root, after 8, after 8-6
 
 
 @pytest.mark.parametrize("rows_per_chunk", [18, 2048])
 def test_each_distinct_prefix_of_counts_is_computed_once_per_example(model, rows, split, rows_per_chunk):
     configs = random_configs(40, seed=1)
     Evaluator(model, split, rows_per_chunk=rows_per_chunk, cache_bytes=0).predict(configs)
-    attended = fed = 0
+    attended = fed = read_first = 0
     for num_tokens in LENGTHS:
-        prefixes = {(num_tokens, *config.lengths(num_tokens)[:layers]) for config in configs for layers in range(5)}
-        attended += sum(prefix[-1] for prefix in prefixes if len(prefix) < 5)
-        fed += sum(prefix[-1] for prefix in prefixes if len(prefix) > 1)
-    assert (sum(rows.projected), rows.mixed, sum(rows.fed)) == (attended, attended, fed)
+        for layers in range(4):
+            children = {}
+            for config in configs:
+                counts = (num_tokens, *config.lengths(num_tokens))
+                children.setdefault(counts[: layers + 1], set()).add(counts[layers + 1])
+            if layers < 3:
+                attended += sum(prefix[-1] for prefix in children)
+                fed += sum(max(kept) for kept in children.values())
+            else:
+                read_first += sum(prefix[-1] for prefix in children)
+                fed += len(children)
+    assert (rows.mixed, rows.read_first, sum(rows.fed)) == (attended, read_first, fed)
 
 
 def test_chunks_hold_about_as_many_rows_as_asked(model, rows, split):
     Evaluator(model, split, rows_per_chunk=40).predict(random_configs(40, seed=1))
     assert max(rows.projected) <= 40 + max(LENGTHS)
-    assert np.mean(rows.fed) > 20, "most of a chunk is used"
+    assert np.mean(rows.projected) > 20, "much of a chunk is used"
 
 
 def test_the_full_length_needs_no_scores(model, rows, split):
     predict(model, split, [LengthConfig.full(4)])
-    assert (rows.scored, rows.mixed) == (0, 4 * sum(LENGTHS))
+    assert (rows.scored, rows.mixed, rows.read_first) == (0, 3 * sum(LENGTHS), sum(LENGTHS))
+
+
+def test_what_the_last_layer_keeps_decides_nothing(model, split):
+    configs = [LengthConfig.from_shares((0.8, 0.6, 0.5, last)) for last in (0.5, 0.3, 0.1)]
+    predictions = predict(model, split, configs)
+    np.testing.assert_array_equal(predictions[1:], predictions[[0, 0]])
+    assert predictions.tolist() == predict_one_by_one(model, split, configs)
 
 
 def test_fillers_bring_chunks_to_few_sizes_and_change_nothing(model, split, configs, monkeypatch):
@@ -181,9 +205,15 @@ def test_a_later_call_reuses_the_first_layers_of_earlier_ones(model, rows, split
     computed = evaluator.rows_computed
     np.testing.assert_array_equal(evaluator.predict(first), predictions)
     again = evaluator.rows_computed - computed
-    deep = {(n, *config.lengths(n)[:layers]) for n in LENGTHS for config in first for layers in (3, 4)}
     counts = dict(zip(*np.unique(LENGTHS, return_counts=True), strict=True))
-    assert again == sum(prefix[-1] * counts[prefix[0]] for prefix in deep)
+    third_layer = {}
+    for num_tokens in counts:
+        for config in first:
+            kept = config.lengths(num_tokens)
+            third_layer.setdefault((num_tokens, *kept[:2]), set()).add(kept[2])
+    last_layer = {(num_tokens, *config.lengths(num_tokens)[:3]) for num_tokens in counts for config in first}
+    expected = sum(max(kept) * counts[prefix[0]] for prefix, kept in third_layer.items())
+    assert again == expected + sum(counts[prefix[0]] for prefix in last_layer), "two of four layers are remembered"
     np.testing.assert_array_equal(evaluator.predict(second), predict(model, split, second))
 
 
@@ -193,7 +223,10 @@ def test_remembered_states_stay_within_their_limit(model, split):
         configs = random_configs(10, seed)
         np.testing.assert_array_equal(evaluator.predict(configs), predict(model, split, configs))
         assert 0 < evaluator._cache.held <= 20_000
-        assert evaluator._cache.held == sum(state.nbytes for state in evaluator._cache._states.values())
+        held = evaluator._cache._states.values()
+        assert evaluator._cache.held == sum(
+            made.hidden_RD.nbytes + made.projected_RP.nbytes + made.rank_R.nbytes for made in held
+        )
 
 
 def test_blocks_are_samples_of_equal_size_and_like_lengths():
