@@ -43,8 +43,8 @@ class Rivals:
 
         The seen examples are a random sample, without replacement, of the N. The difference of the two accuracies over
         all N is therefore within `confidence` standard errors of the one seen, a standard error being
-        sqrt(s^2 / M * (1 - M / N)) with s^2 the variance of one example's difference; two differing examples are added
-        to s^2, so that a handful of equal answers proves nothing.
+        sqrt(s^2 / M * (1 - M / N)) with s^2 the mean square of one example's difference, no less than its variance; two
+        differing examples are added to it, so that a handful of equal answers proves nothing.
 
         Args:
             macs: Cost of the config.
@@ -58,8 +58,8 @@ class Rivals:
         seen, total = len(seen_M), self.correct_FN.shape[1]
         difference_FM = correct_M.astype(np.int8) - self.correct_FN[np.ix_(cheaper, seen_M)].astype(np.int8)
         mean_F = difference_FM.mean(axis=1)
-        variance_F = ((difference_FM != 0).sum(axis=1) + 2) / (seen + 2) - mean_F**2
-        error_F = np.sqrt(np.maximum(variance_F, 0.0) / seen * (1 - seen / total))
+        square_F = ((difference_FM != 0).sum(axis=1) + 2) / (seen + 2)
+        error_F = np.sqrt(square_F / seen * (1 - seen / total))
         bound_F = mean_F + confidence * error_F
         worst = int(bound_F.argmin())
         return int(self.trial_F[cheaper[worst]]) if bound_F[worst] < 0 else None

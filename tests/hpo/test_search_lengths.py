@@ -10,12 +10,15 @@ from optuna.trial import TrialState
 
 import hpo.mirror
 import hpo.search_lengths
+from hpo.early_stopping import Rivals, bits_from_text
 from hpo.errors import HpoError, StudyChanged
+from hpo.front import compute_front
 from hpo.search_lengths import config_of, constant_rates, search_lengths
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
-from model.evaluate import Evaluator, score
+from model.evaluate import Evaluator, predict, score, stratified_blocks
 from model.macs import mean_macs
+from studies.loader import SAMPLERS
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,8 @@ def run(lengths, workload, tiny_encoder, storage, tmp_path):
 
     def call(trials, definition=lengths, **changes):
         arguments = {"trials": trials, "storage": storage, "runs": tmp_path / "runs", **changes}
-        return search_lengths(definition, changes.pop("workload", workload), Path(tiny_encoder), **arguments)
+        given = arguments.pop("workload", workload)
+        return search_lengths(definition, given, Path(tiny_encoder), **arguments)
 
     return call
 
@@ -215,3 +219,71 @@ def test_dashboard_can_label_its_axes(run):
 def test_times_account_for_the_search(run):
     times = run(10).times
     assert 0 < times.model + times.storage <= times.total
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_fills_and_resumes_a_study(run, lengths, sampler):
+    definition = dataclasses.replace(lengths, sampler=sampler)
+    run(14, definition=definition)
+    trials = run(32, definition=definition).study.get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 32
+    bred = [tuple(trial.params.values()) for trial in trials[20:]]
+    assert len(set(bred)) > 6
+    assert all(0.4 <= retention <= 1.0 for params in bred for retention in params)
+
+
+@pytest.fixture
+def stopping(lengths, monkeypatch):
+    """A study in which whatever costs more than half of full length is stopped after the first of four blocks."""
+    monkeypatch.setattr(Rivals, "beats", lambda self, macs, *_: 0 if macs > self.macs_F.max() / 2 else None)
+    return dataclasses.replace(lengths, blocks=4)
+
+
+def test_stopped_configs_are_pruned_trials_with_partial_figures(run, stopping, workload, tiny_encoder):
+    search = run(40, definition=stopping)
+    trials = search.study.get_trials()
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    assert search.stopped == sum("reused_from" not in trial.user_attrs for trial in pruned) > 3
+    assert len(finished_trials(search.study)) == 40
+    assert all(len(set(trial.params.values())) > 1 for trial in pruned), "constant rates are never stopped"
+    assert all(trial.number >= 10 for trial in pruned), "the first generation has nothing to be compared with"
+    loaded = load_workload(workload, tiny_encoder)
+    model = load_encoder(tiny_encoder, loaded.corpus)
+    block = stratified_blocks(loaded.search.num_tokens, 4, seed=0)[0]
+    for trial in pruned:
+        right = predict(model, loaded.search, [config_of(trial.params)])[0] == loaded.search.labels
+        assert trial.values is None
+        assert trial.user_attrs["partial_metric"] == pytest.approx(right[block].mean())
+        assert (trial.user_attrs["examples_seen"], trial.user_attrs["stopped_by"]) == (len(block), 0)
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE:
+            right = predict(model, loaded.search, [config_of(trial.params)])[0] == loaded.search.labels
+            np.testing.assert_array_equal(bits_from_text(trial.user_attrs["correct"], len(right)), right)
+    front = compute_front(search.study, "sqlite:///hpo.db")
+    assert not {point.trial for point in (*front.points, *front.dominated)} & {trial.number for trial in pruned}
+
+
+def test_a_resumed_study_knows_what_was_stopped(run, stopping, monkeypatch):
+    before = run(40, definition=stopping).study.get_trials()
+    stopped = {
+        config_of(trial.params).count_table(np.arange(3, 33)).tobytes()
+        for trial in before
+        if trial.state == TrialState.PRUNED
+    }
+    predict_block = Evaluator.predict_block
+
+    def spy(self, number, configs, **kwargs):
+        assert not {config.count_table(np.arange(3, 33)).tobytes() for config in configs} & stopped
+        return predict_block(self, number, configs, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "predict_block", spy)
+    after = run(60, definition=dataclasses.replace(stopping, sampler="random")).study.get_trials()
+    assert [trial.state for trial in after[:40]] == [trial.state for trial in before]
+    assert len(after) == 60
+
+
+def test_only_a_share_of_examples_is_stopped_early(run, stopping, workload):
+    by_f1 = dataclasses.replace(workload, metric="f1")
+    study = run(30, definition=stopping, workload=by_f1).study
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    assert not any("correct" in trial.user_attrs for trial in study.trials)

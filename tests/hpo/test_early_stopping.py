@@ -1,0 +1,96 @@
+"""Stopping configs early: what is certain enough, and that the front stays what it would have been."""
+
+import numpy as np
+import pytest
+
+from hpo.early_stopping import Rivals, bits_from_text, bits_to_text
+from hpo.front import hypervolume
+from model.evaluate import stratified_blocks
+
+EXAMPLES = 872
+
+
+def bits(share, seed, count=EXAMPLES):
+    return np.random.default_rng(seed).random(count) < share
+
+
+def rivals(*shares_and_costs):
+    trials = np.arange(len(shares_and_costs))
+    correct = np.array([bits(share, seed) for seed, (share, _) in enumerate(shares_and_costs)])
+    return Rivals.of(trials, np.array([cost for _, cost in shares_and_costs], dtype=np.float64), correct)
+
+
+def test_a_config_that_trails_clearly_is_beaten_by_the_trial_that_shows_it():
+    seen = np.arange(200)
+    front = rivals((0.6, 10.0), (0.9, 20.0), (0.95, 30.0))
+    assert front.beats(25.0, bits(0.6, 9)[seen], seen, confidence=3.0) == 1
+    assert front.beats(35.0, bits(0.6, 9)[seen], seen, confidence=3.0) == 2
+
+
+def test_a_cheaper_config_is_never_beaten():
+    seen = np.arange(200)
+    assert rivals((0.9, 20.0)).beats(19.9, np.zeros(200, dtype=np.bool_), seen, confidence=3.0) is None
+
+
+def test_a_config_as_good_as_the_front_goes_on():
+    front = rivals((0.9, 20.0))
+    for count in (1, 5, 50, 400, 871):
+        seen = np.random.default_rng(count).permutation(EXAMPLES)[:count]
+        assert front.beats(20.0, bits(0.9, 0)[seen], seen, confidence=3.0) is None
+        assert front.beats(20.0, bits(0.9, 77)[seen], seen, confidence=3.0) is None
+
+
+def test_a_handful_of_examples_proves_nothing():
+    seen = np.arange(4)
+    assert rivals((1.0, 20.0)).beats(20.0, np.zeros(4, dtype=np.bool_), seen, confidence=3.0) is None
+
+
+def test_rivals_are_the_non_dominated_alone():
+    front = rivals((0.9, 20.0), (0.5, 25.0), (0.95, 30.0), (0.2, 5.0))
+    assert front.trial_F.tolist() == [3, 0, 2]
+    assert front.macs_F.tolist() == [5.0, 20.0, 30.0]
+    assert Rivals.of(np.array([], dtype=np.int64), np.array([]), np.zeros((0, 0), dtype=np.bool_)).trial_F.size == 0
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 872])
+def test_bits_survive_the_database(count):
+    given = bits(0.5, count, count)
+    np.testing.assert_array_equal(bits_from_text(bits_to_text(given), count), given)
+
+
+def simulate(seed, stop):
+    """Hypervolume, trials stopped and examples seen of 12 generations of made-up configs that agree as real ones do."""
+    generator = np.random.default_rng(seed)
+    ease = generator.normal(1.2, 1.0, EXAMPLES)
+    blocks = stratified_blocks(generator.integers(5, 40, EXAMPLES), 4, seed)
+    cost = generator.uniform(0.2, 1.0, 300)
+    loss = 0.15 / cost + generator.exponential(0.4, 300)
+    correct = ease + generator.normal(0, 0.5, (300, EXAMPLES)) > loss[:, None]
+    done, seen_examples = [], 0
+    for start in range(0, 300, 25):
+        scored = np.array(done, dtype=np.int64)
+        front = Rivals.of(scored, cost[scored], correct[scored])
+        for config in range(start, start + 25):
+            seen = np.empty(0, dtype=np.int64)
+            for number, block in enumerate(blocks):
+                seen = np.concatenate([seen, block])
+                last = number + 1 == len(blocks)
+                if last or (stop and start and front.beats(cost[config], correct[config, seen], seen, 3.0) is not None):
+                    break
+            seen_examples += len(seen)
+            if len(seen) == EXAMPLES:
+                done.append(config)
+    return hypervolume(cost[done], correct[done].mean(axis=1)), 300 - len(done), seen_examples
+
+
+def test_the_front_is_the_one_without_early_stopping_but_for_less_than_the_splits_noise():
+    noise = np.sqrt(0.2 * 0.8 / EXAMPLES)
+    stopped = []
+    for seed in range(20):
+        whole, _, everything = simulate(seed, stop=False)
+        early, count, seen = simulate(seed, stop=True)
+        assert early <= whole + 1e-12
+        assert whole - early < noise / 4
+        stopped.append(count)
+        assert seen < 0.9 * everything
+    assert np.mean(stopped) > 60, "most of the hopeless are found out"

@@ -1,0 +1,233 @@
+"""Samplers of length configs: their operators, the surrogate's arithmetic, and whole searches on a made-up quality."""
+
+import itertools
+import warnings
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+
+from hpo.front import hypervolume
+from hpo.samplers import (
+    LatSampler,
+    RetentionSpace,
+    Staircase,
+    choose_batch,
+    convex_hull,
+    make_sampler,
+    mutate_between_neighbours,
+)
+from studies.loader import SAMPLERS, LengthsStudy, Range
+
+LAYERS = 4
+SPACE = {f"retention_{layer}": FloatDistribution(0.2, 1.0, step=0.05) for layer in range(LAYERS)}
+GRID = RetentionSpace.of(SPACE)
+ANY = RetentionSpace(tuple(SPACE), 0.1, 1.0, None)
+
+
+def random_shares(count, seed=0):
+    return np.cumprod(np.random.default_rng(seed).uniform(0.3, 1.0, (count, LAYERS)), axis=1)
+
+
+def random_points(seed, count=12):
+    """Costs and qualities with ties, none of them on a line."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(1, 12, count) / 12, generator.integers(0, 30, count) / 30
+
+
+def dominates(a, b):
+    return a[0] <= b[0] and a[1] >= b[1] and a != b
+
+
+# Operators
+
+
+def test_shares_on_the_grid_come_back_unchanged():
+    retention = np.random.default_rng(0).integers(4, 21, (50, LAYERS)) * 0.05
+    np.testing.assert_allclose(GRID.to_retention(np.cumprod(retention, axis=1)), retention, atol=1e-9)
+
+
+@pytest.mark.parametrize("space", [GRID, ANY], ids=["grid", "any"])
+def test_retentions_stay_in_range_and_follow_the_shares(space):
+    shares = np.minimum.accumulate(np.random.default_rng(1).uniform(0.0, 1.0, (200, LAYERS)), axis=1)
+    retention = space.to_retention(shares)
+    assert retention.min() >= space.low
+    assert retention.max() <= 1.0
+    reachable = (shares[:, 0] >= space.low) & (shares[:, 1:] >= space.low * shares[:, :-1] + 0.05).all(axis=1)
+    left = np.cumprod(retention, axis=1)[reachable]
+    assert reachable.sum() > 20
+    np.testing.assert_allclose(left, shares[reachable], atol=1e-9 if space.step is None else 0.026)
+    for row in retention if space.step is not None else ():
+        assert all(
+            SPACE[name]._contains(SPACE[name].to_internal_repr(value)) for name, value in GRID.params(row).items()
+        )
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.5, 1.0])
+def test_a_mutation_moves_each_share_between_its_neighbours_only(probability):
+    generator = np.random.default_rng(0)
+    moved = 0
+    for shares in random_shares(300):
+        child = mutate_between_neighbours(shares, probability, generator)
+        assert (np.diff(np.concatenate([[1.0], child, [0.0]])) <= 0).all()
+        moved += (child != shares).sum()
+    assert moved / (300 * LAYERS) == pytest.approx(probability, abs=0.06)
+
+
+def test_a_mutation_of_probability_zero_changes_nothing():
+    shares = random_shares(1)[0]
+    np.testing.assert_array_equal(mutate_between_neighbours(shares, 0.0, np.random.default_rng(0)), shares)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_front_is_what_no_other_point_dominates(seed):
+    cost, quality = random_points(seed)
+    points = list(zip(cost, quality, strict=True))
+    expected = {a for a in points if not any(dominates(b, a) for b in points)}
+    found = Staircase.members(cost, quality)
+    assert {points[index] for index in found} == expected
+    assert len(found) == len(expected), "of equal points one is taken"
+    assert list(cost[found]) == sorted(cost[found])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_hull_is_what_no_chord_of_the_front_passes_above(seed):
+    cost, quality = random_points(seed)
+    front = [(cost[index], quality[index]) for index in Staircase.members(cost, quality)]
+
+    def below_a_chord(point):
+        return any(
+            a[0] < point[0] < b[0] and a[1] + (b[1] - a[1]) * (point[0] - a[0]) / (b[0] - a[0]) >= point[1] - 1e-12
+            for a, b in itertools.permutations(front, 2)
+        )
+
+    hull = convex_hull(cost, quality)
+    assert [(cost[index], quality[index]) for index in hull] == [point for point in front if not below_a_chord(point)]
+
+
+# The surrogate's arithmetic
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expected_gain_is_the_mean_growth_of_the_hypervolume(seed):
+    cost, quality = random_points(seed)
+    front = Staircase.of(cost, quality)
+    floor = quality.min()
+    generator = np.random.default_rng(seed)
+    costs, means, deviations = generator.uniform(0, 1, 6), generator.uniform(0, 1.2, 6), generator.uniform(0.01, 0.2, 6)
+    gains = front.expected_gain(costs, means, deviations)
+
+    def area(extra):
+        points = [*zip(cost, quality, strict=True), *extra]
+        return hypervolume([c for c, _ in points], [max(q - floor, 0.0) for _, q in points])
+
+    before = area([])
+    for candidate in range(6):
+        drawn = generator.normal(means[candidate], deviations[candidate], 4000)
+        grown = np.array([area([(costs[candidate], value)]) - before for value in drawn])
+        assert gains[candidate] == pytest.approx(grown.mean(), abs=4 * grown.std() / np.sqrt(4000) + 1e-5)
+
+
+def test_a_staircase_with_a_point_more_is_that_of_all_points():
+    cost, quality = random_points(3)
+    grown = Staircase.of(cost, quality).with_point(0.4, 0.9)
+    expected = Staircase.of(np.append(cost, 0.4), np.append(quality, 0.9))
+    np.testing.assert_allclose(grown.edge_J, expected.edge_J)
+    np.testing.assert_allclose(grown.height_J, expected.height_J)
+
+
+def test_a_batch_holds_no_two_candidates_of_one_promise():
+    front = Staircase.of(np.array([0.5, 1.0]), np.array([0.5, 0.8]))
+    cost = np.array([0.3, 0.3, 0.7])
+    mean = np.array([0.6, 0.6, 0.79])
+    twins = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) * 1e-2
+    assert sorted(choose_batch(front, cost, mean, twins, 2)) == [0, 2]
+    assert sorted(choose_batch(front, cost, mean, twins, 5)) == [0, 1, 2]
+
+
+# Whole searches
+
+
+def quality_of(shares):
+    """Falls smoothly with each share, early layers first, as an encoder's does."""
+    weights = np.array([0.4, 0.25, 0.1, 0.02])
+    return 0.9 - (weights * (1 - shares) ** 2).sum(axis=-1)
+
+
+def cost_of(shares):
+    return (0.4 + np.asarray(shares) @ np.array([1.0, 1.0, 1.0, 0.5])) / 3.9
+
+
+def search(sampler, trials, seed, generation=20):
+    definition = LengthsStudy(
+        name="lengths", retention=Range(low=0.2, high=1.0, step=0.05), sampler=sampler, population_size=generation
+    )
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=make_sampler(definition, SPACE, cost_of, seed)
+    )
+    for rate in (1.0, 0.2, 0.5, 0.8):
+        study.enqueue_trial(dict.fromkeys(SPACE, rate))
+    while len(study.trials) < trials:
+        for trial in [study.ask(SPACE) for _ in range(generation)]:
+            shares = np.cumprod([trial.params[name] for name in SPACE])
+            study.tell(trial, [float(quality_of(shares)), float(cost_of(shares))])
+    return study
+
+
+def found(study):
+    return hypervolume([trial.values[1] for trial in study.trials], [trial.values[0] for trial in study.trials])
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_stays_in_the_space_and_repeats_itself(sampler):
+    first, again, other = (search(sampler, 60, seed) for seed in (0, 0, 1))
+    assert [trial.params for trial in first.trials] == [trial.params for trial in again.trials]
+    assert [trial.params for trial in first.trials] != [trial.params for trial in other.trials]
+    for trial in first.trials:
+        assert list(trial.params) == list(SPACE)
+        assert all(SPACE[name]._contains(value) for name, value in trial.params.items())
+
+
+def test_the_surrogate_finds_more_in_as_many_trials_than_the_others():
+    mean = {name: np.mean([found(search(name, 100, seed)) for seed in range(3)]) for name in SAMPLERS}
+    assert mean.pop("surrogate") > max(mean.values()) + 0.003, mean
+
+
+def test_the_surrogate_asks_for_nothing_twice():
+    study = search("surrogate", 100, seed=0)
+    bred = [tuple(trial.params.values()) for trial in study.trials[20:]]
+    assert len(set(bred)) == len(bred)
+
+
+def test_lat_breeds_from_the_hull_in_turn_by_mutation_and_mean():
+    study = search("lat", 20, seed=0)
+    sampler = LatSampler(ANY, SPACE, seed=0)
+    parents = np.cumprod([[study.trials[n].params[name] for name in SPACE] for n in range(20)], axis=1)
+    values = np.array([trial.values for trial in study.trials])
+    hull = parents[convex_hull(values[:, 1] / values[:, 1].max(), values[:, 0])]
+    means = [(a + b) / 2 for a in hull for b in hull]
+    for number in range(20, 60):
+        trial = optuna.trial.create_trial(values=[0.0, 0.0])
+        trial.number = number
+        child = np.cumprod(list(sampler.sample_relative(study, trial, SPACE).values()))
+        if number % 2:
+            assert min(np.abs(child - mean).max() for mean in means) < 1e-6
+        else:
+            assert any(is_mutation(child, parent) for parent in hull)
+
+
+def is_mutation(child, parent):
+    """Each share is the parent's, or lies between the parent's next and the child's own last."""
+    below, above = np.append(parent[1:], 0.0), np.append(1.0, child[:-1])
+    return bool(((np.abs(child - parent) < 1e-6) | ((below - 1e-6 <= child) & (child <= above + 1e-6))).all())
