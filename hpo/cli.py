@@ -216,7 +216,7 @@ def search_lengths_command(
     runs: Runs = None,
     as_json: Json = False,
 ) -> None:
-    """Search how many tokens each layer should keep: NSGA-II over quality and cost."""
+    """Search how many tokens each layer should keep: a multi-objective study over quality and cost."""
     _check_choice(max_drop, budget)
     from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
@@ -248,6 +248,8 @@ def search_lengths_command(
     with _database(url):
         front, history = compute_front(search.study, url), hypervolume_history(search.study)
     chosen = _choose(front, max_drop, budget)
+    if search.stopped:
+        err.print(f"{search.stopped} trials were stopped early: a cheaper one had beaten them.", markup=False)
     if search.reused:
         err.print(f"{search.reused} trials resolved to lengths already scored and reused the score.", markup=False)
     folder = StudyRuns(root, search.study).folder

@@ -13,6 +13,7 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -119,6 +120,21 @@ def search_lengths(
     require_trials(trials)
     rdb = open_storage(storage)
     loaded = load_workload(workload, checkpoint)
+    return search_loaded(definition, loaded, checkpoint, trials, rdb, runs, seed, on_progress)
+
+
+def search_loaded(
+    definition: LengthsStudy,
+    loaded: LoadedWorkload,
+    checkpoint: Path,
+    trials: int,
+    rdb: RDBStorage,
+    runs: Path,
+    seed: int = 0,
+    on_progress: ProgressHook | None = None,
+) -> LengthSearch:
+    """`search_lengths` over splits and a storage that are open already."""
+    workload = loaded.workload
     model = load_encoder(checkpoint, loaded.corpus).to(compute_device())
     study = open_study(
         rdb,

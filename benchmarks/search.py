@@ -1,0 +1,230 @@
+"""How fast length configs are scored, and how good a front each sampler finds.
+
+Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,memory] [--seeds 5]
+
+Searches on the dataset's validation split and prints JSON lines:
+
+- `speed`: seconds per config of a whole search, everything included, against two plain loops over configs of that
+  search, one example batch of 32 after the other in float32: padded to the longest of each batch, and to 128 tokens;
+  each once through the dense transformers model and once through the length-adaptive one at the config itself. Also
+  where the search's time went.
+- `samplers`: hypervolume (quality above 0.5 against the share of full cost) after 100, 250, 500 and more trials.
+- `memory`: peak resident memory of 50 configs over as many and as long examples as SQuAD 1.1's validation split has.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from hpo.front import hypervolume
+from hpo.search_lengths import LengthSearch, config_of, search_loaded
+from hpo.storage import finished_trials, open_storage
+from hpo.workload import LoadedWorkload, Workload, library_versions, load_encoder, load_workload
+from model.data import DataSpec, EncodedSplit
+from model.encoder import LengthAdaptiveModel
+from model.evaluate import Evaluator
+from model.length_config import LengthConfig
+from studies.loader import SAMPLERS, LengthsStudy, Range, load_lengths
+
+BATCH = 32
+MARKS = (100, 250, 500, 1000, 1822)
+LAT_TRIALS = 1822  # 22 to begin with and 30 rounds of 60, as published
+LAT_RETENTION = Range(low=0.02, high=1.0)  # continuous, as published
+SQUAD_EXAMPLES, SQUAD_MEAN_TOKENS, SQUAD_MOST_TOKENS = 10_570, 170, 384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="trained encoder, as `hpo tune` keeps it")
+    parser.add_argument("--dataset", required=True, help="as for `hpo search-lengths`")
+    parser.add_argument("--parts", default="speed,samplers,memory")
+    parser.add_argument("--samplers", default=",".join(SAMPLERS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--max-length", type=int, default=512)
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    workload = Workload(
+        model=str(arguments.checkpoint), data=DataSpec(dataset=arguments.dataset), max_length=arguments.max_length
+    )
+    loaded = load_workload(workload, arguments.checkpoint)
+    loaded = dataclasses.replace(loaded, search=loaded.report)
+    for part in arguments.parts.split(","):
+        for line in PARTS[part](loaded, arguments):
+            print(json.dumps({"benchmark": f"search/{part}", **line, **where()}), flush=True)
+
+
+def speed(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One search, and the plain loops over a few of its configs."""
+    start = time.perf_counter()
+    search, trials = run_search(load_lengths("lengths"), loaded, arguments.checkpoint, arguments.trials, seed=0)
+    all_in_s = (time.perf_counter() - start) / arguments.trials
+    times = search.times
+    yield {
+        "sampler": "surrogate",
+        "trials": arguments.trials,
+        "s_per_trial": round(all_in_s, 4),
+        "s_per_trial_in_generations": round(times.total / arguments.trials, 4),
+        "outside_model_share": round(times.storage / times.total, 4),
+        "evaluated": search.evaluated,
+        "stopped": search.stopped,
+        "reused": search.reused,
+        "precision": search.study.user_attrs["precision"],
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    model = load_encoder(arguments.checkpoint, loaded.corpus).eval()
+    configs = [config_of(trial.params) for trial in trials[:: len(trials) // 4]][:4]
+    for padded_to in (None, 128):
+        dense_s = plain_loop(model, loaded.search, None, padded_to)
+        adaptive_s = float(np.mean([plain_loop(model, loaded.search, config, padded_to) for config in configs]))
+        yield {
+            "baseline": "plain loop, float32, batches of 32",
+            "padded_to": padded_to or "the longest of each batch",
+            "dense_transformers_s": round(dense_s, 3),
+            "length_adaptive_s": round(adaptive_s, 3),
+            "dense_over_ours": round(dense_s / all_in_s, 1),
+            "length_adaptive_over_ours": round(adaptive_s / all_in_s, 1),
+        }
+
+
+def plain_loop(
+    model: LengthAdaptiveModel, split: EncodedSplit, config: LengthConfig | None, padded_to: int | None
+) -> float:
+    """Seconds to score one config batch by batch with padding; without a config the dense transformers model runs."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for first in range(0, len(split.labels), BATCH):
+            rows = range(first, min(first + BATCH, len(split.labels)))
+            longest = padded_to or max(len(split.input_ids[row]) for row in rows)
+            ids, types, mask = (torch.zeros(len(rows), longest, dtype=torch.int64) for _ in range(3))
+            for place, row in enumerate(rows):
+                tokens = split.input_ids[row][:longest]
+                ids[place, : len(tokens)] = torch.tensor(tokens)
+                types[place, : len(tokens)] = torch.tensor(split.token_type_ids[row][:longest])
+                mask[place, : len(tokens)] = 1
+            if config is None:
+                model.network(input_ids=ids, token_type_ids=types, attention_mask=mask)
+            else:
+                model(ids, mask, types, length_config=config)
+    return time.perf_counter() - start
+
+
+def samplers(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The hypervolume that each sampler reaches, a line per sampler and seed."""
+    for seed in range(arguments.seeds):
+        for name in arguments.samplers.split(","):
+            trials = max(arguments.trials, LAT_TRIALS) if name == "lat" else arguments.trials
+            start = time.perf_counter()
+            search, finished = run_search(study_of(name), loaded, arguments.checkpoint, trials, seed)
+            full_macs = search.study.user_attrs["full_macs"]
+            reached = {
+                mark: round(above_half([trial for trial in finished[:mark]], full_macs), 5)
+                for mark in MARKS
+                if mark <= trials
+            }
+            yield {
+                "sampler": name,
+                "seed": seed,
+                "hypervolume": reached,
+                "front": [
+                    (round(trial.values[1] / full_macs, 5), round(trial.values[0], 5))
+                    for trial in sorted(search.study.best_trials, key=lambda trial: trial.values[1])
+                ],
+                "s_per_trial": round((time.perf_counter() - start) / trials, 4),
+            }
+
+
+def study_of(sampler: str) -> LengthsStudy:
+    """The study each sampler runs: ours as it comes; the others on the same grid, but `lat` as published."""
+    ours = load_lengths("lengths")
+    if sampler == ours.sampler:
+        return ours
+    sizes = {"nsga2": 50, "lat": 60, "tpe": 25, "random": 50}
+    retention = LAT_RETENTION if sampler == "lat" else ours.retention
+    return dataclasses.replace(ours, sampler=sampler, retention=retention, population_size=sizes[sampler], blocks=1)
+
+
+def above_half(trials: Sequence[optuna.trial.FrozenTrial], full_macs: float) -> float:
+    """Hypervolume of quality above 0.5 against the share of full cost."""
+    scored = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return hypervolume(
+        [trial.values[1] / full_macs for trial in scored], [max(trial.values[0] - 0.5, 0.0) for trial in scored]
+    )
+
+
+def memory(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """50 configs over random token ids of SQuAD's lengths."""
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.gamma(8.0, SQUAD_MEAN_TOKENS / 8, SQUAD_EXAMPLES), 20, SQUAD_MOST_TOKENS).astype(int)
+    split = EncodedSplit(
+        input_ids=[generator.integers(1000, 2000, count).tolist() for count in lengths],
+        token_type_ids=[[0] * count for count in lengths],
+        labels=np.zeros(SQUAD_EXAMPLES, dtype=np.int64),
+        num_truncated=0,
+    )
+    model = load_encoder(arguments.checkpoint, loaded.corpus)
+    configs = [
+        LengthConfig.from_retention(generator.choice(np.arange(10, 21) / 20, model.num_layers).tolist())
+        for _ in range(50)
+    ]
+    before, start = peak_memory_gib(), time.perf_counter()
+    Evaluator(model, split, precision="bf16").predict(configs)
+    yield {
+        "examples": SQUAD_EXAMPLES,
+        "tokens": int(lengths.sum()),
+        "configs": len(configs),
+        "s_per_config": round((time.perf_counter() - start) / len(configs), 2),
+        "peak_memory_before_gib": before,
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def run_search(
+    definition: LengthsStudy, loaded: LoadedWorkload, checkpoint: Path, trials: int, seed: int
+) -> tuple[LengthSearch, list[optuna.trial.FrozenTrial]]:
+    """A search in a database of its own, and its finished trials."""
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage(f"sqlite:///{folder}/hpo.db")
+        search = search_loaded(definition, loaded, checkpoint, trials, storage, Path(folder), seed)
+        finished = finished_trials(search.study)
+        in_memory = optuna.create_study(directions=search.study.directions)
+        in_memory.add_trials(finished)
+        for key, value in search.study.user_attrs.items():
+            in_memory.set_user_attr(key, value)
+        return dataclasses.replace(search, study=in_memory), finished
+
+
+def peak_memory_gib() -> float:
+    """Most memory that this process has had."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def where() -> dict[str, Any]:
+    """The hardware and the versions."""
+    model_name = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    return {"hardware": {"processor": model_name, "threads": torch.get_num_threads()}, "versions": library_versions()}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+PARTS = {"speed": speed, "samplers": samplers, "memory": memory}
+
+if __name__ == "__main__":
+    main()
