@@ -43,12 +43,18 @@ CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
 LAT_MUTATION_PROB = 0.5
 MODELLED_TRIALS = 300
 """Most trials that the surrogate is fitted on; the time to fit grows with their cube."""
+REMEMBERED_LAYERS = 2
+"""Layers whose results the evaluation engine keeps from generation to generation."""
+LEAST_EFFORT = 0.3
+"""What evaluating any config takes, in layers at full length."""
+EFFORT_POWER = 1.0
+"""How much effort counts against gain: 1 is gain per time, 0 is gain alone."""
 SCREENED = 400
 """Candidates of a brood whose joint uncertainty is computed; the others are screened out by their own prospects."""
 
 
 def make_sampler(
-    definition: LengthsStudy, space: Mapping[str, BaseDistribution], cost_of: CostOf, seed: int
+    definition: LengthsStudy, space: Mapping[str, BaseDistribution], cost_of: CostOf, seed: int, reads_first: bool
 ) -> BaseSampler:
     """The sampler that a study file names.
 
@@ -57,6 +63,8 @@ def make_sampler(
         space: The search space, `retention_0 ..` in order of the layers.
         cost_of: Exact cost of shares; the surrogate predicts quality alone.
         seed: Of all draws.
+        reads_first: Whether the head reads the first token alone, so that quality does not depend on what the last
+            layer keeps.
     """
     retentions = RetentionSpace.of(space)
     with warnings.catch_warnings():
@@ -79,7 +87,12 @@ def make_sampler(
                 )
             case _:
                 screening = SurrogateScreening(
-                    retentions, cost_of, definition.population_size, definition.brood, np.random.default_rng(seed)
+                    retentions=retentions,
+                    cost_of=cost_of,
+                    generation=definition.population_size,
+                    brood=definition.brood,
+                    reads_first=reads_first,
+                    generator=np.random.default_rng(seed),
                 )
                 return optuna.samplers.NSGAIISampler(
                     population_size=definition.population_size, child_generation_strategy=screening, seed=seed
@@ -182,7 +195,7 @@ class LatSampler(BaseSampler):
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SurrogateScreening:
     """NSGA-II's child generation with a predictor in front of it.
 
@@ -195,6 +208,7 @@ class SurrogateScreening:
         cost_of: Exact cost of shares.
         generation: Children chosen at a time.
         brood: Candidates bred per child.
+        reads_first: Whether the last layer's count costs without deciding anything; it is then the least possible.
         generator: Source of randomness.
         waiting: Children chosen and not yet asked for.
         known: How many trials were scored when they were chosen.
@@ -204,6 +218,7 @@ class SurrogateScreening:
     cost_of: CostOf
     generation: int
     brood: int
+    reads_first: bool
     generator: np.random.Generator
     waiting: list[dict[str, float]] = field(default_factory=list)
     known: int = -1
@@ -226,11 +241,12 @@ class SurrogateScreening:
         cost_C = self.cost_of(shares_CN)
         model = self._fit(scored)
         front = Staircase.of(scored.cost_T, scored.quality_T)
-        mean_C, deviation_C = model.predict(shares_CN, return_std=True)
+        mean_C, deviation_C = model.predict(self._inputs(shares_CN), return_std=True)
         prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
         best = np.argsort(-prospects_C, kind="stable")[: max(SCREENED, self.generation)]
-        mean_C, covariance_CC = model.predict(shares_CN[best], return_cov=True)
-        picked = choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation)
+        mean_C, covariance_CC = model.predict(self._inputs(shares_CN[best]), return_cov=True)
+        effort = SharedEffort.of(retention_CN[best])
+        picked = choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation, effort)
         return [self.retentions.params(retention_CN[best[number]]) for number in picked]
 
     def _breed(self, scored: "_Scored", parents_TN: Array) -> Array:
@@ -253,22 +269,29 @@ class SurrogateScreening:
                     child_N = np.minimum.accumulate(np.where(generator.random(len(first_N)) < 0.5, first_N, second_N))
                     child_N = mutate_between_neighbours(child_N, 1 / len(first_N), generator)
             children.append(child_N)
-        retention_CN = np.round(self.retentions.to_retention(np.array(children)), 10)
+        shares_CN = np.array(children)
+        if self.reads_first:
+            shares_CN[:, -1] = 0.0
+        retention_CN = np.round(self.retentions.to_retention(shares_CN), 10)
         tried = {tuple(row) for row in np.round(scored.retention_TN, 10).tolist()}
         new = [row for row in dict.fromkeys(map(tuple, retention_CN.tolist())) if row not in tried]
         return np.array(new) if new else retention_CN
 
+    def _inputs(self, shares_CN: Array) -> Array:
+        """What quality depends on."""
+        return shares_CN[:, :-1] if self.reads_first and shares_CN.shape[1] > 1 else shares_CN
+
     def _fit(self, scored: "_Scored") -> GaussianProcessRegressor:
         chosen = _most_telling(scored, MODELLED_TRIALS)
-        num_layers = scored.shares_TN.shape[1]
+        inputs_TN = self._inputs(scored.shares_TN[chosen])
         if self._kernel is None:
             self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
-                np.full(num_layers, 0.5), (5e-2, 2e1), nu=2.5
+                np.full(inputs_TN.shape[1], 0.5), (5e-2, 2e1), nu=2.5
             ) + WhiteKernel(1e-2, (1e-5, 1.0))
         model = GaussianProcessRegressor(self._kernel, normalize_y=True, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(scored.shares_TN[chosen], scored.quality_T[chosen])
+            model.fit(inputs_TN, scored.quality_T[chosen])
         self._kernel = model.kernel_
         return model
 
@@ -383,7 +406,57 @@ class Staircase:
         return gain_C
 
 
-def choose_batch(front: Staircase, cost_C: Array, mean_C: Array, covariance_CC: Array, size: int) -> list[int]:
+@dataclass
+class SharedEffort:
+    """What evaluating a candidate takes, given that those picked with it are evaluated in one walk.
+
+    Configs that begin with the same retentions share those layers' computation. The first layers are remembered from
+    generation to generation and the last is computed for one token only, so that the layers between decide.
+
+    Attributes:
+        beginning_NC: For each layer that decides, which distinct beginning each candidate has there.
+        tokens_NC: Share of the tokens that arrive there.
+        done_NC: Whether a picked candidate has the same beginning.
+    """
+
+    beginning_NC: NDArray[np.int64]
+    tokens_NC: Array
+    done_NC: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, retention_CN: Array) -> "SharedEffort":
+        """Nothing is picked yet."""
+        layers = range(REMEMBERED_LAYERS, retention_CN.shape[1] - 1)
+        beginnings = [
+            np.unique(retention_CN[:, :layer], axis=0, return_inverse=True)[1].reshape(-1) for layer in layers
+        ]
+        shares_CN = np.cumprod(retention_CN, axis=1)
+        tokens = [shares_CN[:, layer - 1] for layer in layers]
+        shape = (len(beginnings), len(retention_CN))
+        return cls(
+            np.array(beginnings, dtype=np.int64).reshape(shape),
+            np.array(tokens, dtype=np.float64).reshape(shape),
+            np.zeros(shape, dtype=np.bool_),
+        )
+
+    def of_each(self) -> Array:
+        """Effort of each candidate, in layers at full length."""
+        effort_C: Array = LEAST_EFFORT + (self.tokens_NC * ~self.done_NC).sum(axis=0)
+        return effort_C
+
+    def pick(self, candidate: int) -> None:
+        """Those with the same beginnings get cheaper."""
+        self.done_NC |= self.beginning_NC == self.beginning_NC[:, candidate, None]
+
+
+def choose_batch(
+    front: Staircase,
+    cost_C: Array,
+    mean_C: Array,
+    covariance_CC: Array,
+    size: int,
+    effort: "SharedEffort | None" = None,
+) -> list[int]:
     """Pick candidates one after the other by expected gain, as if those picked had turned out as predicted.
 
     Args:
@@ -392,6 +465,7 @@ def choose_batch(front: Staircase, cost_C: Array, mean_C: Array, covariance_CC: 
         mean_C: Predicted qualities.
         covariance_CC: Of the predictions; a pick takes away the uncertainty that others share with it.
         size: Picks; fewer where there are fewer candidates.
+        effort: What each takes, by which its gain is divided; None where all take the same.
     """
     mean_C = np.asarray(mean_C, dtype=np.float64)
     variance_C = np.diag(covariance_CC).copy()
@@ -400,9 +474,13 @@ def choose_batch(front: Staircase, cost_C: Array, mean_C: Array, covariance_CC: 
     picked: list[int] = []
     for _ in range(min(size, len(cost_C))):
         gain_C = front.expected_gain(cost_C, mean_C, np.sqrt(np.maximum(variance_C, 0.0)))
+        if effort is not None:
+            gain_C = gain_C / effort.of_each() ** EFFORT_POWER
         gain_C[picked] = -1.0
         best = int(gain_C.argmax())
         picked.append(best)
+        if effort is not None:
+            effort.pick(best)
         front = front.with_point(float(cost_C[best]), float(mean_C[best]))
         shared_C = covariance_CC[:, best] - sum((part * part[best] for part in explained), np.zeros(len(cost_C)))
         part = shared_C / np.sqrt(max(float(shared_C[best]), 0.0) + noise)

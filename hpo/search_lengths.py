@@ -166,7 +166,8 @@ def search_loaded(
         def cost_of(shares_CL: Array) -> Array:
             return mean_macs_of_shares(model.shape, loaded.search.num_tokens, shares_CL) / full_macs
 
-        sampler = make_sampler(definition, space, cost_of, seed + len(study.get_trials(deepcopy=False)))
+        sampler_seed = seed + len(study.get_trials(deepcopy=False))
+        sampler = make_sampler(definition, space, cost_of, sampler_seed, reads_first=model.reads_first)
         mirror = MirroredStudy(study, rdb, sampler, space)
         precision = _precision(study, model, loaded)
         run = _Run(study, mirror, definition, model, loaded, precision, trials, seed, on_progress)

@@ -122,6 +122,11 @@ class LengthAdaptiveModel(nn.Module):
         return self.shape.num_layers
 
     @property
+    def reads_first(self) -> bool:
+        """Whether the head reads the first token alone, so that no result depends on what the last layer keeps."""
+        return self.task == "classification"
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device

@@ -11,8 +11,10 @@ from optuna.exceptions import ExperimentalWarning
 
 from hpo.front import hypervolume
 from hpo.samplers import (
+    LEAST_EFFORT,
     LatSampler,
     RetentionSpace,
+    SharedEffort,
     Staircase,
     choose_batch,
     convex_hull,
@@ -160,12 +162,12 @@ def cost_of(shares):
     return (0.4 + np.asarray(shares) @ np.array([1.0, 1.0, 1.0, 0.5])) / 3.9
 
 
-def search(sampler, trials, seed, generation=20):
+def search(sampler, trials, seed, generation=20, reads_first=False):
     definition = LengthsStudy(
         name="lengths", retention=Range(low=0.2, high=1.0, step=0.05), sampler=sampler, population_size=generation
     )
     study = optuna.create_study(
-        directions=["maximize", "minimize"], sampler=make_sampler(definition, SPACE, cost_of, seed)
+        directions=["maximize", "minimize"], sampler=make_sampler(definition, SPACE, cost_of, seed, reads_first)
     )
     for rate in (1.0, 0.2, 0.5, 0.8):
         study.enqueue_trial(dict.fromkeys(SPACE, rate))
@@ -208,6 +210,25 @@ def test_the_surrogate_asks_for_nothing_twice():
     study = search("surrogate", 100, seed=0)
     bred = [tuple(trial.params.values()) for trial in study.trials[20:]]
     assert len(set(bred)) == len(bred)
+
+
+def test_where_the_head_reads_the_first_token_the_last_layer_keeps_the_least():
+    study = search("surrogate", 60, seed=0, reads_first=True)
+    assert {trial.params["retention_3"] for trial in study.trials[40:]} == {0.2}
+    assert len({trial.params["retention_2"] for trial in study.trials[40:]}) > 3
+
+
+def test_candidates_that_share_a_beginning_with_a_pick_take_less():
+    retention = np.array([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.9], [0.5, 0.5, 1.0, 0.5], [0.5, 1.0, 0.5, 0.5]])
+    effort = SharedEffort.of(retention)
+    # of four layers the first two are remembered and the last takes next to nothing, so the third decides
+    np.testing.assert_allclose(effort.of_each() - LEAST_EFFORT, [0.25, 0.25, 0.25, 0.5])
+    effort.pick(2)
+    np.testing.assert_allclose(effort.of_each() - LEAST_EFFORT, [0.0, 0.0, 0.0, 0.5])
+    deeper = SharedEffort.of(np.hstack([retention, np.ones((4, 1))]))
+    np.testing.assert_allclose(deeper.of_each() - LEAST_EFFORT, [0.375, 0.375, 0.5, 0.75])
+    deeper.pick(0)
+    np.testing.assert_allclose(deeper.of_each() - LEAST_EFFORT, [0.0, 0.0, 0.25, 0.75])
 
 
 def test_lat_breeds_from_the_hull_in_turn_by_mutation_and_mean():
