@@ -365,34 +365,38 @@ class _Walk:
             torch.from_numpy(part.astype(np.int64))[None].to(device) for part in (ids, types, positions)
         )
         hidden_RD = _fill(self.family.embed(self.network, ids_1R, types_1R, positions_1R)[0])
-        return hidden_RD, self.family.project(self.network, 0, hidden_RD)
+        return hidden_RD, self._project(0, hidden_RD)
+
+    def _project(self, depth: int, hidden_RD: Tensor) -> Tensor:
+        project = self.family.project_for_first if depth == self.last else self.family.project
+        return project(self.network, depth, hidden_RD)
 
     def _expand(self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> None:
         """Compute a layer, and all after it, for cells whose arriving tokens' vectors and projections are given."""
         if depth == self.last:
             self._classify(cells, hidden_RD, projected_RP)
             return
-        attended_RD, rank_R = self._attend(depth, cells, hidden_RD, projected_RP)
+        context_RD, rank_R = self._mix(depth, cells, projected_RP)
         remembered = depth < self.cached_levels
         most = cells.rows if remembered else self.tree.levels[depth].most[cells.node]
         cell, rows = _ranges(*_bounds(cells.starts()))
         kept = rank_R[rows] < most[cell]
-        if not kept.all() or len(rows) != len(attended_RD):
-            attended_RD = _take(attended_RD, rows[kept])
+        if not kept.all():
+            context_RD, hidden_RD = _take(context_RD, rows[kept]), _take(hidden_RD, rows[kept])
             rank_R = rank_R[rows[kept]]
+        attended_RD = self.family.merge(self.network, depth, context_RD, hidden_RD)
         passed_on_RD = self.family.feed_forward(self.network, depth, attended_RD)
         self.evaluator.rows_computed += len(passed_on_RD)
-        passed_on = _Rows(passed_on_RD, self.family.project(self.network, depth + 1, passed_on_RD), rank_R)
+        passed_on = _Rows(passed_on_RD, self._project(depth + 1, passed_on_RD), rank_R)
         cells = _Cells(cells.node, cells.bundle, cells.size, most)
         if remembered:
             self._remember(depth, cells, passed_on)
         self._pass_on(depth, cells, passed_on)
 
-    def _attend(self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> tuple[Tensor, Ints]:
-        """The attended rows, and each one's rank in its sequence by attention received; 0 where none is dropped."""
-        context_RD = torch.empty_like(hidden_RD)
+    def _mix(self, depth: int, cells: _Cells, projected_RP: Tensor) -> tuple[Tensor, Ints]:
+        """Each row's context, and its rank in its sequence by attention received; 0 where none is dropped."""
         starts = cells.starts()
-        context_RD[starts[-1] :] = 0
+        context_RD = projected_RP.new_zeros(len(projected_RP), self.model.shape.hidden_size)
         rank_R = np.zeros(starts[-1], dtype=np.int64)
         drops = self.tree.levels[depth].drops[cells.node] | (depth < self.cached_levels)
         edges = np.flatnonzero(np.diff(cells.rows * 2 + drops, prepend=-1, append=-1))
@@ -406,7 +410,7 @@ class _Walk:
                 rank_BL = np.empty_like(order_BL)
                 np.put_along_axis(rank_BL, order_BL, np.arange(length)[None], axis=1)
                 rank_R[rows] = rank_BL.reshape(-1)
-        return self.family.merge(self.network, depth, context_RD, hidden_RD), rank_R
+        return context_RD, rank_R
 
     def _pass_on(self, depth: int, cells: _Cells, passed_on: _Rows) -> None:
         """Give each child its rows of what a layer made, and go on there."""
@@ -436,15 +440,17 @@ class _Walk:
     def _classify(self, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> None:
         """The last layer and the head, for the first token of each sequence."""
         starts = cells.starts()
+        cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
+        hidden_BD = _take(hidden_RD, starts[cell] + sequence * cells.rows[cell])
         edges = np.flatnonzero(np.diff(cells.rows, prepend=-1, append=-1))
-        contexts = []
+        contexts, done = [], 0
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
             projected_BLP = projected_RP[rows].view(-1, length, projected_RP.size(1))
-            contexts.append(self.family.mix_first(self.network, self.last, projected_BLP))
-        cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
+            first_BD = hidden_BD[done : done + len(projected_BLP)]
+            contexts.append(self.family.mix_first(self.network, self.last, first_BD, projected_BLP))
+            done += len(projected_BLP)
         context_BD = _fill(torch.cat(contexts))
-        hidden_BD = _take(hidden_RD, starts[cell] + sequence * cells.rows[cell])
         attended_BD = self.family.merge(self.network, self.last, context_BD, hidden_BD)
         passed_on_BD = self.family.feed_forward(self.network, self.last, attended_BD)
         self.evaluator.rows_computed += len(passed_on_BD)

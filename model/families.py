@@ -48,8 +48,11 @@ class EncoderFamily(Protocol):
             The context (B, L, D), and the float32 scores (B, L) or None.
         """
 
-    def mix_first(self, network: PreTrainedModel, layer: int, projected_BLP: Tensor) -> Tensor:
-        """The context (B, D) of each sequence's first token alone; all tokens are real."""
+    def project_for_first(self, network: PreTrainedModel, layer: int, hidden_RD: Tensor) -> Tensor:
+        """What `mix_first` needs of each token, without the queries that nobody asks, as (R, Q)."""
+
+    def mix_first(self, network: PreTrainedModel, layer: int, first_BD: Tensor, projected_BLQ: Tensor) -> Tensor:
+        """The context (B, D) of each sequence's first token alone, whose vector is given; all tokens are real."""
 
     def merge(self, network: PreTrainedModel, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
         """The attended vectors: output projection of the context, residual and LayerNorm."""
@@ -81,8 +84,7 @@ class BertFamily:
 
     def project(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
         block = network.bert.encoder.layer[layer].attention.self
-        parts = (block.query, block.key, block.value)
-        return F.linear(hidden_RD, torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
+        return _together(hidden_RD, block.query, block.key, block.value)
 
     def mix(
         self, network: Any, layer: int, projected_BLP: Tensor, mask_BL: Tensor | None, with_scores: bool
@@ -92,13 +94,21 @@ class BertFamily:
         context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores)
         return context_BHLd.transpose(1, 2).flatten(2), score_BL
 
-    def mix_first(self, network: Any, layer: int, projected_BLP: Tensor) -> Tensor:
-        query, key, value = self._heads(network, projected_BLP)
-        return attention(query[:, :, :1], key, value, None, 0.0, with_scores=False)[0].flatten(1)
+    def project_for_first(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
+        block = network.bert.encoder.layer[layer].attention.self
+        return _together(hidden_RD, block.key, block.value)
+
+    def mix_first(self, network: Any, layer: int, first_BD: Tensor, projected_BLQ: Tensor) -> Tensor:
+        query = network.bert.encoder.layer[layer].attention.self.query(first_BD)
+        query_BH1d = query.view(len(query), network.config.num_attention_heads, 1, -1)
+        key, value = self._heads(network, projected_BLQ)
+        return attention(query_BH1d, key, value, None, 0.0, with_scores=False)[0].flatten(1)
 
     def _heads(self, network: Any, projected_BLP: Tensor) -> tuple[Tensor, ...]:
-        """Query, key and value, (B, H, L, d) each."""
-        per_head = projected_BLP.view(*projected_BLP.shape[:2], 3, network.config.num_attention_heads, -1)
+        """The parts of width D that were projected together, (B, H, L, d) each."""
+        size, length, width = projected_BLP.shape
+        parts = width // network.config.hidden_size
+        per_head = projected_BLP.view(size, length, parts, network.config.num_attention_heads, -1)
         return per_head.permute(2, 0, 3, 1, 4).unbind()
 
     def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
@@ -112,6 +122,12 @@ class BertFamily:
     def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
         logits: Tensor = network.classifier(network.dropout(network.bert.pooler(hidden_BKD)))
         return logits
+
+
+def _together(hidden_RD: Tensor, *projections: torch.nn.Linear) -> Tensor:
+    """Several projections of the same rows as one product."""
+    weight = torch.cat([projection.weight for projection in projections])
+    return F.linear(hidden_RD, weight, torch.cat([projection.bias for projection in projections]))
 
 
 FAMILIES: dict[str, EncoderFamily] = {"bert": BertFamily()}

@@ -88,9 +88,13 @@ class Rows:
         self.scored += rows * with_scores
         return self.inner.mix(network, layer, projected, mask, with_scores)
 
-    def mix_first(self, network, layer, projected):
+    def project_for_first(self, network, layer, hidden):
+        self.projected.append(hidden.size(0))
+        return self.inner.project_for_first(network, layer, hidden)
+
+    def mix_first(self, network, layer, first, projected):
         self.read_first += projected.size(0) * projected.size(1)
-        return self.inner.mix_first(network, layer, projected)
+        return self.inner.mix_first(network, layer, first, projected)
 
     def feed_forward(self, network, layer, attended):
         self.fed.append(attended.size(0))
