@@ -95,3 +95,16 @@ def test_failed_trial_says_why(study, database):
     assert study.trials[0].state == TrialState.FAIL
     assert study.trials[0].user_attrs == {"failure": "interrupted"}
     assert mirror.running() == set()
+
+
+def test_a_trial_stopped_early_is_pruned_in_the_database_and_for_the_sampler(study, database):
+    mirror = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=0), SPACE)
+    asked = [mirror.ask(lambda params: {}) for _ in range(5)]
+    mirror.tell(asked[0], None, {"stopped_by": 7})
+    for one in asked[1:]:
+        mirror.tell(one, values(one.params), {"correct": "abc"})
+    (pruned,) = study.get_trials(states=(TrialState.PRUNED,))
+    assert (pruned.number, pruned.values, pruned.user_attrs) == (0, None, {"stopped_by": 7})
+    assert [trial.state for trial in mirror.copy.trials if trial.state.is_finished()].count(TrialState.PRUNED) == 1
+    assert {trial.user_attrs["correct"] for trial in study.get_trials(states=(TrialState.COMPLETE,))} == {"abc"}
+    assert mirror.ask(lambda params: {}).system_attrs["NSGAIISampler:generation"] == 1, "four trials were completed"
