@@ -185,7 +185,7 @@ class _Result:
         metric: Its quality on the search split; None where it was stopped early.
         macs: Its mean cost there.
         correct_N: Which examples it gets right, where that is what is measured.
-        attributes: What its trials record.
+        attributes: What its trials record where it was stopped early.
     """
 
     trial: int
@@ -338,8 +338,7 @@ class _Run:
                 results.append(_Result(trial.number, None, macs[index], None, stop))
                 continue
             metric = self.loaded.metric.compute(predictions_CN[index], labels)
-            bits = {} if correct_N is None else {CORRECT: bits_to_text(correct_N)}
-            results.append(_Result(trial.number, metric, macs[index], correct_N, bits))
+            results.append(_Result(trial.number, metric, macs[index], correct_N, {}))
         return results
 
     def _rivals(self) -> Rivals | None:
@@ -354,10 +353,15 @@ class _Run:
         )
 
     def _tell(self, asked: Sequence[AskedTrial]) -> None:
+        rivals = self._rivals()
+        on_front = set() if rivals is None else set(rivals.trial_F.tolist())
         for trial in asked:
             result = self._result_of[self._key(config_of(trial.params))]
             values = None if result.metric is None else (result.metric, result.macs)
-            self.mirror.tell(trial, values, result.attributes)
+            attributes = dict(result.attributes)
+            if trial.number in on_front and result.correct_N is not None:
+                attributes[CORRECT] = bits_to_text(result.correct_N)  # later runs compare with the front alone
+            self.mirror.tell(trial, values, attributes)
 
     def _abandon(self, asked: Sequence[AskedTrial], reason: str) -> None:
         """Fail trials that this process asked for and will not tell, as far as the database still answers."""
@@ -388,7 +392,7 @@ class _Run:
         if key in self._result_of:
             return
         attrs = trial.user_attrs
-        kept = {name: attrs[name] for name in (CORRECT, STOPPED_BY, PARTIAL_METRIC, SEEN) if name in attrs}
+        kept = {name: attrs[name] for name in (STOPPED_BY, PARTIAL_METRIC, SEEN) if name in attrs}
         bits = bits_from_text(attrs[CORRECT], len(self.loaded.search.labels)) if CORRECT in attrs else None
         metric = float(trial.values[0]) if trial.state == TrialState.COMPLETE else None
         macs = mean_macs(self.model.shape, self.loaded.search.num_tokens, config)

@@ -255,8 +255,10 @@ def test_stopped_configs_are_pruned_trials_with_partial_figures(run, stopping, w
         assert trial.values is None
         assert trial.user_attrs["partial_metric"] == pytest.approx(right[block].mean())
         assert (trial.user_attrs["examples_seen"], trial.user_attrs["stopped_by"]) == (len(block), 0)
+    recorded = {trial.number for trial in trials if "correct" in trial.user_attrs}
+    assert {trial.number for trial in search.study.best_trials if "reused_from" not in trial.user_attrs} <= recorded
     for trial in trials:
-        if trial.state == TrialState.COMPLETE:
+        if trial.number in recorded:
             right = predict(model, loaded.search, [config_of(trial.params)])[0] == loaded.search.labels
             np.testing.assert_array_equal(bits_from_text(trial.user_attrs["correct"], len(right)), right)
     front = compute_front(search.study, "sqlite:///hpo.db")
