@@ -188,11 +188,11 @@ def uninterrupted() -> Iterator[None]:
     """Let a Ctrl-C wait until the block, a few transactions, is through; a driver cut short leaves a broken connection.
 
     Blocks may be nested: it is raised at the end of the outermost. Outside the main thread, which alone receives
-    signals, this does nothing.
+    signals, and where Ctrl-C is ignored, as in a job that a shell put into the background, this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread() or isinstance(
-        signal.getsignal(signal.SIGINT), _Waiting
-    ):
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    if not in_main_thread or handler in (signal.SIG_IGN, None) or isinstance(handler, _Waiting):
         yield
         return
     waiting = _Waiting()

@@ -299,7 +299,12 @@ def _wait_for_new_trial(database: Path, process: subprocess.Popen, after: int) -
 def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path):
     environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "2000"]
-    process = subprocess.Popen([sys.executable, "-m", "hpo.cli", *arguments], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpo.cli", *arguments],
+        env=environment,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
     _wait_for_new_trial(Path(storage.removeprefix("sqlite:///")), process, after=0)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -512,6 +512,15 @@ def test_a_server_without_the_database_says_so(server_url):
     assert "nosuchdb" in refusal(server_url.rpartition("/")[0] + "/nosuchdb")
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background and inherited that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_until_the_transactions_are_through():
     steps = []
 
@@ -527,6 +536,7 @@ def test_ctrl_c_waits_until_the_transactions_are_through():
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_outermost_block():
     steps = []
 
@@ -542,6 +552,14 @@ def test_ctrl_c_waits_for_the_outermost_block():
     assert steps == ["asked"]
 
 
+def test_ctrl_c_stays_ignored_where_it_is(ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_within_a_storage_call_comes_after_it(tmp_path):
     storage = open_storage(f"sqlite:///{tmp_path / 'hpo.db'}")
     study = make_study(storage)
