@@ -20,6 +20,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, nsgaii
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from scipy.optimize import minimize
 from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -41,7 +42,7 @@ CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
 }
 
 LAT_MUTATION_PROB = 0.5
-MODELLED_TRIALS = 300
+MODELLED_TRIALS = 200
 """Most trials that the surrogate is fitted on; the time to fit grows with their cube."""
 REMEMBERED_LAYERS = 2
 """Layers whose results the evaluation engine keeps from generation to generation."""
@@ -49,7 +50,9 @@ LEAST_EFFORT = 0.3
 """What evaluating any config takes, in layers at full length."""
 EFFORT_POWER = 1.0
 """How much effort counts against gain: 1 is gain per time, 0 is gain alone."""
-SCREENED = 400
+FIT_STEPS = 8
+"""Most steps that the kernel is improved by in a generation."""
+SCREENED = 250
 """Candidates of a brood whose joint uncertainty is computed; the others are screened out by their own prospects."""
 
 
@@ -288,9 +291,11 @@ class SurrogateScreening:
             self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
                 np.full(inputs_TN.shape[1], 0.5), (5e-2, 2e1), nu=2.5
             ) + WhiteKernel(1e-2, (1e-5, 1.0))
-        model = GaussianProcessRegressor(self._kernel, normalize_y=True, random_state=0)
+        model = GaussianProcessRegressor(self._kernel, normalize_y=True, optimizer=_improve_from, random_state=0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # of lengths at their bounds, as unimportant layers have
             model.fit(inputs_TN, scored.quality_T[chosen])
         self._kernel = model.kernel_
         return model
@@ -324,6 +329,12 @@ class _Scored:
             sign * values_T2[:, 0],
             values_T2[:, 1] / values_T2[:, 1].max(initial=1e-300),
         )
+
+
+def _improve_from(loss: Callable[[Array], tuple[float, Array]], start: Array, bounds: Array) -> tuple[Array, float]:
+    """A few steps of L-BFGS: each generation goes on from the kernel that fitted the one before."""
+    found = minimize(loss, start, method="L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": FIT_STEPS})
+    return found.x, float(found.fun)
 
 
 def mutate_between_neighbours(shares_N: Array, probability: float, generator: np.random.Generator) -> Array:
