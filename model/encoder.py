@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from model.families import FAMILIES, attend
+from model.families import FAMILIES, TOKEN_SCORES, attend, token_score
 from model.hub import only_local_files
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, sequence_macs
@@ -122,6 +122,17 @@ class LengthAdaptiveModel(nn.Module):
         return self.shape.num_layers
 
     @property
+    def token_score(self) -> str:
+        """What tokens are ranked by, one of `model.families.TOKEN_SCORES`; saved with the checkpoint's config."""
+        return token_score(self.network.config)
+
+    @token_score.setter
+    def token_score(self, name: str) -> None:
+        if name not in TOKEN_SCORES:
+            raise ValueError(f"token_score={name!r}; choose one of {', '.join(TOKEN_SCORES)}.")
+        self.network.config.token_score = name
+
+    @property
     def reads_first(self) -> bool:
         """Whether the head reads the first token alone, so that no result depends on what the last layer keeps."""
         return self.task == "classification"
@@ -188,10 +199,14 @@ class LengthAdaptiveModel(nn.Module):
     def fingerprint(self, *, encoder_only: bool = False) -> str:
         """SHA-256 over names, shapes and values of the weights: equal wherever and in whatever file they lie.
 
+        What tokens are ranked by is part of it where it is not the usual, since it decides what the weights give.
+
         Args:
-            encoder_only: Leave out the task head and the pooler, which a fresh head comes with.
+            encoder_only: Leave out the task head and the pooler, which a fresh head comes with, and the ranking.
         """
         digest = hashlib.sha256()
+        if not encoder_only and self.token_score != TOKEN_SCORES[0]:
+            digest.update(self.token_score.encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             if encoder_only and not self._is_encoder_weight(name):
                 continue
@@ -299,6 +314,11 @@ def _check_config(config: Any, source: str | Path) -> None:
     if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
         raise CheckpointError(
             f"{source} uses {config.position_embedding_type!r} positions; only absolute ones are supported."
+        )
+
+    if token_score(config) not in TOKEN_SCORES:
+        raise CheckpointError(
+            f"{source} ranks tokens by {token_score(config)!r}; supported are {', '.join(TOKEN_SCORES)}."
         )
 
 

@@ -18,6 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from model.macs import EncoderShape
 
+TOKEN_SCORES = ("attention", "value_norm")
+"""What tokens may be ranked by: the attention they receive, or that times the norm of their value vectors."""
+
 
 class EncoderFamily(Protocol):
     """One architecture's parts; implementations hold no state."""
@@ -91,7 +94,8 @@ class BertFamily:
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self._heads(network, projected_BLP)
         dropout = network.config.attention_probs_dropout_prob if network.training else 0.0
-        context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores)
+        by_value = token_score(network.config) == "value_norm"
+        context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores, by_value)
         return context_BHLd.transpose(1, 2).flatten(2), score_BL
 
     def project_for_first(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
@@ -148,8 +152,19 @@ def attend(
     return family.merge(network, layer, context_BLD, hidden_BLD), score_BL
 
 
+def token_score(config: PreTrainedConfig) -> str:
+    """What a checkpoint's tokens are ranked by: one of `TOKEN_SCORES`, the first where its config names none."""
+    return str(getattr(config, "token_score", None) or TOKEN_SCORES[0])
+
+
 def attention(
-    query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor, mask_BL: Tensor | None, dropout: float, with_scores: bool
+    query_BHLd: Tensor,
+    key_BHLd: Tensor,
+    value_BHLd: Tensor,
+    mask_BL: Tensor | None,
+    dropout: float,
+    with_scores: bool,
+    by_value: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention and, where asked for, the attention each token receives.
 
@@ -162,6 +177,8 @@ def attention(
         mask_BL: True at real tokens; None where all are real.
         dropout: Probability on the attention weights; the scores see the weights before it.
         with_scores: Also return the scores.
+        by_value: Weigh each head's attention to a token by the norm of the token's value vector there, which is what
+            the attention brings into the context. Here we leave the paper.
     Returns:
         The context (B, H, L, d), and the float32 scores (B, L) or None: attention received, summed over heads
         and real queries; meaningless at padding. No gradient flows through scores, which only select.
@@ -178,5 +195,8 @@ def attention(
     received = weights.detach().float()
     if mask_BL is not None:
         received = received * mask_BL[:, None, :, None]
-    score_BL = received.sum(dim=(1, 2))
+    received_BHL = received.sum(dim=2)
+    if by_value:
+        received_BHL = received_BHL * value_BHLd.detach().float().norm(dim=-1)
+    score_BL = received_BHL.sum(dim=1)
     return F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd, score_BL

@@ -29,6 +29,7 @@ from transformers import (
 from model.data import EncodedSplit
 from model.distill import Divergence, distillation_loss
 from model.encoder import LengthAdaptiveModel
+from model.families import TOKEN_SCORES
 from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
 
@@ -60,6 +61,7 @@ class TrainingSettings:
         temperature: Divides the logits of both sides of the in-place distillation.
         distillation_weight: Share of the full pass's logits in a shortened pass's loss; the rest is the labels'.
         divergence: "forward" KL(full‖short), or "reverse" as in the reference code.
+        token_score: What tokens are ranked by, "attention" or "value_norm"; the checkpoint keeps it.
         max_grad_norm: Clipping of the gradient's norm.
         precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
         seed: Of dropout, batch order and length configs.
@@ -79,6 +81,7 @@ class TrainingSettings:
     temperature: float = 1.0
     distillation_weight: float = 1.0
     divergence: Divergence = "forward"
+    token_score: str = TOKEN_SCORES[0]
     max_grad_norm: float = 1.0
     precision: Precision = "auto"
     seed: int = 0
@@ -97,6 +100,7 @@ class TrainingSettings:
             "temperature": (0 < self.temperature < math.inf, "above 0"),
             "distillation_weight": (0 <= self.distillation_weight <= 1, "in [0, 1]"),
             "divergence": (self.divergence in ("forward", "reverse"), "'forward' or 'reverse'"),
+            "token_score": (self.token_score in TOKEN_SCORES, " or ".join(map(repr, TOKEN_SCORES))),
             "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
             "precision": (self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'"),
         }
@@ -144,6 +148,7 @@ def train(
     """
     if not len(split.labels):
         raise ValueError("The training split is empty; give at least one example.")
+    model.token_score = settings.token_score
     use_cpu = not torch.cuda.is_available()
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16())
     with tempfile.TemporaryDirectory(prefix="hpo-trainer-") as unused_output:

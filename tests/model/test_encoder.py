@@ -491,3 +491,33 @@ def test_config_that_hides_stored_layers_is_refused(bert_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     with pytest.raises(CheckpointError, match="num_hidden_layers=2"):
         LengthAdaptiveModel.from_pretrained(folder)
+
+
+# What tokens are ranked by
+
+
+def test_the_ranking_is_saved_with_the_checkpoint_and_changes_what_is_kept(model, make_batch, tmp_path):
+    batch, config = make_batch(LENGTHS), LengthConfig.from_shares((0.6, 0.5, 0.4, 0.2))
+    by_attention, fingerprint = model(**batch, length_config=config).logits, model.fingerprint()
+    full = model(**batch).logits
+    assert model.token_score == "attention"
+    model.token_score = "value_norm"
+    by_value = model(**batch, length_config=config).logits
+    assert not torch.allclose(by_value, by_attention)
+    torch.testing.assert_close(model(**batch).logits, full, rtol=0, atol=0)
+    assert model.fingerprint() != fingerprint
+    model.save_pretrained(tmp_path)
+    loaded = LengthAdaptiveModel.from_pretrained(tmp_path).eval()
+    assert loaded.token_score == "value_norm"
+    torch.testing.assert_close(loaded(**batch, length_config=config).logits, by_value, rtol=0, atol=1e-5)
+    model.token_score = "attention"
+    assert model.fingerprint() == fingerprint
+
+
+def test_an_unknown_ranking_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="token_score='norm'; choose one of attention, value_norm"):
+        model.token_score = "norm"
+    model.network.config.token_score = "norm"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="ranks tokens by 'norm'; supported are attention, value_norm"):
+        LengthAdaptiveModel.from_pretrained(tmp_path)

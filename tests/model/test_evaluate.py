@@ -119,6 +119,14 @@ def test_predictions_equal_one_pass_per_config_and_example(model, split, configs
     assert len({tuple(row) for row in predictions.tolist()}) > 3, "the configs should not all agree"
 
 
+def test_the_engine_ranks_tokens_as_the_checkpoint_says(model, split, configs):
+    by_attention = predict(model, split, configs)
+    model.token_score = "value_norm"
+    predictions = predict(model, split, configs)
+    assert predictions.tolist() == predict_one_by_one(model, split, configs)
+    assert (predictions != by_attention).any()
+
+
 def test_a_block_is_predicted_in_its_own_order(model, split, configs):
     evaluator = Evaluator(model, split, num_blocks=3)
     expected = np.array(predict_one_by_one(model, split, configs))

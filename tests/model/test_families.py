@@ -45,6 +45,24 @@ def test_a_score_sums_what_the_real_queries_of_all_heads_attend(heads, mask):
             assert score[sequence, token].item() == pytest.approx(received, rel=1e-5)
 
 
+@pytest.mark.parametrize("mask", [None, MASK_BL], ids=["unpadded", "padded"])
+def test_a_score_by_value_weighs_each_head_by_the_norm_of_its_value(heads, mask):
+    context, score = attention(*heads, mask, 0.0, with_scores=True, by_value=True)
+    plain, _ = attention(*heads, mask, 0.0, with_scores=True)
+    torch.testing.assert_close(context, plain, rtol=0, atol=0)
+    _, weights = eager(heads, mask)
+    value = heads[2]
+    for sequence in range(B):
+        real = L if mask is None else int(mask[sequence].sum())
+        for token in range(real):
+            received = sum(
+                weights[sequence, head, query, token].item() * value[sequence, head, token].norm().item()
+                for head in range(H)
+                for query in range(real)
+            )
+            assert score[sequence, token].item() == pytest.approx(received, rel=1e-5)
+
+
 def test_dropout_thins_the_context_but_not_the_scores(heads):
     plain, score = attention(*heads, MASK_BL, 0.0, with_scores=True)
     torch.manual_seed(0)

@@ -208,6 +208,7 @@ def test_bf16_training_stays_close_to_fp32(model, split, tokenizer):
         ("temperature", 0.0),
         ("distillation_weight", 1.1),
         ("divergence", "sideways"),
+        ("token_score", "norm"),
         ("precision", "fp8"),
     ],
 )
