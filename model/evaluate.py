@@ -20,9 +20,9 @@ what a family's `project` makes of a token.
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,10 +33,11 @@ from model.data import EncodedSplit
 from model.encoder import LengthAdaptiveModel, significance_order
 from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
-from model.prefix_tree import Ints, PrefixTree
+from model.prefix_tree import Ints, PrefixTree, paths_of
 from model.tasks import Metric
 
 Precision = Literal["fp32", "bf16"]
+Value = TypeVar("Value")
 
 ROWS_PER_CHUNK = 2048
 """Rows that go through a layer together; larger chunks leave the processor's cache and get slower."""
@@ -45,6 +46,10 @@ ROW_STEP = 64
 CACHE_BYTES = 512 * 2**20
 CACHED_LEVELS = 2
 """First layers whose results are kept for the next call; deeper ones recur too seldom."""
+ANSWERS_PART = 8
+"""One part in so many of the memory is for answers; an answer takes little, and saves a whole walk."""
+ENTRY_BYTES = 256
+"""About what it takes to keep anything, whatever its size."""
 BF16_TOLERANCE = 0.002
 """Most that bf16 may move the full model's metric: 0.2 points."""
 
@@ -52,8 +57,8 @@ BF16_TOLERANCE = 0.002
 class Evaluator:
     """Scores length configs of one model over one split.
 
-    It works on a snapshot of the weights, without dropout, and remembers hidden states of the first layers from call to
-    call, within a limit of memory. The split is cut into blocks, random samples of near equal size and the same mix of
+    It works on a snapshot of the weights, without dropout, and remembers from call to call, within a limit of memory,
+    what became of sequences at the counts they were cut to, and hidden states of the first layers. The split is cut into blocks, random samples of near equal size and the same mix of
     lengths, so that a config can be given up before it has seen the whole split.
 
     Attributes:
@@ -84,14 +89,17 @@ class Evaluator:
             num_blocks: Blocks to cut the split into; fewer where there are fewer examples.
             seed: Of the blocks.
             rows_per_chunk: Most rows of one chunk; a single longer sequence is a chunk of its own.
-            cache_bytes: Memory for hidden states that later calls may need; 0 for none.
+            cache_bytes: Memory for answers and hidden states that later calls may need; 0 for none.
         """
         self.model = model
         self.split = split
         self.precision: Precision = precision
         self.rows_computed = 0
         self._rows_per_chunk = rows_per_chunk
-        self._cache = _StateCache(cache_bytes)
+        self._answers = _Memory[NDArray[np.int32]](
+            cache_bytes // ANSWERS_PART, lambda answer: answer.nbytes + ENTRY_BYTES
+        )
+        self._states = _Memory[_Rows](cache_bytes - self._answers.limit, _nbytes)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._network = copy.deepcopy(model.network).requires_grad_(False)
         torch.nn.Module.to(self._network, dtype=dtype)
@@ -130,11 +138,24 @@ class Evaluator:
         bundles = self._bundles[number]
         if not configs or not len(bundles.size):
             return np.empty((len(configs), len(self.blocks[number])), dtype=np.int64)
-        tree = PrefixTree.of(configs, bundles.lengths, self.model.num_layers - 1)
-        with torch.inference_mode():
-            walk = _Walk(self, number, bundles, tree)
-            walk.run(on_progress)
-        return walk.predictions()
+        paths_PCM = paths_of(configs, bundles.lengths, self.model.num_layers - 1)
+        paths_QM, path_PC = np.unique(paths_PCM.reshape(-1, paths_PCM.shape[2]), axis=0, return_inverse=True)
+        keys = [(number, path.tobytes()) for path in paths_QM]
+        answers = {key: self._answers[key] for key in keys if key in self._answers}
+        new = np.array([place for place, key in enumerate(keys) if key not in answers], dtype=np.int64)
+        if len(new):
+            with torch.inference_mode():
+                walk = _Walk(self, number, bundles, PrefixTree.of(paths_QM[new]))
+                walk.run(on_progress)
+            for place, answer in zip(new, walk.answers(), strict=True):
+                answers[keys[place]] = answer
+                self._answers.add(keys[place], answer)
+        elif on_progress is not None:
+            on_progress(1.0)
+        columns = [
+            np.stack([answers[keys[path]] for path in path_C]) for path_C in path_PC.reshape(paths_PCM.shape[:2])
+        ]
+        return np.concatenate(columns, axis=1, dtype=np.int64)
 
 
 def predict(
@@ -271,11 +292,12 @@ class _Walk:
         self.model = evaluator.model
         self.family = evaluator.model.family
         self.network = evaluator._network
-        self.cache = evaluator._cache
+        self.cache = evaluator._states
         self.last = evaluator.model.num_layers - 1
         examples_of_length = np.bincount(bundles.of_length, weights=bundles.size).astype(np.int64)
-        self.place_of_leaf = _starts(examples_of_length[tree.root_of(self.last)])
-        self.class_of_place = np.empty(self.place_of_leaf[-1], dtype=np.int64)
+        self.length_of_root = np.searchsorted(bundles.lengths, tree.levels[0].kept)
+        self.place_of_leaf = _starts(examples_of_length[self.length_of_root[tree.root_of(self.last)]])
+        self.class_of_place = np.empty(self.place_of_leaf[-1], dtype=np.int32)
         self.first_of_length = _starts(examples_of_length)
         self.cached_levels = min(CACHED_LEVELS, self.last) if self.cache.limit else 0
         self.prefixes = [tree.prefixes(level) for level in range(self.cached_levels)]
@@ -295,13 +317,10 @@ class _Walk:
                 if on_progress is not None:
                     on_progress(done / total)
 
-    def predictions(self) -> NDArray[np.int64]:
-        """The classes by config and example, (C, N) in the block's order."""
-        columns = [
-            self.class_of_place[self.place_of_leaf[leaf_C][:, None] + np.arange(last - first)]
-            for leaf_C, (first, last) in zip(self.tree.leaf, itertools.pairwise(self.first_of_length), strict=True)
-        ]
-        return np.concatenate(columns, axis=1)
+    def answers(self) -> list[NDArray[np.int32]]:
+        """For each path of the tree, the classes of the block's examples of its length, in the block's order."""
+        starts = self.place_of_leaf
+        return [self.class_of_place[starts[leaf] : starts[leaf + 1]].copy() for leaf in self.tree.leaf]
 
     def _entries(self) -> list[tuple[int, _Cells, list[_Rows]]]:
         """Where the walk begins: at which level, in which cells, and with what is remembered of each, if anything.
@@ -337,7 +356,7 @@ class _Walk:
     def _all_cells(self, depth: int) -> _Cells:
         """Every cell of a level, in an order in which they may attend."""
         by_length = [np.flatnonzero(self.bundles.of_length == number) for number in range(len(self.bundles.lengths))]
-        bundles = [by_length[number] for number in self.tree.root_of(depth)]
+        bundles = [by_length[number] for number in self.length_of_root[self.tree.root_of(depth)]]
         node = np.repeat(np.arange(len(bundles)), [len(part) for part in bundles])
         return self._sorted(depth, node, np.concatenate(bundles))[0]
 
@@ -432,10 +451,9 @@ class _Walk:
         starts = cells.starts()
         for cell, (first, last) in enumerate(itertools.pairwise(starts)):
             rows = slice(int(first), int(last))
-            self.cache.add(
-                self._key(depth, cells.node[cell], cells.bundle[cell]),
-                _Rows(made.hidden_RD[rows], made.projected_RP[rows], made.rank_R[rows]),
-            )
+            hidden_RD, projected_RP = made.hidden_RD[rows].clone(), made.projected_RP[rows].clone()
+            copies = _Rows(hidden_RD, projected_RP, made.rank_R[rows].copy())  # views would keep the chunk alive
+            self.cache.add(self._key(depth, cells.node[cell], cells.bundle[cell]), copies)
 
     def _classify(self, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> None:
         """The last layer and the head, for the first token of each sequence."""
@@ -461,29 +479,30 @@ class _Walk:
         self.class_of_place[places] = logits_BC.argmax(dim=1).cpu().numpy()
 
 
-class _StateCache:
-    """What the first layers made of cells, the least recently used forgotten first."""
+class _Memory(Generic[Value]):
+    """What may be needed again, within a limit of bytes; the least recently used is forgotten first."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, nbytes: Callable[[Value], int]) -> None:
         self.limit = limit
         self.held = 0
-        self._states: OrderedDict[tuple[int, ...], _Rows] = OrderedDict()
+        self._nbytes = nbytes
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
-    def __contains__(self, key: tuple[int, ...]) -> bool:
-        return key in self._states
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
 
-    def __getitem__(self, key: tuple[int, ...]) -> _Rows:
-        self._states.move_to_end(key)
-        return self._states[key]
+    def __getitem__(self, key: Hashable) -> Value:
+        self._values.move_to_end(key)
+        return self._values[key]
 
-    def add(self, key: tuple[int, ...], made: _Rows) -> None:
-        """Keep a copy, since a view would keep its whole chunk alive; not of what is larger than all the memory."""
-        if _nbytes(made) > self.limit or key in self._states:
+    def add(self, key: Hashable, value: Value) -> None:
+        """Keep a value, unless it is larger than all the memory."""
+        if self._nbytes(value) > self.limit or key in self._values:
             return
-        self._states[key] = _Rows(made.hidden_RD.clone(), made.projected_RP.clone(), made.rank_R.copy())
-        self.held += _nbytes(made)
+        self._values[key] = value
+        self.held += self._nbytes(value)
         while self.held > self.limit:
-            self.held -= _nbytes(self._states.popitem(last=False)[1])
+            self.held -= self._nbytes(self._values.popitem(last=False)[1])
 
 
 def _joined(parts: Sequence[_Rows]) -> _Rows:

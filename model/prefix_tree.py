@@ -1,9 +1,10 @@
 """Which computation many length configs share: the tree of the token counts they keep, layer by layer.
 
-Two configs that keep the same counts in a sequence's first layers compute the same vectors there. A node of the tree is
-one such beginning for sequences of one length; its children are the counts that the next layer may keep.
+What a config does to a sequence is a path: the sequence's length and the counts that its layers keep of it. Two paths
+that begin alike compute the same vectors there. A node of the tree is one such beginning; its children are the counts
+that the next layer may keep.
 
-Shape letters: P distinct lengths, C configs, N layers.
+Shape letters: P distinct lengths, C configs, Q paths, N layers, M = N + 1 entries of a path.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,14 @@ from numpy.typing import NDArray
 from model.length_config import LengthConfig
 
 Ints = NDArray[np.int64]
+
+
+def paths_of(configs: Sequence[LengthConfig], lengths_P: Ints, num_layers: int) -> Ints:
+    """The paths of these lengths through the first layers of these configs, at least one, as (P, C, M)."""
+    counts_PCN = np.stack([config.count_table(lengths_P)[:, :num_layers] for config in configs], axis=1)
+    lengths_PC1 = np.broadcast_to(lengths_P[:, None, None], (*counts_PCN.shape[:2], 1))
+    paths_PCM: Ints = np.concatenate([lengths_PC1, counts_PCN], axis=2)
+    return paths_PCM
 
 
 @dataclass(frozen=True)
@@ -39,38 +48,37 @@ class Level:
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Distinct beginnings of token counts.
+    """Distinct beginnings of paths.
 
     Attributes:
         levels: One more than there are layers.
-        leaf: For each length and config, the node of the last level that it ends in; (P, C).
+        leaf: The node of the last level that each path ends in, (Q,).
     """
 
     levels: tuple[Level, ...]
     leaf: Ints
 
     @classmethod
-    def of(cls, configs: Sequence[LengthConfig], lengths_P: Ints, num_layers: int) -> "PrefixTree":
-        """The tree of the first layers of these configs, at least one, over sequences of these distinct lengths."""
-        counts_PCN = np.stack([config.count_table(lengths_P)[:, :num_layers] for config in configs], axis=1)
-        node_PC = np.repeat(np.arange(len(lengths_P))[:, None], len(configs), axis=1)
-        kept, parent = lengths_P, np.arange(len(lengths_P))
-        stride = int(lengths_P.max(initial=0)) + 1
+    def of(cls, paths_QM: Ints) -> "PrefixTree":
+        """The tree of these paths, in any order and any number of times."""
+        kept, node_Q = np.unique(paths_QM[:, 0], return_inverse=True)
+        parent = np.arange(len(kept))
+        stride = int(kept.max(initial=0)) + 1
         levels = []
-        for layer in range(counts_PCN.shape[2]):
-            keys, inverse = np.unique(node_PC * stride + counts_PCN[:, :, layer], return_inverse=True)
+        for layer in range(1, paths_QM.shape[1]):
+            keys, next_node_Q = np.unique(node_Q * stride + paths_QM[:, layer], return_inverse=True)
             next_parent, next_kept = np.divmod(keys, stride)
             first_child = np.searchsorted(next_parent, np.arange(len(kept) + 1))
             drops = np.zeros(len(kept), dtype=np.bool_)
             drops[next_parent[next_kept < kept[next_parent]]] = True
             levels.append(Level(kept, parent, first_child, next_kept[first_child[1:] - 1], drops))
-            kept, parent, node_PC = next_kept, next_parent, inverse.reshape(node_PC.shape)
+            kept, parent, node_Q = next_kept, next_parent, next_node_Q
         none = np.empty(0, dtype=np.int64)
         levels.append(Level(kept, parent, none, none, np.zeros(len(kept), dtype=np.bool_)))
-        return cls(tuple(levels), node_PC)
+        return cls(tuple(levels), node_Q)
 
     def root_of(self, depth: int) -> Ints:
-        """The length, by its number, that each node of a level belongs to."""
+        """The node of the first level that each node of a level descends from."""
         root = np.arange(len(self.levels[depth].kept))
         for level in reversed(self.levels[: depth + 1]):
             root = level.parent[root]

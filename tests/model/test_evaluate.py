@@ -210,35 +210,57 @@ def test_fillers_bring_chunks_to_few_sizes_and_change_nothing(model, split, conf
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
+def test_what_was_answered_once_is_not_computed_again(model, rows, split, num_blocks):
+    evaluator = Evaluator(model, split, num_blocks=num_blocks)
+    configs = random_configs(20, seed=1)
+    predictions = evaluator.predict(configs)
+    computed = evaluator.rows_computed
+    shares = []
+    np.testing.assert_array_equal(evaluator.predict(configs[::-1], on_progress=shares.append), predictions[::-1])
+    assert evaluator.rows_computed == computed
+    assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
 def test_a_later_call_reuses_the_first_layers_of_earlier_ones(model, rows, split, num_blocks):
     evaluator = Evaluator(model, split, num_blocks=num_blocks)
-    first, second = random_configs(20, seed=1), random_configs(20, seed=2)
-    predictions = evaluator.predict(first)
+    first = random_configs(20, seed=1)
+    evaluator.predict(first)
     computed = evaluator.rows_computed
-    np.testing.assert_array_equal(evaluator.predict(first), predictions)
-    again = evaluator.rows_computed - computed
-    counts = dict(zip(*np.unique(LENGTHS, return_counts=True), strict=True))
-    third_layer = {}
-    for num_tokens in counts:
-        for config in first:
-            kept = config.lengths(num_tokens)
-            third_layer.setdefault((num_tokens, *kept[:2]), set()).add(kept[2])
-    last_layer = {(num_tokens, *config.lengths(num_tokens)[:3]) for num_tokens in counts for config in first}
-    expected = sum(max(kept) * counts[prefix[0]] for prefix, kept in third_layer.items())
-    assert again == expected + sum(counts[prefix[0]] for prefix in last_layer), "two of four layers are remembered"
+    second = [LengthConfig.from_shares((*config.shares[:2], config.shares[1] / 2, 0.01)) for config in first]
     np.testing.assert_array_equal(evaluator.predict(second), predict(model, split, second))
+    counts = dict(zip(*np.unique(LENGTHS, return_counts=True), strict=True))
+    known, wanted = (
+        {(num_tokens, *config.lengths(num_tokens)[:3]) for num_tokens in counts for config in configs}
+        for configs in (first, second)
+    )
+    third_layer = {}
+    for path in wanted - known:
+        third_layer.setdefault(path[:3], set()).add(path[3])
+    expected = sum(max(kept) * counts[prefix[0]] for prefix, kept in third_layer.items())
+    expected += sum(counts[path[0]] for path in wanted - known)
+    assert 0 < len(wanted - known) < len(wanted)
+    assert evaluator.rows_computed - computed == expected, "two of four layers are remembered"
 
 
-def test_remembered_states_stay_within_their_limit(model, split):
-    evaluator = Evaluator(model, split, cache_bytes=20_000)
+def test_what_is_remembered_stays_within_its_limit(model, split):
+    evaluator = Evaluator(model, split, cache_bytes=24_000)
     for seed in range(4):
         configs = random_configs(10, seed)
         np.testing.assert_array_equal(evaluator.predict(configs), predict(model, split, configs))
-        assert 0 < evaluator._cache.held <= 20_000
-        held = evaluator._cache._states.values()
-        assert evaluator._cache.held == sum(
-            made.hidden_RD.nbytes + made.projected_RP.nbytes + made.rank_R.nbytes for made in held
+        states, answers = evaluator._states, evaluator._answers
+        assert 0 < states.held <= 21_000
+        assert states.held == sum(
+            made.hidden_RD.nbytes + made.projected_RP.nbytes + made.rank_R.nbytes for made in states._values.values()
         )
+        assert 0 < answers.held <= 3_000
+        assert answers.held == sum(answer.nbytes + 256 for answer in answers._values.values())
+
+
+def test_without_memory_nothing_is_remembered(model, split, configs):
+    evaluator = Evaluator(model, split, cache_bytes=0)
+    np.testing.assert_array_equal(evaluator.predict(configs), evaluator.predict(configs))
+    assert evaluator._states.held == evaluator._answers.held == 0
 
 
 def test_blocks_are_samples_of_equal_size_and_like_lengths():
