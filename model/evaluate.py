@@ -58,8 +58,9 @@ class Evaluator:
     """Scores length configs of one model over one split.
 
     It works on a snapshot of the weights, without dropout, and remembers from call to call, within a limit of memory,
-    what became of sequences at the counts they were cut to, and hidden states of the first layers. The split is cut into blocks, random samples of near equal size and the same mix of
-    lengths, so that a config can be given up before it has seen the whole split.
+    what became of sequences at the counts they were cut to, and hidden states of the first layers. The split is cut
+    into blocks, random samples of near equal size and the same mix of lengths, so that a config can be given up before
+    it has seen the whole split.
 
     Attributes:
         model: The encoder; left as it was.
