@@ -32,7 +32,7 @@ from hpo.workload import (
     require_trials,
 )
 from model.encoder import LengthAdaptiveModel
-from model.evaluate import Evaluator, Precision, choose_precision, score
+from model.evaluate import Evaluator, choose_precision, score
 from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.macs import mean_macs, mean_macs_of_shares
@@ -132,8 +132,13 @@ def search_loaded(
     runs: Path,
     seed: int = 0,
     on_progress: ProgressHook | None = None,
+    evaluator: Evaluator | None = None,
 ) -> LengthSearch:
-    """`search_lengths` over splits and a storage that are open already."""
+    """`search_lengths` over splits and a storage that are open already.
+
+    An `evaluator` over the search split, in the blocks that the definition asks for, lets several searches share what
+    it remembers; without one, the search has its own.
+    """
     workload = loaded.workload
     model = load_encoder(checkpoint, loaded.corpus).to(compute_device())
     study = open_study(
@@ -169,8 +174,12 @@ def search_loaded(
         sampler_seed = seed + len(study.get_trials(deepcopy=False))
         sampler = make_sampler(definition, space, cost_of, sampler_seed, reads_first=model.reads_first)
         mirror = MirroredStudy(study, rdb, sampler, space)
-        precision = _precision(study, model, loaded)
-        run = _Run(study, mirror, definition, model, loaded, precision, trials, seed, on_progress)
+        if evaluator is None:
+            precision = study.user_attrs.get("precision") or choose_precision(model, loaded.search, loaded.metric)
+            blocks = definition.blocks if loaded.metric.per_example else 1
+            evaluator = Evaluator(model, loaded.search, precision=precision, num_blocks=blocks, seed=seed)
+        study.set_user_attr("precision", evaluator.precision)
+        run = _Run(study, mirror, definition, model, loaded, evaluator, trials, on_progress)
         run.complete()
         run.score_front_on_report_split()
     return LengthSearch(study=study, evaluated=run.evaluated, stopped=run.stopped, reused=run.reused, times=run.times)
@@ -204,9 +213,8 @@ class _Run:
     definition: LengthsStudy
     model: LengthAdaptiveModel
     loaded: LoadedWorkload
-    precision: Precision
+    evaluator: Evaluator
     trials: int
-    seed: int
     on_progress: ProgressHook | None
     evaluated: int = 0
     stopped: int = 0
@@ -216,11 +224,8 @@ class _Run:
     _result_of: dict[bytes, _Result] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        split = self.loaded.search
-        self._lengths_present: NDArray[np.int64] = np.unique(split.num_tokens)
+        self._lengths_present: NDArray[np.int64] = np.unique(self.loaded.search.num_tokens)
         self._stops_early = self.loaded.metric.per_example and self.definition.blocks > 1
-        blocks = self.definition.blocks if self._stops_early else 1
-        self._evaluator = Evaluator(self.model, split, precision=self.precision, num_blocks=blocks, seed=self.seed)
 
     def complete(self) -> None:
         """Ask, evaluate and tell generations until the study has its trials."""
@@ -256,7 +261,8 @@ class _Run:
         missing = {number: config for number, config in wanted.items() if f"report_metric:{number}" not in known}
         if not missing:
             return
-        values = score(self.model, report, list(missing.values()), self.loaded.metric, precision=self.precision)
+        precision = self.evaluator.precision
+        values = score(self.model, report, list(missing.values()), self.loaded.metric, precision=precision)
         for (number, config), value in zip(missing.items(), values, strict=True):
             self.study.set_user_attr(f"report_macs:{number}", mean_macs(self.model.shape, report.num_tokens, config))
             self.study.set_user_attr(f"report_metric:{number}", value)
@@ -300,7 +306,7 @@ class _Run:
     def _score(self, asked: Sequence[AskedTrial], report_share: Callable[[float], None]) -> list[_Result]:
         """Score configs block by block, and leave out those that the front so far has beaten."""
         configs = [config_of(trial.params) for trial in asked]
-        labels, blocks = self.loaded.search.labels, self._evaluator.blocks
+        labels, blocks = self.loaded.search.labels, self.evaluator.blocks
         macs = [mean_macs(self.model.shape, self.loaded.search.num_tokens, config) for config in configs]
         predictions_CN = np.zeros((len(configs), len(labels)), dtype=np.int64)
         rivals = self._rivals()
@@ -316,7 +322,7 @@ class _Run:
                 report_share((number + share) / len(blocks))
 
             alive_configs = [configs[index] for index in alive]
-            classes = self._evaluator.predict_block(number, alive_configs, on_progress=report)
+            classes = self.evaluator.predict_block(number, alive_configs, on_progress=report)
             predictions_CN[np.array(alive)[:, None], block] = classes
             seen_M = np.concatenate([seen_M, block])
             if rivals is None or number + 1 == len(blocks):
@@ -423,12 +429,3 @@ def constant_rates(definition: LengthsStudy, most: int = 13) -> list[float]:
         between = low + np.round((between - low) / step) * step
     rates = [float(high), float(low), *(round(float(rate), 10) for rate in between)]
     return list(dict.fromkeys(rates))
-
-
-def _precision(study: optuna.Study, model: LengthAdaptiveModel, loaded: LoadedWorkload) -> Precision:
-    """What the study's trials are computed in: chosen when it begins, and recorded with it."""
-    recorded = study.user_attrs.get("precision")
-    if recorded is None:
-        recorded = choose_precision(model, loaded.search, loaded.metric)
-        study.set_user_attr("precision", recorded)
-    return "bf16" if recorded == "bf16" else "fp32"
