@@ -1,6 +1,6 @@
 """How fast length configs are scored, and how good a front each sampler finds.
 
-Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,memory] [--seeds 5]
+Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,single,memory]
 
 Searches on the dataset's validation split, reports on what `hpo search-lengths` would search on, a part held out of the
 training split, and prints JSON lines:
@@ -11,6 +11,8 @@ training split, and prints JSON lines:
   where the search's time went.
 - `samplers`: hypervolume (quality above 0.5 against the share of full cost) after 100, 250, 500 and more trials, and of
   the final front's points as the report split scores them.
+- `single`: what a config saves when it is scored alone: its speed-up over full length against its share of the
+  multiplications, over texts of at least `--min-tokens` tokens cut at `--max-length`.
 - `memory`: peak resident memory of 50 configs over as many and as long examples as SQuAD 1.1's validation split has.
 """
 
@@ -37,13 +39,16 @@ from hpo.workload import LoadedWorkload, Workload, library_versions, load_encode
 from model.data import DataSpec, EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision
+from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
+from model.macs import mean_macs
 from studies.loader import SAMPLERS, LengthsStudy, Range, load_lengths
 
 BATCH = 32
 MARKS = (100, 250, 500, 1000, 1822)
 LAT_TRIALS = 1822  # 22 to begin with and 30 rounds of 60, as published
 LAT_RETENTION = Range(low=0.02, high=1.0)  # continuous, as published
+SINGLE_REPEATS = 7
 NEVER = 1e9  # standard errors by which a config must trail to be stopped
 ENGINE_BYTES = 4 * 2**30
 SQUAD_EXAMPLES, SQUAD_MEAN_TOKENS, SQUAD_MOST_TOKENS = 10_570, 170, 384
@@ -53,11 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="trained encoder, as `hpo tune` keeps it")
     parser.add_argument("--dataset", required=True, help="as for `hpo search-lengths`")
-    parser.add_argument("--parts", default="speed,samplers,memory")
+    parser.add_argument("--parts", default="speed,samplers,single,memory")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--min-tokens", type=int, default=1, help="shorter texts are left out of `single`")
+    parser.add_argument("--examples", type=int, default=872, help="texts that `single` takes at most")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     workload = Workload(
@@ -195,6 +202,45 @@ def above_half(points: Sequence[tuple[float, float]]) -> float:
     return hypervolume([cost for cost, _ in points], [max(quality - 0.5, 0.0) for _, quality in points])
 
 
+def single(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One config alone against full length, in turns, each the median of its repeats."""
+    model = load_encoder(arguments.checkpoint, loaded.corpus)
+    split = loaded.search
+    chosen = np.flatnonzero(split.num_tokens >= arguments.min_tokens)[: arguments.examples]
+    split = dataclasses.replace(
+        split,
+        input_ids=[split.input_ids[number] for number in chosen],
+        token_type_ids=[split.token_type_ids[number] for number in chosen],
+        labels=split.labels[chosen],
+    )
+    precision = choose_precision(model, split, loaded.metric)
+    engine = Evaluator(model, split, precision=precision, cache_bytes=0)
+    layers = range(1, model.num_layers + 1)
+    rates = {f"retention {rate:g}": [rate**layer for layer in layers] for rate in (0.98, 0.95, 0.9, 0.8, 0.7, 0.5)}
+    full = LengthConfig.full(model.num_layers)
+    timed = {"full": full, **{name: LengthConfig.from_shares(tuple(shares)) for name, shares in rates.items()}}
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(1 + SINGLE_REPEATS):
+        for name, config in timed.items():
+            start = time.perf_counter()
+            engine.predict([config])
+            times[name].append(time.perf_counter() - start)
+    seconds = {name: float(np.median(measured[1:])) for name, measured in times.items()}
+    full_macs = mean_macs(model.shape, split.num_tokens)
+    for name, config in timed.items():
+        macs = mean_macs(model.shape, split.num_tokens, config)
+        yield {
+            "config": name,
+            "examples": len(chosen),
+            "mean_tokens": round(float(split.num_tokens.mean()), 1),
+            "precision": precision,
+            "s": round(seconds[name], 4),
+            "fewer_macs": round(full_macs / macs, 3),
+            "less_time": round(seconds["full"] / seconds[name], 3),
+            "realised": round(seconds["full"] / seconds[name] * macs / full_macs, 3),
+        }
+
+
 def memory(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """50 configs over random token ids of SQuAD's lengths."""
     generator = np.random.default_rng(0)
@@ -211,7 +257,7 @@ def memory(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[di
         for _ in range(50)
     ]
     before, start = peak_memory_gib(), time.perf_counter()
-    Evaluator(model, split, precision="bf16").predict(configs)
+    Evaluator(model, split, precision="bf16" if computes_in_bf16() else "fp32").predict(configs)
     yield {
         "examples": SQUAD_EXAMPLES,
         "tokens": int(lengths.sum()),
@@ -260,7 +306,7 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-PARTS = {"speed": speed, "samplers": samplers, "memory": memory}
+PARTS = {"speed": speed, "samplers": samplers, "single": single, "memory": memory}
 
 if __name__ == "__main__":
     main()
