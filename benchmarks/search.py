@@ -1,6 +1,6 @@
 """How fast length configs are scored, and how good a front each sampler finds.
 
-Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,single,memory]
+Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,single,scaling,memory]
 
 Searches on the dataset's validation split, reports on what `hpo search-lengths` would search on, a part held out of the
 training split, and prints JSON lines:
@@ -13,23 +13,27 @@ training split, and prints JSON lines:
   the final front's points as the report split scores them.
 - `single`: what a config saves when it is scored alone: its speed-up over full length against its share of the
   multiplications, over texts of at least `--min-tokens` tokens cut at `--max-length`.
+- `scaling`: seconds per trial that go to the sampler and the database in each stretch of 500 trials of a long study,
+  whose configs a formula answers at once.
 - `memory`: peak resident memory of 50 configs over as many and as long examples as SQuAD 1.1's validation split has.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
 import resource
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.front import hypervolume
@@ -49,6 +53,7 @@ MARKS = (100, 250, 500, 1000, 1822)
 LAT_TRIALS = 1822  # 22 to begin with and 30 rounds of 60, as published
 LAT_RETENTION = Range(low=0.02, high=1.0)  # continuous, as published
 SINGLE_REPEATS = 7
+STRETCH = 500
 NEVER = 1e9  # standard errors by which a config must trail to be stopped
 ENGINE_BYTES = 4 * 2**30
 SQUAD_EXAMPLES, SQUAD_MEAN_TOKENS, SQUAD_MOST_TOKENS = 10_570, 170, 384
@@ -58,10 +63,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="trained encoder, as `hpo tune` keeps it")
     parser.add_argument("--dataset", required=True, help="as for `hpo search-lengths`")
-    parser.add_argument("--parts", default="speed,samplers,single,memory")
+    parser.add_argument("--parts", default="speed,samplers,single,scaling,memory")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--long-trials", type=int, default=5000, help="of `scaling`")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--min-tokens", type=int, default=1, help="shorter texts are left out of `single`")
     parser.add_argument("--examples", type=int, default=872, help="texts that `single` takes at most")
@@ -241,6 +247,43 @@ def single(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[di
         }
 
 
+class Instant(Evaluator):
+    """An engine that answers at once: the fewer tokens, the more examples are wrong, the same ones for like configs."""
+
+    def predict_block(
+        self, number: int, configs: Sequence[LengthConfig], *, on_progress: Callable[[float], None] | None = None
+    ) -> NDArray[np.int64]:
+        if on_progress is not None:
+            on_progress(1.0)
+        block = self.blocks[number]
+        difficulty_M = np.random.default_rng(0).random(len(self.split.labels))[block]
+        kept_C = np.array([np.mean(config.shares or ()) for config in configs])
+        right_CM = difficulty_M < 0.5 + 0.4 * (1 - np.exp(-4 * kept_C))[:, None]
+        labels_M = self.split.labels[block]
+        return np.where(right_CM, labels_M, labels_M + 1)
+
+
+def scaling(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """How the time outside the model grows with the study."""
+    model = load_encoder(arguments.checkpoint, loaded.corpus)
+    definition = load_lengths("lengths")
+    engine = Instant(model, loaded.search, num_blocks=definition.blocks, cache_bytes=0)
+    reached: list[tuple[int, float]] = []
+
+    def note(done: float, trials: int, remark: str) -> None:
+        if done >= len(reached) * STRETCH:
+            reached.append((int(done), time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage(f"sqlite:///{folder}/hpo.db")
+        trials = arguments.long_trials
+        search_loaded(definition, loaded, arguments.checkpoint, trials, storage, Path(folder), 0, note, engine)
+    if reached[-1][0] < trials:
+        reached.append((trials, time.perf_counter()))
+    for (first, start), (last, end) in itertools.pairwise(reached):
+        yield {"trials": [first, last], "s_per_trial": round((end - start) / (last - first), 4)}
+
+
 def memory(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """50 configs over random token ids of SQuAD's lengths."""
     generator = np.random.default_rng(0)
@@ -306,7 +349,7 @@ def _cpuinfo() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-PARTS = {"speed": speed, "samplers": samplers, "single": single, "memory": memory}
+PARTS = {"speed": speed, "samplers": samplers, "single": single, "scaling": scaling, "memory": memory}
 
 if __name__ == "__main__":
     main()

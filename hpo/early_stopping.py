@@ -13,9 +13,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.samplers import Staircase
+from hpo.staircase import Staircase
 
 Bits = NDArray[np.bool_]
+
+STOPPED_BY, SEEN = "stopped_by", "examples_seen"
+"""Attributes of a trial that was stopped early: the trial that beats it, and how many examples that took."""
+PARTIAL_METRIC, ESTIMATE, ESTIMATE_ERROR = "partial_metric", "estimated_metric", "estimated_metric_error"
+"""Its metric on those examples, and what they say of the metric on all, with the standard error."""
+PARTIAL_FIGURES = (STOPPED_BY, SEEN, PARTIAL_METRIC, ESTIMATE, ESTIMATE_ERROR)
+
+
+@dataclass(frozen=True)
+class Defeat:
+    """Why a config need not go on.
+
+    Attributes:
+        by: The trial that beats it.
+        behind: How far it trails that trial's metric, estimated for all examples.
+        error: Standard error of `behind`.
+    """
+
+    by: int
+    behind: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -38,8 +59,12 @@ class Rivals:
         front = Staircase.members(macs, correct.mean(axis=1)) if len(macs) else np.empty(0, dtype=np.int64)
         return cls(trials[front], macs[front], correct[front])
 
-    def beats(self, macs: float, correct_M: Bits, seen_M: NDArray[np.int64], confidence: float) -> int | None:
-        """The trial that beats a config for certain or nearly so; None where none does.
+    def accuracy(self, trial: int) -> float:
+        """Of a trial of the front."""
+        return float(self.correct_FN[np.flatnonzero(self.trial_F == trial)[0]].mean())
+
+    def beats(self, macs: float, correct_M: Bits, seen_M: NDArray[np.int64], confidence: float) -> Defeat | None:
+        """How a config is beaten, for certain or nearly so; None where it is not.
 
         The seen examples are a random sample, without replacement, of the N. The difference of the two accuracies over
         all N is therefore within `confidence` standard errors of the one seen, a standard error being
@@ -62,7 +87,9 @@ class Rivals:
         error_F = np.sqrt(square_F / seen * (1 - seen / total))
         bound_F = mean_F + confidence * error_F
         worst = int(bound_F.argmin())
-        return int(self.trial_F[cheaper[worst]]) if bound_F[worst] < 0 else None
+        if bound_F[worst] >= 0:
+            return None
+        return Defeat(int(self.trial_F[cheaper[worst]]), float(-mean_F[worst]), float(error_F[worst]))
 
 
 def bits_to_text(correct_N: Bits) -> str:

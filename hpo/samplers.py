@@ -4,7 +4,7 @@ All of them draw from static ranges and read what they know from the study's tri
 database. Two of them know what a length config is: the share of a sequence that a layer leaves is the product of the
 retentions up to it, and it is shares, not retentions, that are mixed, mutated and modelled here.
 
-Shape letters: C candidates, N layers, T scored trials, J steps of the front.
+Shape letters: C candidates, N layers, T trials.
 """
 
 import warnings
@@ -21,14 +21,14 @@ from optuna.samplers import BaseSampler, nsgaii
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.optimize import minimize
-from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
+from hpo.early_stopping import ESTIMATE, ESTIMATE_ERROR
+from hpo.staircase import Array, Staircase, convex_hull
 from studies.loader import LengthsStudy
 
-Array = NDArray[np.floating[Any]]
 CostOf = Callable[[Array], Array]
 """Shares (C, N) to the cost of each as a share of full length, (C,)."""
 
@@ -231,19 +231,20 @@ class SurrogateScreening:
         self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
     ) -> dict[str, Any]:
         """The parameters of one child."""
-        count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
         if not self.waiting or count != self.known:
             self.known = count
-            scored = _Scored.of(study, self.retentions)
-            self.waiting = self._choose(scored, self.retentions.shares_of(parents))
+            scored, stopped = _Scored.of(study, self.retentions), _Stopped.of(study, self.retentions)
+            self.waiting = self._choose(scored, stopped, self.retentions.shares_of(parents))
         return self.waiting.pop(0)
 
-    def _choose(self, scored: "_Scored", parents_TN: Array) -> list[dict[str, float]]:
-        retention_CN = self._breed(scored, parents_TN)
-        shares_CN = np.cumprod(retention_CN, axis=1)
-        cost_C = self.cost_of(shares_CN)
-        model = self._fit(scored)
+    def _choose(self, scored: "_Scored", stopped: "_Stopped", parents_TN: Array) -> list[dict[str, float]]:
         front = Staircase.of(scored.cost_T, scored.quality_T)
+        tried_TN = np.concatenate([scored.shares_TN, stopped.shares_TN])
+        tried_cost_T = self.cost_of(tried_TN)
+        model = self._fit(front, tried_TN, tried_cost_T, scored, stopped)
+        retention_CN, cost_C = self._breed(scored, tried_cost_T, parents_TN)
+        shares_CN = np.cumprod(retention_CN, axis=1)
         mean_C, deviation_C = model.predict(self._inputs(shares_CN), return_std=True)
         prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
         best = np.argsort(-prospects_C, kind="stable")[: max(SCREENED, self.generation)]
@@ -252,8 +253,11 @@ class SurrogateScreening:
         picked = choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation, effort)
         return [self.retentions.params(retention_CN[best[number]]) for number in picked]
 
-    def _breed(self, scored: "_Scored", parents_TN: Array) -> Array:
-        """Distinct retentions that no trial has tried, (C, N)."""
+    def _breed(self, scored: "_Scored", tried_cost_T: Array, parents_TN: Array) -> tuple[Array, Array]:
+        """Distinct retentions that nobody has tried, (C, N), and their costs.
+
+        Retentions of one cost keep the same counts, as good as always: such a candidate was tried too.
+        """
         front_TN = scored.shares_TN[Staircase.members(scored.cost_T, scored.quality_T)]
         pool_TN = np.concatenate([front_TN, front_TN, parents_TN])
         generator, count = self.generator, self.brood * self.generation
@@ -276,27 +280,36 @@ class SurrogateScreening:
         if self.reads_first:
             shares_CN[:, -1] = 0.0
         retention_CN = np.round(self.retentions.to_retention(shares_CN), 10)
-        tried = {tuple(row) for row in np.round(scored.retention_TN, 10).tolist()}
-        new = [row for row in dict.fromkeys(map(tuple, retention_CN.tolist())) if row not in tried]
-        return np.array(new) if new else retention_CN
+        cost_C = self.cost_of(np.cumprod(retention_CN, axis=1))
+        tried = set(_keys(tried_cost_T))
+        distinct = {key: number for number, key in enumerate(_keys(cost_C)) if key not in tried}
+        new = sorted(distinct.values()) or list(range(len(cost_C)))
+        return retention_CN[new], cost_C[new]
 
     def _inputs(self, shares_CN: Array) -> Array:
         """What quality depends on."""
         return shares_CN[:, :-1] if self.reads_first and shares_CN.shape[1] > 1 else shares_CN
 
-    def _fit(self, scored: "_Scored") -> GaussianProcessRegressor:
-        chosen = _most_telling(scored, MODELLED_TRIALS)
-        inputs_TN = self._inputs(scored.shares_TN[chosen])
+    def _fit(
+        self, front: Staircase, tried_TN: Array, tried_cost_T: Array, scored: "_Scored", stopped: "_Stopped"
+    ) -> GaussianProcessRegressor:
+        quality_T = np.concatenate([scored.quality_T, stopped.estimate_T])
+        variance_T = np.concatenate([np.zeros_like(scored.quality_T), stopped.error_T**2])
+        chosen = _most_telling(front, tried_cost_T, quality_T, MODELLED_TRIALS)
+        inputs_TN, quality_T, variance_T = self._inputs(tried_TN[chosen]), quality_T[chosen], variance_T[chosen]
+        noise_T = 1e-10 + variance_T / max(float(quality_T.var()), 1e-12)  # the model scales quality to a variance of 1
         if self._kernel is None:
             self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
                 np.full(inputs_TN.shape[1], 0.5), (5e-2, 2e1), nu=2.5
             ) + WhiteKernel(1e-2, (1e-5, 1.0))
-        model = GaussianProcessRegressor(self._kernel, normalize_y=True, optimizer=_improve_from, random_state=0)
+        model = GaussianProcessRegressor(
+            self._kernel, alpha=noise_T, normalize_y=True, optimizer=_improve_from, random_state=0
+        )
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", ConvergenceWarning
             )  # of lengths at their bounds, as unimportant layers have
-            model.fit(inputs_TN, scored.quality_T[chosen])
+            model.fit(inputs_TN, quality_T)
         self._kernel = model.kernel_
         return model
 
@@ -306,13 +319,11 @@ class _Scored:
     """The completed trials of a study, quality to be maximised.
 
     Attributes:
-        retention_TN: Their parameters.
         shares_TN: Shares left after each layer.
         quality_T: First objective, negated where it is minimised.
         cost_T: Second objective as a share of the greatest, which is full length.
     """
 
-    retention_TN: Array
     shares_TN: Array
     quality_T: Array
     cost_T: Array
@@ -320,15 +331,44 @@ class _Scored:
     @classmethod
     def of(cls, study: optuna.Study, retentions: RetentionSpace) -> "_Scored":
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        sign = 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
         values_T2 = np.array([trial.values for trial in trials], dtype=np.float64).reshape(len(trials), 2)
-        retention_TN = np.array([[trial.params[name] for name in retentions.names] for trial in trials], np.float64)
-        return cls(
-            retention_TN.reshape(len(trials), len(retentions.names)),
-            retentions.shares_of(trials),
-            sign * values_T2[:, 0],
-            values_T2[:, 1] / values_T2[:, 1].max(initial=1e-300),
+        cost_T = values_T2[:, 1] / values_T2[:, 1].max(initial=1e-300)
+        return cls(retentions.shares_of(trials), _sign(study) * values_T2[:, 0], cost_T)
+
+
+@dataclass(frozen=True)
+class _Stopped:
+    """The trials of a study that were stopped early, quality to be maximised.
+
+    Attributes:
+        shares_TN: Shares left after each layer.
+        estimate_T: What the part they have seen says of their quality.
+        error_T: Its standard error.
+    """
+
+    shares_TN: Array
+    estimate_T: Array
+    error_T: Array
+
+    @classmethod
+    def of(cls, study: optuna.Study, retentions: RetentionSpace) -> "_Stopped":
+        pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        trials = [trial for trial in pruned if ESTIMATE in trial.user_attrs]
+        estimate_T, error_T = (
+            np.array([trial.user_attrs[name] for trial in trials], dtype=np.float64)
+            for name in (ESTIMATE, ESTIMATE_ERROR)
         )
+        return cls(retentions.shares_of(trials), _sign(study) * estimate_T, error_T)
+
+
+def _sign(study: optuna.Study) -> float:
+    return 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
+
+
+def _keys(cost_C: Array) -> list[float]:
+    """Costs that are equal but for rounding have equal keys."""
+    keys: list[float] = np.round(cost_C, 12).tolist()
+    return keys
 
 
 def _improve_from(loss: Callable[[Array], tuple[float, Array]], start: Array, bounds: Array) -> tuple[Array, float]:
@@ -352,69 +392,6 @@ def mutate_between_neighbours(shares_N: Array, probability: float, generator: np
         below = child_N[layer + 1] if layer + 1 < len(child_N) else 0.0
         child_N[layer] = generator.uniform(below, above)
     return child_N
-
-
-def convex_hull(cost_T: Array, quality_T: Array) -> NDArray[np.int64]:
-    """Indices of the front's points on its upper left convex hull, by rising cost."""
-    hull: list[int] = []
-    for point in Staircase.members(cost_T, quality_T):
-        while len(hull) >= 2:
-            a, b = hull[-2:]
-            turn = (cost_T[b] - cost_T[a]) * (quality_T[point] - quality_T[a]) - (quality_T[b] - quality_T[a]) * (
-                cost_T[point] - cost_T[a]
-            )
-            if turn < 0:
-                break
-            hull.pop()
-        hull.append(int(point))
-    return np.array(hull, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Staircase:
-    """The best quality at most at a cost, as a function of cost up to full length.
-
-    Attributes:
-        edge_J: Costs where a step begins, ascending, the first 0 and the end 1 left out.
-        height_J: Quality from each edge on, rising; the first is that of the reference point.
-    """
-
-    edge_J: Array
-    height_J: Array
-
-    @staticmethod
-    def members(cost_T: Array, quality_T: Array) -> NDArray[np.int64]:
-        """Indices of the non-dominated points by rising cost; of equals the first."""
-        order = np.lexsort((-quality_T, cost_T))
-        best = np.maximum.accumulate(np.concatenate([[-np.inf], quality_T[order]]))[:-1]
-        return order[quality_T[order] > best]
-
-    @classmethod
-    def of(cls, cost_T: Array, quality_T: Array) -> "Staircase":
-        """The staircase of these points; below the cheapest of them quality counts from the worst one's."""
-        on_front = cls.members(cost_T, quality_T)
-        floor = quality_T.min()
-        return cls(np.concatenate([[0.0], cost_T[on_front]]), np.concatenate([[floor], quality_T[on_front]]))
-
-    def with_point(self, cost: float, quality: float) -> "Staircase":
-        """The staircase with one point more."""
-        members = self.members(np.append(self.edge_J[1:], cost), np.append(self.height_J[1:], quality))
-        edges, heights = np.append(self.edge_J[1:], cost)[members], np.append(self.height_J[1:], quality)[members]
-        return Staircase(np.concatenate([[0.0], edges]), np.concatenate([self.height_J[:1], heights]))
-
-    def expected_gain(self, cost_C: Array, mean_C: Array, deviation_C: Array) -> Array:
-        """The hypervolume that each candidate is expected to add, its quality being normal and its cost known.
-
-        The gain is the area between the candidate's quality and the staircase right of its cost, so its expectation is
-        the sum over the steps of their widths times the expected improvement over their heights.
-        """
-        ends_J = np.append(self.edge_J[1:], max(1.0, self.edge_J[-1]))
-        width_CJ = np.clip(ends_J - np.maximum(self.edge_J, cost_C[:, None]), 0.0, None)
-        deviation_C1 = np.maximum(deviation_C, 1e-12)[:, None]
-        z_CJ = (mean_C[:, None] - self.height_J) / deviation_C1
-        improvement_CJ = deviation_C1 * (z_CJ * norm.cdf(z_CJ) + norm.pdf(z_CJ))
-        gain_C: Array = (width_CJ * improvement_CJ).sum(axis=1)
-        return gain_C
 
 
 @dataclass
@@ -500,10 +477,9 @@ def choose_batch(
     return picked
 
 
-def _most_telling(scored: _Scored, most: int) -> NDArray[np.int64]:
+def _most_telling(front: Staircase, cost_T: Array, quality_T: Array, most: int) -> NDArray[np.int64]:
     """Trials to fit the surrogate on: all, or those nearest below the front, where it has to tell candidates apart."""
-    if len(scored.quality_T) <= most:
-        return np.arange(len(scored.quality_T))
-    front = Staircase.of(scored.cost_T, scored.quality_T)
-    reached_T = front.height_J[np.searchsorted(front.edge_J, scored.cost_T, side="right") - 1]
-    return np.sort(np.argsort(reached_T - scored.quality_T, kind="stable")[:most])
+    if len(quality_T) <= most:
+        return np.arange(len(quality_T))
+    reached_T = front.height_J[np.searchsorted(front.edge_J, cost_T, side="right") - 1]
+    return np.sort(np.argsort(reached_T - quality_T, kind="stable")[:most])

@@ -17,10 +17,23 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from hpo.early_stopping import Bits, Rivals, bits_from_text, bits_to_text
+from hpo.early_stopping import (
+    ESTIMATE,
+    ESTIMATE_ERROR,
+    PARTIAL_FIGURES,
+    PARTIAL_METRIC,
+    SEEN,
+    STOPPED_BY,
+    Bits,
+    Defeat,
+    Rivals,
+    bits_from_text,
+    bits_to_text,
+)
 from hpo.mirror import AskedTrial, MirroredStudy
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
-from hpo.samplers import Array, make_sampler
+from hpo.samplers import make_sampler
+from hpo.staircase import Array
 from hpo.storage import database_reason, finished_trials, open_storage, open_study, uninterrupted
 from hpo.workload import (
     LoadedWorkload,
@@ -42,9 +55,8 @@ logger = logging.getLogger(__name__)
 
 COST_NAME = "macs"
 COST_DIRECTION: Literal["minimize"] = "minimize"
-CORRECT, STOPPED_BY, PARTIAL_METRIC, SEEN = "correct", "stopped_by", "partial_metric", "examples_seen"
-"""Trial attributes: which examples were right; of a trial that was stopped early, by which trial, at what, and after
-how many examples."""
+CORRECT = "correct"
+"""Attribute of a trial on the front: which examples it gets right."""
 
 
 @dataclass
@@ -310,11 +322,11 @@ class _Run:
         macs = [mean_macs(self.model.shape, self.loaded.search.num_tokens, config) for config in configs]
         predictions_CN = np.zeros((len(configs), len(labels)), dtype=np.int64)
         rivals = self._rivals()
-        beaten_by: dict[int, int] = {}
+        defeat_of: dict[int, Defeat] = {}
         seen_of: dict[int, NDArray[np.int64]] = {}
         seen_M = np.empty(0, dtype=np.int64)
         for number, block in enumerate(blocks):
-            alive = [index for index in range(len(configs)) if index not in beaten_by]
+            alive = [index for index in range(len(configs)) if index not in defeat_of]
             if not alive:
                 break
 
@@ -331,16 +343,21 @@ class _Run:
                 if len(set(asked[index].params.values())) == 1:
                     continue  # constant rates, full length among them, are what a front is compared with
                 correct_M = predictions_CN[index, seen_M] == labels[seen_M]
-                rival = rivals.beats(macs[index], correct_M, seen_M, self.definition.confidence)
-                if rival is not None:
-                    beaten_by[index], seen_of[index] = rival, seen_M
+                defeat = rivals.beats(macs[index], correct_M, seen_M, self.definition.confidence)
+                if defeat is not None:
+                    defeat_of[index], seen_of[index] = defeat, seen_M
         results = []
         for index, trial in enumerate(asked):
             correct_N = predictions_CN[index] == labels if self._stops_early else None
-            if index in beaten_by:
-                seen = seen_of[index]
-                partial = self.loaded.metric.compute(predictions_CN[index, seen], labels[seen])
-                stop = {STOPPED_BY: beaten_by[index], PARTIAL_METRIC: partial, SEEN: len(seen)}
+            if index in defeat_of and rivals is not None:
+                defeat, seen = defeat_of[index], seen_of[index]
+                stop = {
+                    STOPPED_BY: defeat.by,
+                    SEEN: len(seen),
+                    PARTIAL_METRIC: self.loaded.metric.compute(predictions_CN[index, seen], labels[seen]),
+                    ESTIMATE: rivals.accuracy(defeat.by) - defeat.behind,
+                    ESTIMATE_ERROR: defeat.error,
+                }
                 results.append(_Result(trial.number, None, macs[index], None, stop))
                 continue
             metric = self.loaded.metric.compute(predictions_CN[index], labels)
@@ -398,7 +415,7 @@ class _Run:
         if key in self._result_of:
             return
         attrs = trial.user_attrs
-        kept = {name: attrs[name] for name in (STOPPED_BY, PARTIAL_METRIC, SEEN) if name in attrs}
+        kept = {name: attrs[name] for name in PARTIAL_FIGURES if name in attrs}
         bits = bits_from_text(attrs[CORRECT], len(self.loaded.search.labels)) if CORRECT in attrs else None
         metric = float(trial.values[0]) if trial.state == TrialState.COMPLETE else None
         macs = mean_macs(self.model.shape, self.loaded.search.num_tokens, config)

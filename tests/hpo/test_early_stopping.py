@@ -23,8 +23,13 @@ def rivals(*shares_and_costs):
 def test_a_config_that_trails_clearly_is_beaten_by_the_trial_that_shows_it():
     seen = np.arange(200)
     front = rivals((0.6, 10.0), (0.9, 20.0), (0.95, 30.0))
-    assert front.beats(25.0, bits(0.6, 9)[seen], seen, confidence=3.0) == 1
-    assert front.beats(35.0, bits(0.6, 9)[seen], seen, confidence=3.0) == 2
+    trailing = bits(0.6, 9)
+    defeat = front.beats(25.0, trailing[seen], seen, confidence=3.0)
+    assert defeat.by == 1
+    assert defeat.behind == pytest.approx(front.correct_FN[1][seen].mean() - trailing[seen].mean())
+    assert 0.02 < defeat.error < 0.06
+    assert front.accuracy(1) - defeat.behind == pytest.approx(trailing.mean(), abs=3 * defeat.error)
+    assert front.beats(35.0, trailing[seen], seen, confidence=3.0).by == 2
 
 
 def test_a_cheaper_config_is_never_beaten():

@@ -8,6 +8,7 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import ExperimentalWarning
+from optuna.trial import TrialState
 
 from hpo.front import hypervolume
 from hpo.samplers import (
@@ -15,12 +16,14 @@ from hpo.samplers import (
     LatSampler,
     RetentionSpace,
     SharedEffort,
-    Staircase,
+    SurrogateScreening,
+    _Scored,
+    _Stopped,
     choose_batch,
-    convex_hull,
     make_sampler,
     mutate_between_neighbours,
 )
+from hpo.staircase import Staircase, convex_hull
 from studies.loader import SAMPLERS, LengthsStudy, Range
 
 LAYERS = 4
@@ -162,19 +165,24 @@ def cost_of(shares):
     return (0.4 + np.asarray(shares) @ np.array([1.0, 1.0, 1.0, 0.5])) / 3.9
 
 
-def search(sampler, trials, seed, generation=20, reads_first=False):
+def search(sampler, trials, seed, generation=20, reads_first=False, cost=cost_of, stop=lambda shares: False):
     definition = LengthsStudy(
         name="lengths", retention=Range(low=0.2, high=1.0, step=0.05), sampler=sampler, population_size=generation
     )
     study = optuna.create_study(
-        directions=["maximize", "minimize"], sampler=make_sampler(definition, SPACE, cost_of, seed, reads_first)
+        directions=["maximize", "minimize"], sampler=make_sampler(definition, SPACE, cost, seed, reads_first)
     )
     for rate in (1.0, 0.2, 0.5, 0.8):
         study.enqueue_trial(dict.fromkeys(SPACE, rate))
     while len(study.trials) < trials:
         for trial in [study.ask(SPACE) for _ in range(generation)]:
             shares = np.cumprod([trial.params[name] for name in SPACE])
-            study.tell(trial, [float(quality_of(shares)), float(cost_of(shares))])
+            if stop(shares):
+                trial.set_user_attr("estimated_metric", float(quality_of(shares)))
+                trial.set_user_attr("estimated_metric_error", 0.02)
+                study.tell(trial, state=TrialState.PRUNED)
+            else:
+                study.tell(trial, [float(quality_of(shares)), float(cost(shares))])
     return study
 
 
@@ -209,6 +217,52 @@ def test_the_surrogate_finds_more_in_as_many_trials_than_the_others():
 def test_the_surrogate_asks_for_nothing_twice():
     study = search("surrogate", 100, seed=0)
     bred = [tuple(trial.params.values()) for trial in study.trials[20:]]
+    assert len(set(bred)) == len(bred)
+
+
+def test_the_surrogate_asks_for_no_two_configs_of_one_cost():
+    study = search("surrogate", 100, seed=0, cost=lambda shares: np.round(cost_of(shares), 3))
+    costs = [trial.values[1] for trial in study.trials]
+    bred = costs[24:]  # Optuna does not count the four that were enqueued towards the first generation
+    assert len(set(bred)) == len(bred)
+    assert not set(bred) & set(costs[:24])
+
+
+def test_what_a_stopped_trial_has_shown_tells_the_surrogate_as_much_as_its_error_allows():
+    def predicted(*errors):
+        """Quality predicted at a config that trials with these errors say is 0.3."""
+        study = search("random", 40, seed=0)
+        for error in errors:
+            params = dict.fromkeys(SPACE, 0.9)
+            figures = {"estimated_metric": 0.3, "estimated_metric_error": error}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.PRUNED, params=params, distributions=SPACE, user_attrs=figures
+                )
+            )
+        screening = SurrogateScreening(
+            retentions=GRID,
+            cost_of=cost_of,
+            generation=20,
+            brood=40,
+            reads_first=False,
+            generator=np.random.default_rng(0),
+        )
+        scored, stopped = _Scored.of(study, GRID), _Stopped.of(study, GRID)
+        tried = np.concatenate([scored.shares_TN, stopped.shares_TN])
+        front = Staircase.of(scored.cost_T, scored.quality_T)
+        model = screening._fit(front, tried, cost_of(tried), scored, stopped)
+        return model.predict(np.cumprod(np.full((1, LAYERS), 0.9), axis=1))[0]
+
+    assert predicted() == pytest.approx(quality_of(np.cumprod(np.full(LAYERS, 0.9))), abs=0.02)
+    assert predicted(0.01) < predicted(0.03) - 0.01 < predicted(0.1) - 0.01 < predicted() - 0.01
+
+
+def test_stopped_trials_are_not_asked_for_again():
+    study = search("surrogate", 100, seed=0, stop=lambda shares: 0.4 < cost_of(shares) < 0.9)
+    stopped = {tuple(trial.params.values()) for trial in study.trials if trial.state == TrialState.PRUNED}
+    bred = [tuple(trial.params.values()) for trial in study.trials[20:]]
+    assert len(stopped) > 5
     assert len(set(bred)) == len(bred)
 
 

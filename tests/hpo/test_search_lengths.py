@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 import hpo.mirror
 import hpo.search_lengths
-from hpo.early_stopping import Rivals, bits_from_text
+from hpo.early_stopping import Defeat, Rivals, bits_from_text
 from hpo.errors import HpoError, StudyChanged
 from hpo.front import compute_front
 from hpo.search_lengths import config_of, constant_rates, search_lengths
@@ -235,7 +235,11 @@ def test_every_sampler_fills_and_resumes_a_study(run, lengths, sampler):
 @pytest.fixture
 def stopping(lengths, monkeypatch):
     """A study in which whatever costs more than half of full length is stopped after the first of four blocks."""
-    monkeypatch.setattr(Rivals, "beats", lambda self, macs, *_: 0 if macs > self.macs_F.max() / 2 else None)
+
+    def beats(self, macs, *_):
+        return Defeat(by=int(self.trial_F[0]), behind=0.1, error=0.03) if macs > self.macs_F.max() / 2 else None
+
+    monkeypatch.setattr(Rivals, "beats", beats)
     return dataclasses.replace(lengths, blocks=4)
 
 
@@ -254,7 +258,10 @@ def test_stopped_configs_are_pruned_trials_with_partial_figures(run, stopping, w
         right = predict(model, loaded.search, [config_of(trial.params)])[0] == loaded.search.labels
         assert trial.values is None
         assert trial.user_attrs["partial_metric"] == pytest.approx(right[block].mean())
-        assert (trial.user_attrs["examples_seen"], trial.user_attrs["stopped_by"]) == (len(block), 0)
+        assert trial.user_attrs["examples_seen"] == len(block)
+        rival = trials[trial.user_attrs["stopped_by"]]
+        assert trial.user_attrs["estimated_metric"] == pytest.approx(rival.values[0] - 0.1)
+        assert trial.user_attrs["estimated_metric_error"] == 0.03
     recorded = {trial.number for trial in trials if "correct" in trial.user_attrs}
     assert {trial.number for trial in search.study.best_trials if "reused_from" not in trial.user_attrs} <= recorded
     for trial in trials:

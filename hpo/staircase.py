@@ -1,0 +1,78 @@
+"""The best quality that each cost buys, as a staircase, and what another point would add to it.
+
+Quality is to be maximised here, cost to be minimised.
+
+Shape letters: T points, J steps of the staircase, C candidates.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+
+Array = NDArray[np.floating[Any]]
+
+
+def convex_hull(cost_T: Array, quality_T: Array) -> NDArray[np.int64]:
+    """Indices of the front's points on its upper left convex hull, by rising cost."""
+    hull: list[int] = []
+    for point in Staircase.members(cost_T, quality_T):
+        while len(hull) >= 2:
+            a, b = hull[-2:]
+            turn = (cost_T[b] - cost_T[a]) * (quality_T[point] - quality_T[a]) - (quality_T[b] - quality_T[a]) * (
+                cost_T[point] - cost_T[a]
+            )
+            if turn < 0:
+                break
+            hull.pop()
+        hull.append(int(point))
+    return np.array(hull, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Staircase:
+    """The best quality at most at a cost, as a function of cost up to full length.
+
+    Attributes:
+        edge_J: Costs where a step begins, ascending, the first 0 and the end 1 left out.
+        height_J: Quality from each edge on, rising; the first is that of the reference point.
+    """
+
+    edge_J: Array
+    height_J: Array
+
+    @staticmethod
+    def members(cost_T: Array, quality_T: Array) -> NDArray[np.int64]:
+        """Indices of the non-dominated points by rising cost; of equals the first."""
+        order = np.lexsort((-quality_T, cost_T))
+        best = np.maximum.accumulate(np.concatenate([[-np.inf], quality_T[order]]))[:-1]
+        return order[quality_T[order] > best]
+
+    @classmethod
+    def of(cls, cost_T: Array, quality_T: Array) -> "Staircase":
+        """The staircase of these points; below the cheapest of them quality counts from the worst one's."""
+        on_front = cls.members(cost_T, quality_T)
+        floor = quality_T.min()
+        return cls(np.concatenate([[0.0], cost_T[on_front]]), np.concatenate([[floor], quality_T[on_front]]))
+
+    def with_point(self, cost: float, quality: float) -> "Staircase":
+        """The staircase with one point more."""
+        members = self.members(np.append(self.edge_J[1:], cost), np.append(self.height_J[1:], quality))
+        edges, heights = np.append(self.edge_J[1:], cost)[members], np.append(self.height_J[1:], quality)[members]
+        return Staircase(np.concatenate([[0.0], edges]), np.concatenate([self.height_J[:1], heights]))
+
+    def expected_gain(self, cost_C: Array, mean_C: Array, deviation_C: Array) -> Array:
+        """The hypervolume that each candidate is expected to add, its quality being normal and its cost known.
+
+        The gain is the area between the candidate's quality and the staircase right of its cost, so its expectation is
+        the sum over the steps of their widths times the expected improvement over their heights.
+        """
+        ends_J = np.append(self.edge_J[1:], max(1.0, self.edge_J[-1]))
+        width_CJ = np.clip(ends_J - np.maximum(self.edge_J, cost_C[:, None]), 0.0, None)
+        deviation_C1 = np.maximum(deviation_C, 1e-12)[:, None]
+        z_CJ = (mean_C[:, None] - self.height_J) / deviation_C1
+        improvement_CJ = deviation_C1 * (z_CJ * norm.cdf(z_CJ) + norm.pdf(z_CJ))
+        gain_C: Array = (width_CJ * improvement_CJ).sum(axis=1)
+        return gain_C
