@@ -42,15 +42,17 @@ CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
 }
 
 LAT_MUTATION_PROB = 0.5
-MODELLED_TRIALS = 200
-"""Most trials that the surrogate is fitted on; the time to fit grows with their cube."""
+MODELLED_TRIALS = 500
+"""Most trials that the surrogate knows."""
+FITTED_TRIALS = 100
+"""Most of them that its kernel is fitted on, which takes many times as long."""
 REMEMBERED_LAYERS = 2
 """Layers whose results the evaluation engine keeps from generation to generation."""
 LEAST_EFFORT = 0.3
 """What evaluating any config takes, in layers at full length."""
-EFFORT_POWER = 1.0
-"""How much effort counts against gain: 1 is gain per time, 0 is gain alone."""
-FIT_STEPS = 8
+EFFORT_POWER = 2.0
+"""How much effort counts against gain: 0 is gain alone, 1 gain per time, more asks for the cheap first."""
+FIT_STEPS = 20
 """Most steps that the kernel is improved by in a generation."""
 SCREENED = 250
 """Candidates of a brood whose joint uncertainty is computed; the others are screened out by their own prospects."""
@@ -302,16 +304,17 @@ class SurrogateScreening:
             self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
                 np.full(inputs_TN.shape[1], 0.5), (5e-2, 2e1), nu=2.5
             ) + WhiteKernel(1e-2, (1e-5, 1.0))
-        model = GaussianProcessRegressor(
-            self._kernel, alpha=noise_T, normalize_y=True, optimizer=_improve_from, random_state=0
-        )
+        model = GaussianProcessRegressor(self._kernel, normalize_y=True, random_state=0)
+        telling = _most_telling(front, tried_cost_T[chosen], quality_T, FITTED_TRIALS)
+        model.set_params(alpha=noise_T[telling], optimizer=_improve_from)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", ConvergenceWarning
             )  # of lengths at their bounds, as unimportant layers have
-            model.fit(inputs_TN, quality_T)
+            model.fit(inputs_TN[telling], quality_T[telling])
         self._kernel = model.kernel_
-        return model
+        model.set_params(kernel=self._kernel, alpha=noise_T, optimizer=None)
+        return model.fit(inputs_TN, quality_T)
 
 
 @dataclass(frozen=True)

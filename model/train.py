@@ -81,7 +81,7 @@ class TrainingSettings:
     temperature: float = 1.0
     distillation_weight: float = 1.0
     divergence: Divergence = "forward"
-    token_score: str = TOKEN_SCORES[0]
+    token_score: str = "value_norm"
     max_grad_norm: float = 1.0
     precision: Precision = "auto"
     seed: int = 0

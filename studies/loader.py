@@ -173,8 +173,8 @@ class LengthsStudy:
     crossover_prob: float = 0.9
     swapping_prob: float = 0.5
     mutation_prob: float | None = None
-    blocks: int = 4
-    confidence: float = 3.0
+    blocks: int = 8
+    confidence: float = 2.5
 
     def __post_init__(self) -> None:
         _check_name(self.name)

@@ -6,8 +6,10 @@ import pytest
 from hpo.early_stopping import Rivals, bits_from_text, bits_to_text
 from hpo.front import hypervolume
 from model.evaluate import stratified_blocks
+from studies.loader import load_lengths
 
 EXAMPLES = 872
+SHIPPED = load_lengths("lengths")
 
 
 def bits(share, seed, count=EXAMPLES):
@@ -67,7 +69,7 @@ def simulate(seed, stop):
     """Hypervolume, trials stopped and examples seen of 12 generations of made-up configs that agree as real ones do."""
     generator = np.random.default_rng(seed)
     ease = generator.normal(1.2, 1.0, EXAMPLES)
-    blocks = stratified_blocks(generator.integers(5, 40, EXAMPLES), 4, seed)
+    blocks = stratified_blocks(generator.integers(5, 40, EXAMPLES), SHIPPED.blocks, seed)
     cost = generator.uniform(0.2, 1.0, 300)
     loss = 0.15 / cost + generator.exponential(0.4, 300)
     correct = ease + generator.normal(0, 0.5, (300, EXAMPLES)) > loss[:, None]
@@ -80,7 +82,9 @@ def simulate(seed, stop):
             for number, block in enumerate(blocks):
                 seen = np.concatenate([seen, block])
                 last = number + 1 == len(blocks)
-                if last or (stop and start and front.beats(cost[config], correct[config, seen], seen, 3.0) is not None):
+                if last:
+                    break
+                if stop and start and front.beats(cost[config], correct[config, seen], seen, SHIPPED.confidence):
                     break
             seen_examples += len(seen)
             if len(seen) == EXAMPLES:

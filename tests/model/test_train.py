@@ -221,3 +221,10 @@ def test_empty_split_is_refused(model, tokenizer):
     empty = EncodedSplit(input_ids=[], token_type_ids=[], labels=np.array([], dtype=np.int64), num_truncated=0)
     with pytest.raises(ValueError, match="empty"):
         train(model, empty, tokenizer, SETTINGS)
+
+
+@pytest.mark.parametrize("token_score", [None, "attention", "value_norm"])
+def test_the_trained_model_ranks_tokens_as_it_was_trained_to(model, split, tokenizer, token_score):
+    settings = SETTINGS if token_score is None else dataclasses.replace(SETTINGS, token_score=token_score)
+    train(model, split, tokenizer, settings)
+    assert model.token_score == (token_score or "value_norm")

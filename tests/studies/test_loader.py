@@ -105,12 +105,12 @@ def test_a_study_that_names_no_objective_searches_the_area(tmp_path):
 def test_the_built_in_lengths_study_reads_as_written():
     assert load_lengths("lengths") == LengthsStudy(
         name="lengths",
-        retention=Range(low=0.2, high=1.0, step=0.05),
+        retention=Range(low=0.05, high=1.0, step=0.05),
         sampler="surrogate",
         population_size=25,
         brood=40,
-        blocks=4,
-        confidence=3.0,
+        blocks=8,
+        confidence=2.5,
     )
 
 
@@ -189,7 +189,8 @@ def test_a_word_is_not_taken_for_a_list_of_letters(write):
 def test_fingerprints_are_the_same_for_equal_declarations(write):
     built_in_text = (FOLDER / "finetune.toml").read_text(encoding="utf-8")
     assert load("finetune").space_fingerprint() == load(write(built_in_text)).space_fingerprint()
-    assert load("lengths").space_fingerprint() == load(write(LENGTHS)).space_fingerprint()
+    as_built_in = edited(LENGTHS, "low = 0.2", "low = 0.05")
+    assert load("lengths").space_fingerprint() == load(write(as_built_in)).space_fingerprint()
 
 
 @pytest.mark.parametrize(
