@@ -50,7 +50,7 @@ REMEMBERED_LAYERS = 2
 """Layers whose results the evaluation engine keeps from generation to generation."""
 LEAST_EFFORT = 0.3
 """What evaluating any config takes, in layers at full length."""
-EFFORT_POWER = 2.0
+EFFORT_POWER = 1.0
 """How much effort counts against gain: 0 is gain alone, 1 gain per time, more asks for the cheap first."""
 FIT_STEPS = 20
 """Most steps that the kernel is improved by in a generation."""
@@ -186,8 +186,8 @@ class LatSampler(BaseSampler):
             pair = self._generator.integers(len(parents_TN), size=2)
             child_N = parents_TN[pair].mean(axis=0)
         else:
-            parent_N = parents_TN[self._generator.integers(len(parents_TN))]
-            child_N = mutate_between_neighbours(parent_N, LAT_MUTATION_PROB, self._generator)
+            parent_1N = parents_TN[self._generator.integers(len(parents_TN), size=1)]
+            child_N = mutate_between_neighbours(parent_1N, np.array([LAT_MUTATION_PROB]), self._generator)[0]
         return self._retentions.params(self._retentions.to_retention(child_N[None])[0])
 
     def sample_independent(
@@ -262,23 +262,17 @@ class SurrogateScreening:
         """
         front_TN = scored.shares_TN[Staircase.members(scored.cost_T, scored.quality_T)]
         pool_TN = np.concatenate([front_TN, front_TN, parents_TN])
-        generator, count = self.generator, self.brood * self.generation
-        children = []
-        for number in range(count):
-            first_N, second_N = pool_TN[generator.integers(len(pool_TN), size=2)]
-            match number % 4:
-                case 0:
-                    child_N = mutate_between_neighbours(first_N, LAT_MUTATION_PROB, generator)
-                case 1:
-                    child_N = mutate_between_neighbours(first_N, 1 / len(first_N), generator)
-                case 2:
-                    weight = generator.random()
-                    child_N = weight * first_N + (1 - weight) * second_N
-                case _:
-                    child_N = np.minimum.accumulate(np.where(generator.random(len(first_N)) < 0.5, first_N, second_N))
-                    child_N = mutate_between_neighbours(child_N, 1 / len(first_N), generator)
-            children.append(child_N)
-        shares_CN = np.array(children)
+        generator, count, layers = self.generator, self.brood * self.generation, pool_TN.shape[1]
+        first_CN, second_CN = pool_TN[generator.integers(len(pool_TN), size=(2, count))]
+        weight_C1 = generator.random((count, 1))
+        mixed_CN = weight_C1 * first_CN + (1 - weight_C1) * second_CN
+        crossed_CN = np.minimum.accumulate(
+            np.where(generator.random(first_CN.shape) < 0.5, first_CN, second_CN), axis=1
+        )
+        way_C = np.arange(count) % 4
+        bred_CN = np.choose(way_C[:, None], [first_CN, first_CN, mixed_CN, crossed_CN])
+        mutation_C = np.choose(way_C, [LAT_MUTATION_PROB, 1 / layers, 0.0, 1 / layers])
+        shares_CN = mutate_between_neighbours(bred_CN, mutation_C, generator)
         if self.reads_first:
             shares_CN[:, -1] = 0.0
         retention_CN = np.round(self.retentions.to_retention(shares_CN), 10)
@@ -301,9 +295,9 @@ class SurrogateScreening:
         inputs_TN, quality_T, variance_T = self._inputs(tried_TN[chosen]), quality_T[chosen], variance_T[chosen]
         noise_T = 1e-10 + variance_T / max(float(quality_T.var()), 1e-12)  # the model scales quality to a variance of 1
         if self._kernel is None:
-            self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(
-                np.full(inputs_TN.shape[1], 0.5), (5e-2, 2e1), nu=2.5
-            ) + WhiteKernel(1e-2, (1e-5, 1.0))
+            # nu = 0.5, since quality is rugged on every scale: a nearby config answers a few examples differently
+            smooth = Matern(np.full(inputs_TN.shape[1], 2.0), (5e-2, 1e2), nu=0.5)
+            self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * smooth + WhiteKernel(1e-2, (1e-5, 1.0))
         model = GaussianProcessRegressor(self._kernel, normalize_y=True, random_state=0)
         telling = _most_telling(front, tried_cost_T[chosen], quality_T, FITTED_TRIALS)
         model.set_params(alpha=noise_T[telling], optimizer=_improve_from)
@@ -380,21 +374,25 @@ def _improve_from(loss: Callable[[Array], tuple[float, Array]], start: Array, bo
     return found.x, float(found.fun)
 
 
-def mutate_between_neighbours(shares_N: Array, probability: float, generator: np.random.Generator) -> Array:
+def mutate_between_neighbours(shares_CN: Array, probability_C: Array, generator: np.random.Generator) -> Array:
     """Redraw some layers' shares, each between what the layers beside it leave.
 
     Args:
-        shares_N: Shares left after each layer, never rising.
-        probability: Of each layer.
+        shares_CN: Shares left after each layer, never rising.
+        probability_C: Of each layer of a candidate.
         generator: Source of randomness.
     Source: Kim & Cho 2021, "Evolutionary Search of Length Configurations".
     """
-    child_N = shares_N.copy()
-    for layer in np.flatnonzero(generator.random(len(child_N)) < probability):
-        above = child_N[layer - 1] if layer else 1.0
-        below = child_N[layer + 1] if layer + 1 < len(child_N) else 0.0
-        child_N[layer] = generator.uniform(below, above)
-    return child_N
+    child_CN = shares_CN.copy()
+    layers = child_CN.shape[1]
+    redrawn_CN = generator.random(child_CN.shape) < probability_C[:, None]
+    place_CN = generator.random(child_CN.shape)
+    for layer in range(layers):
+        above_C = child_CN[:, layer - 1] if layer else np.ones(len(child_CN))
+        below_C = child_CN[:, layer + 1] if layer + 1 < layers else np.zeros(len(child_CN))
+        drawn_C = below_C + place_CN[:, layer] * (above_C - below_C)
+        child_CN[:, layer] = np.where(redrawn_CN[:, layer], drawn_C, child_CN[:, layer])
+    return child_CN
 
 
 @dataclass

@@ -70,20 +70,13 @@ def test_retentions_stay_in_range_and_follow_the_shares(space):
         )
 
 
-@pytest.mark.parametrize("probability", [0.25, 0.5, 1.0])
-def test_a_mutation_moves_each_share_between_its_neighbours_only(probability):
-    generator = np.random.default_rng(0)
-    moved = 0
-    for shares in random_shares(300):
-        child = mutate_between_neighbours(shares, probability, generator)
-        assert (np.diff(np.concatenate([[1.0], child, [0.0]])) <= 0).all()
-        moved += (child != shares).sum()
-    assert moved / (300 * LAYERS) == pytest.approx(probability, abs=0.06)
-
-
-def test_a_mutation_of_probability_zero_changes_nothing():
-    shares = random_shares(1)[0]
-    np.testing.assert_array_equal(mutate_between_neighbours(shares, 0.0, np.random.default_rng(0)), shares)
+def test_a_mutation_moves_each_share_between_its_neighbours_only():
+    shares, probability = random_shares(1200), np.tile([0.0, 0.25, 0.5, 1.0], 300)
+    children = mutate_between_neighbours(shares, probability, np.random.default_rng(0))
+    assert (np.diff(children, prepend=1.0, append=0.0) <= 0).all()
+    for share in (0.0, 0.25, 0.5, 1.0):
+        moved = (children != shares)[probability == share].mean()
+        assert moved == pytest.approx(share, abs=0.04 if 0 < share < 1 else 0)
 
 
 @pytest.mark.parametrize("seed", range(20))
