@@ -20,13 +20,10 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, nsgaii
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from hpo.early_stopping import ESTIMATE, ESTIMATE_ERROR
 from hpo.staircase import Array, Staircase, convex_hull
+from hpo.surrogate import Surrogate
 from studies.loader import LengthsStudy
 
 CostOf = Callable[[Array], Array]
@@ -42,18 +39,12 @@ CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
 }
 
 LAT_MUTATION_PROB = 0.5
-MODELLED_TRIALS = 500
-"""Most trials that the surrogate knows."""
-FITTED_TRIALS = 100
-"""Most of them that its kernel is fitted on, which takes many times as long."""
 REMEMBERED_LAYERS = 2
 """Layers whose results the evaluation engine keeps from generation to generation."""
 LEAST_EFFORT = 0.3
 """What evaluating any config takes, in layers at full length."""
-EFFORT_POWER = 1.0
+EFFORT_POWER = 0.5
 """How much effort counts against gain: 0 is gain alone, 1 gain per time, more asks for the cheap first."""
-FIT_STEPS = 20
-"""Most steps that the kernel is improved by in a generation."""
 SCREENED = 250
 """Candidates of a brood whose joint uncertainty is computed; the others are screened out by their own prospects."""
 
@@ -215,8 +206,9 @@ class SurrogateScreening:
         brood: Candidates bred per child.
         reads_first: Whether the last layer's count costs without deciding anything; it is then the least possible.
         generator: Source of randomness.
+        surrogate: The predictor.
         waiting: Children chosen and not yet asked for.
-        known: How many trials were scored when they were chosen.
+        known: How many trials were finished when they were chosen.
     """
 
     retentions: RetentionSpace
@@ -225,9 +217,9 @@ class SurrogateScreening:
     brood: int
     reads_first: bool
     generator: np.random.Generator
+    surrogate: Surrogate = field(default_factory=Surrogate)
     waiting: list[dict[str, float]] = field(default_factory=list)
     known: int = -1
-    _kernel: Any = None
 
     def __call__(
         self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
@@ -244,13 +236,13 @@ class SurrogateScreening:
         front = Staircase.of(scored.cost_T, scored.quality_T)
         tried_TN = np.concatenate([scored.shares_TN, stopped.shares_TN])
         tried_cost_T = self.cost_of(tried_TN)
-        model = self._fit(front, tried_TN, tried_cost_T, scored, stopped)
+        self._learn(front, scored, stopped, tried_TN, tried_cost_T)
         retention_CN, cost_C = self._breed(scored, tried_cost_T, parents_TN)
         shares_CN = np.cumprod(retention_CN, axis=1)
-        mean_C, deviation_C = model.predict(self._inputs(shares_CN), return_std=True)
+        mean_C, deviation_C = self.surrogate.predict(self._inputs(shares_CN))
         prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
         best = np.argsort(-prospects_C, kind="stable")[: max(SCREENED, self.generation)]
-        mean_C, covariance_CC = model.predict(self._inputs(shares_CN[best]), return_cov=True)
+        mean_C, covariance_CC = self.surrogate.predict_jointly(self._inputs(shares_CN[best]))
         effort = SharedEffort.of(retention_CN[best])
         picked = choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation, effort)
         return [self.retentions.params(retention_CN[best[number]]) for number in picked]
@@ -286,29 +278,12 @@ class SurrogateScreening:
         """What quality depends on."""
         return shares_CN[:, :-1] if self.reads_first and shares_CN.shape[1] > 1 else shares_CN
 
-    def _fit(
-        self, front: Staircase, tried_TN: Array, tried_cost_T: Array, scored: "_Scored", stopped: "_Stopped"
-    ) -> GaussianProcessRegressor:
+    def _learn(
+        self, front: Staircase, scored: "_Scored", stopped: "_Stopped", tried_TN: Array, tried_cost_T: Array
+    ) -> None:
         quality_T = np.concatenate([scored.quality_T, stopped.estimate_T])
-        variance_T = np.concatenate([np.zeros_like(scored.quality_T), stopped.error_T**2])
-        chosen = _most_telling(front, tried_cost_T, quality_T, MODELLED_TRIALS)
-        inputs_TN, quality_T, variance_T = self._inputs(tried_TN[chosen]), quality_T[chosen], variance_T[chosen]
-        noise_T = 1e-10 + variance_T / max(float(quality_T.var()), 1e-12)  # the model scales quality to a variance of 1
-        if self._kernel is None:
-            # nu = 0.5, since quality is rugged on every scale: a nearby config answers a few examples differently
-            smooth = Matern(np.full(inputs_TN.shape[1], 2.0), (5e-2, 1e2), nu=0.5)
-            self._kernel = ConstantKernel(1.0, (1e-2, 1e2)) * smooth + WhiteKernel(1e-2, (1e-5, 1.0))
-        model = GaussianProcessRegressor(self._kernel, normalize_y=True, random_state=0)
-        telling = _most_telling(front, tried_cost_T[chosen], quality_T, FITTED_TRIALS)
-        model.set_params(alpha=noise_T[telling], optimizer=_improve_from)
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # of lengths at their bounds, as unimportant layers have
-            model.fit(inputs_TN[telling], quality_T[telling])
-        self._kernel = model.kernel_
-        model.set_params(kernel=self._kernel, alpha=noise_T, optimizer=None)
-        return model.fit(inputs_TN, quality_T)
+        error_T = np.concatenate([np.zeros_like(scored.quality_T), stopped.error_T])
+        self.surrogate.fit(self._inputs(tried_TN), quality_T, error_T, front.height(tried_cost_T) - quality_T)
 
 
 @dataclass(frozen=True)
@@ -366,12 +341,6 @@ def _keys(cost_C: Array) -> list[float]:
     """Costs that are equal but for rounding have equal keys."""
     keys: list[float] = np.round(cost_C, 12).tolist()
     return keys
-
-
-def _improve_from(loss: Callable[[Array], tuple[float, Array]], start: Array, bounds: Array) -> tuple[Array, float]:
-    """A few steps of L-BFGS: each generation goes on from the kernel that fitted the one before."""
-    found = minimize(loss, start, method="L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": FIT_STEPS})
-    return found.x, float(found.fun)
 
 
 def mutate_between_neighbours(shares_CN: Array, probability_C: Array, generator: np.random.Generator) -> Array:
@@ -476,11 +445,3 @@ def choose_batch(
         explained.append(part)
         variance_C -= part**2
     return picked
-
-
-def _most_telling(front: Staircase, cost_T: Array, quality_T: Array, most: int) -> NDArray[np.int64]:
-    """Trials to fit the surrogate on: all, or those nearest below the front, where it has to tell candidates apart."""
-    if len(quality_T) <= most:
-        return np.arange(len(quality_T))
-    reached_T = front.height_J[np.searchsorted(front.edge_J, cost_T, side="right") - 1]
-    return np.sort(np.argsort(reached_T - quality_T, kind="stable")[:most])

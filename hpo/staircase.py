@@ -57,6 +57,11 @@ class Staircase:
         floor = quality_T.min()
         return cls(np.concatenate([[0.0], cost_T[on_front]]), np.concatenate([[floor], quality_T[on_front]]))
 
+    def height(self, cost_C: Array) -> Array:
+        """The best quality known at most at each cost."""
+        heights: Array = self.height_J[np.searchsorted(self.edge_J, cost_C, side="right") - 1]
+        return heights
+
     def with_point(self, cost: float, quality: float) -> "Staircase":
         """The staircase with one point more."""
         members = self.members(np.append(self.edge_J[1:], cost), np.append(self.height_J[1:], quality))

@@ -168,7 +168,7 @@ class LengthsStudy:
     retention: Range
     sampler: str = "surrogate"
     population_size: int = 25
-    brood: int = 100
+    brood: int = 150
     crossover: str = "uniform"
     crossover_prob: float = 0.9
     swapping_prob: float = 0.5

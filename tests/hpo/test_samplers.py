@@ -245,8 +245,8 @@ def test_what_a_stopped_trial_has_shown_tells_the_surrogate_as_much_as_its_error
         scored, stopped = _Scored.of(study, GRID), _Stopped.of(study, GRID)
         tried = np.concatenate([scored.shares_TN, stopped.shares_TN])
         front = Staircase.of(scored.cost_T, scored.quality_T)
-        model = screening._fit(front, tried, cost_of(tried), scored, stopped)
-        return model.predict(np.cumprod(np.full((1, LAYERS), 0.9), axis=1))[0]
+        screening._learn(front, scored, stopped, tried, cost_of(tried))
+        return screening.surrogate.predict(np.cumprod(np.full((1, LAYERS), 0.9), axis=1))[0][0]
 
     assert predicted() == pytest.approx(quality_of(np.cumprod(np.full(LAYERS, 0.9))), abs=0.02)
     assert predicted(0.01) < predicted(0.03) - 0.01 < predicted(0.1) - 0.01 < predicted() - 0.01

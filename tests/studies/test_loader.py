@@ -108,7 +108,7 @@ def test_the_built_in_lengths_study_reads_as_written():
         retention=Range(low=0.05, high=1.0, step=0.05),
         sampler="surrogate",
         population_size=25,
-        brood=100,
+        brood=150,
         blocks=8,
         confidence=2.5,
     )
