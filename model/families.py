@@ -9,6 +9,7 @@ Shape letters: B sequences, L tokens arriving, R rows (any leading dimensions of
 `project` makes of a token, H heads, C classes.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,10 @@ from model.macs import EncoderShape
 
 TOKEN_SCORES = ("attention", "value_norm")
 """What tokens may be ranked by: the attention they receive, or that times the norm of their value vectors."""
+
+
+WEIGHT_BYTES = 3 * 2**20
+"""Attention weights that are worked on together where a processor has to write them out."""
 
 
 class EncoderFamily(Protocol):
@@ -184,6 +189,14 @@ def attention(
         and real queries; meaningless at padding. No gradient flows through scores, which only select.
     Source: the score is from Goyal et al. 2020 (PoWER-BERT), "Word-vector Selection".
     """
+    together = _sequences_in_cache(query_BHLd, key_BHLd)
+    if with_scores and together < len(query_BHLd):
+        arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL)
+        parts = zip(*(_parts(argument, together, len(query_BHLd)) for argument in arguments), strict=True)
+        results = [attention(q, k, v, mask, dropout, True, by_value) for q, k, v, mask in parts]
+        return torch.cat([context for context, _ in results]), torch.cat(
+            [score for _, score in results if score is not None]
+        )
     mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
     if not with_scores:
         context = F.scaled_dot_product_attention(query_BHLd, key_BHLd, value_BHLd, mask_B11L, dropout_p=dropout)
@@ -200,3 +213,18 @@ def attention(
         received_BHL = received_BHL * value_BHLd.detach().float().norm(dim=-1)
     score_BL = received_BHL.sum(dim=1)
     return F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd, score_BL
+
+
+def _sequences_in_cache(query_BHLd: Tensor, key_BHLd: Tensor) -> int:
+    """How many sequences' attention weights stay in a processor's cache together; all of them on a GPU."""
+    size, heads, queries, _ = query_BHLd.shape
+    if query_BHLd.device.type != "cpu":
+        return size
+    return max(1, WEIGHT_BYTES // (heads * queries * key_BHLd.size(2) * query_BHLd.element_size()))
+
+
+def _parts(tensor_BX: Tensor | None, rows: int, size: int) -> Sequence[Tensor | None]:
+    """Consecutive parts of a batch, or as many times nothing."""
+    if tensor_BX is None:
+        return [None] * -(-size // rows)
+    return torch.split(tensor_BX, rows)

@@ -81,3 +81,17 @@ def test_scores_select_and_carry_no_gradient(heads):
 def test_scores_are_single_precision_whatever_the_vectors_are(heads):
     context, score = attention(*(part.bfloat16() for part in heads), None, 0.0, with_scores=True)
     assert (context.dtype, score.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("mask", [None, MASK_BL], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(heads, mask, by_value, together, monkeypatch):
+    whole = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
+    monkeypatch.setattr("model.families.WEIGHT_BYTES", together * H * L * L * 4)
+    sizes = []
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: sizes.append(len(self)) or softmax(self, dim))
+    parts = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
+    assert sizes == ([1, 1, 1] if together == 1 else [2, 1])
+    torch.testing.assert_close(parts, whole)
