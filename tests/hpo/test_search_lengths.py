@@ -225,8 +225,8 @@ def test_times_account_for_the_search(run):
 def test_every_sampler_fills_and_resumes_a_study(run, lengths, sampler):
     definition = dataclasses.replace(lengths, sampler=sampler)
     run(14, definition=definition)
-    trials = run(32, definition=definition).study.get_trials()
-    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 32
+    trials = run(72, definition=definition).study.get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 72
     bred = [tuple(trial.params.values()) for trial in trials[20:]]
     assert len(set(bred)) > 6
     assert all(0.4 <= retention <= 1.0 for params in bred for retention in params)
