@@ -26,7 +26,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,23 +209,27 @@ def above_half(points: Sequence[tuple[float, float]]) -> float:
     return hypervolume([cost for cost, _ in points], [max(quality - 0.5, 0.0) for _, quality in points])
 
 
-def single(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One config alone against full length, in turns, each the median of its repeats."""
-    model = load_encoder(arguments.checkpoint, loaded.corpus)
-    split = loaded.search
-    chosen = np.flatnonzero(split.num_tokens >= arguments.min_tokens)[: arguments.examples]
-    split = dataclasses.replace(
+def subset(split: EncodedSplit, numbers: Iterable[int]) -> EncodedSplit:
+    """The examples of these numbers."""
+    chosen = list(numbers)
+    return dataclasses.replace(
         split,
         input_ids=[split.input_ids[number] for number in chosen],
         token_type_ids=[split.token_type_ids[number] for number in chosen],
         labels=split.labels[chosen],
     )
+
+
+def single(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One config alone against full length, in turns, each the median of its repeats."""
+    model = load_encoder(arguments.checkpoint, loaded.corpus)
+    chosen = np.flatnonzero(loaded.search.num_tokens >= arguments.min_tokens)[: arguments.examples]
+    split = subset(loaded.search, chosen)
     precision = choose_precision(model, split, loaded.metric)
     engine = Evaluator(model, split, precision=precision, cache_bytes=0)
-    layers = range(1, model.num_layers + 1)
-    rates = {f"retention {rate:g}": [rate**layer for layer in layers] for rate in (0.98, 0.95, 0.9, 0.8, 0.7, 0.5)}
-    full = LengthConfig.full(model.num_layers)
-    timed = {"full": full, **{name: LengthConfig.from_shares(tuple(shares)) for name, shares in rates.items()}}
+    timed = {"full": LengthConfig.full(model.num_layers)}
+    for rate in (0.98, 0.95, 0.9, 0.8, 0.7, 0.5):
+        timed[f"retention {rate:g}"] = LengthConfig.from_retention([rate] * model.num_layers)
     times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(1 + SINGLE_REPEATS):
         for name, config in timed.items():
@@ -268,8 +272,7 @@ def scaling(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[d
     """How the time outside the model grows with the study."""
     model = load_encoder(arguments.checkpoint, loaded.corpus)
     definition = load_lengths("lengths")
-    few = {name: getattr(loaded.report, name)[:FEW] for name in ("input_ids", "token_type_ids", "labels")}
-    loaded = dataclasses.replace(loaded, report=dataclasses.replace(loaded.report, **few))  # the front is scored there
+    loaded = dataclasses.replace(loaded, report=subset(loaded.report, range(FEW)))  # the front is scored there
     engine = Instant(model, loaded.search, num_blocks=definition.blocks, cache_bytes=0)
     reached: list[tuple[int, float]] = []
 
