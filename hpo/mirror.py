@@ -1,14 +1,13 @@
-"""Asking a sampler in memory and keeping its trials in the database, one transaction per ask and one per tell.
+"""Asking a sampler in memory and keeping its trials in the database, a transaction per generation.
 
 Optuna's `ask` commits once per parameter and attribute and re-reads the running trials in between, which for a whole
-generation costs more than evaluating a small model. Here the sampler works on an in-memory copy of the study, and a
-trial enters the database whole: running, with its parameters and attributes. What stands in the database is the same.
+generation costs more than evaluating a small model. Here the sampler works on an in-memory copy of the study, and
+trials enter the database whole: running, with their parameters and attributes. What stands in the database is the same.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -17,6 +16,7 @@ from optuna.samplers import BaseGASampler, BaseSampler
 from optuna.storages import InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from hpo.bulk import Outcome, enter_trials, finish_trials
 from hpo.storage import FINISHED
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,26 @@ class AskedTrial:
     trial_id: int
     params: Mapping[str, Any]
     system_attrs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What became of a trial.
+
+    Attributes:
+        trial: The trial.
+        values: Its objectives; None where it was stopped early.
+        attributes: User attributes to add.
+    """
+
+    trial: AskedTrial
+    values: Sequence[float] | None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> TrialState:
+        """As Optuna calls it."""
+        return TrialState.PRUNED if self.values is None else TrialState.COMPLETE
 
 
 class MirroredStudy:
@@ -68,19 +88,80 @@ class MirroredStudy:
         """Have the next ask return these parameters."""
         self.copy.enqueue_trial(dict(params))
 
-    def ask(self, attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> AskedTrial:
-        """Draw parameters and put the running trial into the database.
+    def ask(
+        self, count: int, attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda params: {}
+    ) -> list[AskedTrial]:
+        """Draw the parameters of several trials and put them into the database, running.
 
         Args:
-            attributes_of: Gives the trial's user attributes for its parameters.
+            count: Trials to draw.
+            attributes_of: Gives a trial's user attributes for its parameters.
         """
+        drawn = [self._draw(attributes_of) for _ in range(count)]
+        entered = enter_trials(self.storage, self.study._study_id, drawn)
+        return [
+            AskedTrial(number=number, trial_id=trial_id, params=trial.params, system_attrs=trial.system_attrs)
+            for (number, trial_id), trial in zip(entered, drawn, strict=True)
+        ]
+
+    def tell(self, told: Sequence[Told]) -> None:
+        """Finish trials in the database and let the sampler learn from them."""
+        finish_trials(
+            self.storage,
+            [
+                Outcome(trial_id=one.trial.trial_id, state=one.state, values=one.values, attributes=one.attributes)
+                for one in told
+            ],
+        )
+        self.copy.add_trials(
+            create_trial(
+                state=one.state,
+                params=dict(one.trial.params),
+                distributions=self.distributions,
+                values=None if one.values is None else list(one.values),
+                user_attrs=dict(one.attributes),
+                system_attrs=dict(one.trial.system_attrs),
+            )
+            for one in told
+        )
+
+    def fail(self, asked: Sequence[AskedTrial], reason: str) -> None:
+        """Fail trials that are still running, and record why; those that are finished stay as they are."""
+        running = self.running()
+        finish_trials(
+            self.storage,
+            [
+                Outcome(trial_id=trial.trial_id, state=TrialState.FAIL, attributes={"failure": reason})
+                for trial in asked
+                if trial.number in running
+            ],
+        )
+
+    def orphans(self) -> list[AskedTrial]:
+        """Running trials of a process that died, with all their parameters; any other running trial is failed."""
+        running = [
+            AskedTrial(
+                number=trial.number, trial_id=trial._trial_id, params=trial.params, system_attrs=trial.system_attrs
+            )
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        ]
+        whole = [trial for trial in running if set(trial.params) == set(self.distributions)]
+        self.fail([trial for trial in running if trial not in whole], "the process ended while asking")
+        return whole
+
+    def running(self) -> set[int]:
+        """Numbers of the trials that are running."""
+        return {trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+
+    def _draw(self, attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FrozenTrial:
+        """A running trial that is in no storage yet."""
         trial = self.copy.ask(self.distributions)
         if isinstance(self.copy.sampler, BaseGASampler):
             # Optuna gives no generation to a trial whose parameters were all enqueued, so it would never be a parent.
             self.copy.sampler.get_trial_generation(self.copy, self.memory.get_trial(trial._trial_id))
         drawn = self.memory.get_trial(trial._trial_id)
         self.copy.tell(trial, state=TrialState.FAIL)  # the sampler learns from the finished trial that `tell` adds
-        template = FrozenTrial(
+        return FrozenTrial(
             number=-1,
             trial_id=-1,
             state=TrialState.RUNNING,
@@ -93,53 +174,3 @@ class MirroredStudy:
             system_attrs=drawn.system_attrs,
             intermediate_values={},
         )
-        trial_id = self.storage.create_new_trial(self.study._study_id, template)
-        number = self.storage.get_trial_number_from_id(trial_id)
-        return AskedTrial(number=number, trial_id=trial_id, params=drawn.params, system_attrs=drawn.system_attrs)
-
-    def tell(
-        self, asked: AskedTrial, values: Sequence[float] | None, attributes: Mapping[str, Any] = MappingProxyType({})
-    ) -> None:
-        """Finish a trial in the database and let the sampler learn from it.
-
-        Args:
-            asked: The trial.
-            values: Its objectives; None where it was stopped early.
-            attributes: User attributes to add.
-        """
-        state = TrialState.PRUNED if values is None else TrialState.COMPLETE
-        for key, value in attributes.items():
-            self.storage.set_trial_user_attr(asked.trial_id, key, value)
-        self.storage.set_trial_state_values(asked.trial_id, state, values)
-        self.copy.add_trial(
-            create_trial(
-                state=state,
-                params=dict(asked.params),
-                distributions=self.distributions,
-                values=None if values is None else list(values),
-                user_attrs=dict(attributes),
-                system_attrs=dict(asked.system_attrs),
-            )
-        )
-
-    def fail(self, asked: AskedTrial, reason: str) -> None:
-        """Fail a trial that is still running, and record why."""
-        self.storage.set_trial_user_attr(asked.trial_id, "failure", reason)
-        self.storage.set_trial_state_values(asked.trial_id, TrialState.FAIL)
-
-    def orphans(self) -> list[AskedTrial]:
-        """Running trials of a process that died, with all their parameters; any other running trial is failed."""
-        orphans = []
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            asked = AskedTrial(
-                number=trial.number, trial_id=trial._trial_id, params=trial.params, system_attrs=trial.system_attrs
-            )
-            if set(trial.params) == set(self.distributions):
-                orphans.append(asked)
-            else:
-                self.fail(asked, "the process ended while asking")
-        return orphans
-
-    def running(self) -> set[int]:
-        """Numbers of the trials that are running."""
-        return {trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}

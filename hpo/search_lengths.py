@@ -30,7 +30,7 @@ from hpo.early_stopping import (
     bits_from_text,
     bits_to_text,
 )
-from hpo.mirror import AskedTrial, MirroredStudy
+from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.samplers import make_sampler
 from hpo.staircase import Array
@@ -57,6 +57,8 @@ COST_NAME = "macs"
 COST_DIRECTION: Literal["minimize"] = "minimize"
 CORRECT = "correct"
 """Attribute of a trial on the front: which examples it gets right."""
+REUSED_FROM = "reused_from"
+"""Attribute of a trial whose lengths had been scored before: the trial that asked for them first."""
 
 
 @dataclass
@@ -232,7 +234,6 @@ class _Run:
     stopped: int = 0
     reused: int = 0
     times: SearchTimes = field(default_factory=SearchTimes)
-    _first_with: dict[bytes, int] = field(default_factory=dict)  # trial that first asked for these lengths
     _result_of: dict[bytes, _Result] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -253,8 +254,7 @@ class _Run:
             try:
                 with self.times.measure("total"):
                     with self.times.measure("storage"), uninterrupted():
-                        while len(asked) < wanted:
-                            asked.append(self._ask())
+                        asked += self.mirror.ask(wanted - len(asked), _attributes_of)
                     self._evaluate(asked, done)
                     with self.times.measure("storage"), uninterrupted():
                         self._tell(asked)
@@ -282,17 +282,6 @@ class _Run:
     def _count_finished(self) -> int:
         with uninterrupted():
             return len(finished_trials(self.study))
-
-    def _ask(self) -> AskedTrial:
-        asked = self.mirror.ask(self._attributes_of)
-        self._first_with.setdefault(self._key(config_of(asked.params)), asked.number)
-        return asked
-
-    def _attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The length config, and the trial whose score is reused where these lengths were asked for before."""
-        config = config_of(params)
-        earlier = self._first_with.get(self._key(config))
-        return {"shares": list(config.shares or ()), **({} if earlier is None else {"reused_from": earlier})}
 
     def _evaluate(self, asked: Sequence[AskedTrial], done: int) -> None:
         """Score the trials whose lengths were not scored before, each distinct one once."""
@@ -378,13 +367,17 @@ class _Run:
     def _tell(self, asked: Sequence[AskedTrial]) -> None:
         rivals = self._rivals()
         on_front = set() if rivals is None else set(rivals.trial_F.tolist())
+        told = []
         for trial in asked:
             result = self._result_of[self._key(config_of(trial.params))]
             values = None if result.metric is None else (result.metric, result.macs)
             attributes = dict(result.attributes)
+            if trial.number != result.trial:
+                attributes[REUSED_FROM] = result.trial
             if trial.number in on_front and result.correct_N is not None:
                 attributes[CORRECT] = bits_to_text(result.correct_N)  # later runs compare with the front alone
-            self.mirror.tell(trial, values, attributes)
+            told.append(Told(trial=trial, values=values, attributes=attributes))
+        self.mirror.tell(told)
 
     def _abandon(self, asked: Sequence[AskedTrial], reason: str) -> None:
         """Fail trials that this process asked for and will not tell, as far as the database still answers."""
@@ -392,10 +385,7 @@ class _Run:
             return
         try:
             with uninterrupted():
-                running = self.mirror.running()
-                for trial in asked:
-                    if trial.number in running:
-                        self.mirror.fail(trial, reason)
+                self.mirror.fail(asked, reason)
         except (SQLAlchemyError, StorageInternalError) as error:
             reason = database_reason(error)
             logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", reason)
@@ -411,7 +401,6 @@ class _Run:
     def _remember(self, trial: FrozenTrial) -> None:
         config = config_of(trial.params)
         key = self._key(config)
-        self._first_with.setdefault(key, trial.number)
         if key in self._result_of:
             return
         attrs = trial.user_attrs
@@ -424,6 +413,11 @@ class _Run:
     def _key(self, config: LengthConfig) -> bytes:
         """Equal for configs that keep equal counts in every sequence of the search split."""
         return config.count_table(self._lengths_present).tobytes()
+
+
+def _attributes_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A new trial's user attributes: its length config."""
+    return {"shares": list(config_of(params).shares or ())}
 
 
 def search_space(definition: LengthsStudy, num_layers: int) -> dict[str, BaseDistribution]:

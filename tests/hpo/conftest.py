@@ -1,10 +1,14 @@
 """A tiny encoder, a tiny dataset and small study definitions, all made here."""
 
 import random
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas
 import pytest
+import sqlalchemy
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -16,6 +20,11 @@ from studies.loader import FinetuneStudy, LengthsStudy, Range
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 NEUTRAL = ("film", "plot", "scene", "music", "actor", "story", "the", "a", "was", "is", "and", "very", "not")
 NUM_LAYERS = 3
+
+SERVERS = {
+    "postgresql": ("postgresql+psycopg://postgres@127.0.0.1:5432/", "test", "DROP DATABASE {} WITH (FORCE)"),
+    "mariadb": ("mysql+pymysql://root@127.0.0.1:3306/", "test", "DROP DATABASE {}"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +107,43 @@ def workload(tiny_encoder, tiny_dataset) -> Workload:
 @pytest.fixture
 def storage(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/hpo.db"
+
+
+@contextmanager
+def throw_away_database(server: str) -> Iterator[str]:
+    """The URL of a new database on a server of this machine."""
+    address, existing, drop = SERVERS[server]
+    pytest.importorskip({"postgresql": "psycopg", "mariadb": "pymysql"}[server])
+    engine = sqlalchemy.create_engine(address + existing, isolation_level="AUTOCOMMIT")
+    name = f"hpo_test_{uuid.uuid4().hex}"
+    try:
+        connection = engine.connect()
+    except sqlalchemy.exc.OperationalError as error:
+        engine.dispose()
+        pytest.skip(f"no {server} server answers at {address} ({error.orig})")
+    with connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+        try:
+            yield address + name
+        finally:
+            connection.execute(sqlalchemy.text(drop.format(name)))
+    engine.dispose()
+
+
+@pytest.fixture(params=SERVERS)
+def server_url(request) -> Iterator[str]:
+    with throw_away_database(request.param) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", *SERVERS])
+def any_url(request, tmp_path) -> Iterator[str]:
+    """A database of each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/hpo.db"
+        return
+    with throw_away_database(request.param) as url:
+        yield url
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import NSGAIISampler
 from optuna.trial import TrialState
 
-from hpo.mirror import MirroredStudy
+from hpo.mirror import MirroredStudy, Told
 from hpo.storage import open_storage
 
 SPACE = {name: FloatDistribution(0.0, 1.0) for name in ("x", "y")}
@@ -26,6 +26,10 @@ def values(params) -> tuple[float, float]:
     return params["x"] - params["y"] ** 2, params["x"] + params["y"]
 
 
+def told(asked, attributes=None) -> Told:
+    return Told(trial=asked, values=values(asked.params), attributes=attributes or {})
+
+
 def test_search_equals_the_one_that_optuna_runs_on_the_database(study, database):
     direct = optuna.create_study(
         storage=database,
@@ -35,11 +39,10 @@ def test_search_equals_the_one_that_optuna_runs_on_the_database(study, database)
     )
     mirror = MirroredStudy(study, database, NSGAIISampler(population_size=8, seed=3), SPACE)
     for _ in range(4):
-        asked = [mirror.ask(lambda params: {}) for _ in range(8)]
+        mirror.tell([told(one) for one in mirror.ask(8)])
         trials = [direct.ask(dict(SPACE)) for _ in range(8)]
-        for one, other in zip(asked, trials, strict=True):
-            mirror.tell(one, values(one.params))
-            direct.tell(other, values(other.params))
+        for trial in trials:
+            direct.tell(trial, values(trial.params))
     for one, other in zip(study.trials, direct.trials, strict=True):
         assert (one.number, one.state, one.params, one.values) == (
             other.number,
@@ -53,7 +56,7 @@ def test_search_equals_the_one_that_optuna_runs_on_the_database(study, database)
 
 def test_running_trial_is_in_the_database_whole(study, database):
     mirror = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE)
-    asked = mirror.ask(lambda params: {"sum": params["x"] + params["y"]})
+    (asked,) = mirror.ask(1, lambda params: {"sum": params["x"] + params["y"]})
     (trial,) = study.trials
     assert (trial.state, trial.params, trial.number) == (TrialState.RUNNING, asked.params, asked.number)
     assert trial.user_attrs == {"sum": trial.params["x"] + trial.params["y"]}
@@ -62,7 +65,7 @@ def test_running_trial_is_in_the_database_whole(study, database):
 def test_enqueued_parameters_come_first_and_become_parents(study, database):
     mirror = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=0), SPACE)
     mirror.enqueue({"x": 1.0, "y": 0.0})
-    asked = [mirror.ask(lambda params: {}) for _ in range(4)]
+    asked = mirror.ask(4)
     assert asked[0].params == {"x": 1.0, "y": 0.0}
     assert [trial.system_attrs["NSGAIISampler:generation"] for trial in study.trials] == [0, 0, 0, 0]
 
@@ -70,16 +73,15 @@ def test_enqueued_parameters_come_first_and_become_parents(study, database):
 def test_sampler_goes_on_where_the_database_stands(study, database):
     first = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=0), SPACE)
     for _ in range(4):
-        asked = first.ask(lambda params: {})
-        first.tell(asked, values(asked.params))
+        first.tell([told(one) for one in first.ask(1)])
     again = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=1), SPACE)
-    again.ask(lambda params: {})
+    again.ask(1)
     assert study.trials[-1].system_attrs["NSGAIISampler:generation"] == 1
 
 
 def test_orphans_are_told_apart_from_half_asked_trials(study, database):
     mirror = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE)
-    whole = mirror.ask(lambda params: {})
+    (whole,) = mirror.ask(1)
     half = study.ask()
     (orphan,) = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE).orphans()
     assert (orphan.number, orphan.params) == (whole.number, whole.params)
@@ -89,22 +91,23 @@ def test_orphans_are_told_apart_from_half_asked_trials(study, database):
 
 def test_failed_trial_says_why(study, database):
     mirror = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE)
-    asked = mirror.ask(lambda params: {})
-    assert mirror.running() == {asked.number}
-    mirror.fail(asked, "interrupted")
-    assert study.trials[0].state == TrialState.FAIL
-    assert study.trials[0].user_attrs == {"failure": "interrupted"}
+    finished, running = mirror.ask(2)
+    mirror.tell([told(finished)])
+    assert mirror.running() == {running.number}
+    mirror.fail([finished, running], "interrupted")
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert [trial.user_attrs for trial in study.trials] == [{}, {"failure": "interrupted"}]
     assert mirror.running() == set()
 
 
 def test_a_trial_stopped_early_is_pruned_in_the_database_and_for_the_sampler(study, database):
     mirror = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=0), SPACE)
-    asked = [mirror.ask(lambda params: {}) for _ in range(5)]
-    mirror.tell(asked[0], None, {"stopped_by": 7})
-    for one in asked[1:]:
-        mirror.tell(one, values(one.params), {"correct": "abc"})
+    first, *others = mirror.ask(5)
+    stopped = Told(trial=first, values=None, attributes={"stopped_by": 7})
+    mirror.tell([stopped, *(told(one, {"correct": "abc"}) for one in others)])
     (pruned,) = study.get_trials(states=(TrialState.PRUNED,))
     assert (pruned.number, pruned.values, pruned.user_attrs) == (0, None, {"stopped_by": 7})
     assert [trial.state for trial in mirror.copy.trials if trial.state.is_finished()].count(TrialState.PRUNED) == 1
     assert {trial.user_attrs["correct"] for trial in study.get_trials(states=(TrialState.COMPLETE,))} == {"abc"}
-    assert mirror.ask(lambda params: {}).system_attrs["NSGAIISampler:generation"] == 1, "four trials were completed"
+    (child,) = mirror.ask(1)
+    assert child.system_attrs["NSGAIISampler:generation"] == 1, "four trials were completed"

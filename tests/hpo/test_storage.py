@@ -4,7 +4,6 @@ import sqlite3
 import sys
 import threading
 import time
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -31,10 +30,6 @@ from hpo.storage import (
     uninterrupted,
 )
 
-SERVERS = {
-    "postgresql": ("postgresql+psycopg://postgres@127.0.0.1:5432/", "test", "DROP DATABASE {} WITH (FORCE)"),
-    "mariadb": ("mysql+pymysql://root@127.0.0.1:3306/", "test", "DROP DATABASE {}"),
-}
 SECRET = "hunter2"
 
 
@@ -48,27 +43,6 @@ def opened(url):
     storage = open_storage(url)
     yield storage
     close(storage)
-
-
-@pytest.fixture(params=SERVERS)
-def server_url(request):
-    """A throw-away database on a server of this machine."""
-    address, existing, drop = SERVERS[request.param]
-    pytest.importorskip({"postgresql": "psycopg", "mariadb": "pymysql"}[request.param])
-    engine = sqlalchemy.create_engine(address + existing, isolation_level="AUTOCOMMIT")
-    name = f"hpo_test_{uuid.uuid4().hex}"
-    try:
-        connection = engine.connect()
-    except sqlalchemy.exc.OperationalError as error:
-        engine.dispose()
-        pytest.skip(f"no {request.param} server answers at {address} ({error.orig})")
-    with connection:
-        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
-        try:
-            yield address + name
-        finally:
-            connection.execute(sqlalchemy.text(drop.format(name)))
-    engine.dispose()
 
 
 def close(storage):

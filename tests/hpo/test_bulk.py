@@ -1,0 +1,149 @@
+"""Trials entered and finished together stand in the database as Optuna itself puts them, one by one."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.bulk import Outcome, enter_trials, finish_trials
+from hpo.storage import open_storage
+
+SPACE = {
+    "retention_0": FloatDistribution(0.05, 1.0, step=0.05),
+    "learning_rate": FloatDistribution(1e-5, 1e-3, log=True),
+    "epochs": IntDistribution(1, 3),
+    "batch_size": CategoricalDistribution([16, 32]),
+}
+
+
+@pytest.fixture
+def database(any_url):
+    storage = open_storage(any_url)
+    yield storage
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def study_in(database, name="bulk"):
+    return optuna.create_study(storage=database, study_name=name, directions=["maximize", "minimize"])
+
+
+def running(number: int) -> FrozenTrial:
+    return FrozenTrial(
+        number=-1,
+        trial_id=-1,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=datetime(2026, 1, 2, 3, 4, number),
+        datetime_complete=None,
+        params={"retention_0": 0.35, "learning_rate": 3e-4, "epochs": 1 + number % 3, "batch_size": 32},
+        distributions=SPACE,
+        user_attrs={"shares": [0.35, 0.1 + number / 100], "quote": "it's 50 % – \"half\""},
+        system_attrs={"NSGAIISampler:generation": number},
+        intermediate_values={},
+    )
+
+
+def facts(study):
+    return [
+        (
+            trial.number,
+            trial.state,
+            trial.values,
+            trial.params,
+            list(trial.params),
+            trial.distributions,
+            trial.user_attrs,
+            trial.system_attrs,
+            trial.datetime_start,
+            trial.datetime_complete is None,
+        )
+        for trial in study.get_trials()
+    ]
+
+
+def test_entered_trials_equal_those_that_optuna_enters(database):
+    ours, theirs = study_in(database), study_in(database, "optuna's own")
+    theirs_ids = [database.create_new_trial(theirs._study_id, running(number)) for number in range(3)]
+    entered = enter_trials(database, ours._study_id, [running(number) for number in range(3)])
+    entered += enter_trials(database, ours._study_id, [running(3)])
+    theirs_ids.append(database.create_new_trial(theirs._study_id, running(3)))
+    assert [number for number, _ in entered] == [0, 1, 2, 3]
+    assert facts(ours) == facts(theirs)
+    for (number, trial_id), their_id in zip(entered, theirs_ids, strict=True):
+        assert database.get_trial(trial_id).number == number == database.get_trial(their_id).number
+
+
+def test_finished_trials_equal_those_that_optuna_finishes(database):
+    ours, theirs = study_in(database), study_in(database, "optuna's own")
+    outcomes = [
+        (TrialState.COMPLETE, (0.9, 1e9), {"correct": "abc", "quote": "replaced"}),
+        (TrialState.COMPLETE, (float("inf"), float("-inf")), {}),
+        (TrialState.PRUNED, None, {"stopped_by": 0}),
+        (TrialState.FAIL, None, {"failure": "it rained"}),
+    ]
+    entered = enter_trials(database, ours._study_id, [running(number) for number in range(4)])
+    finish_trials(
+        database,
+        [
+            Outcome(trial_id=trial_id, state=state, values=values, attributes=attributes)
+            for (_, trial_id), (state, values, attributes) in zip(entered, outcomes, strict=True)
+        ],
+    )
+    for number, (state, values, attributes) in enumerate(outcomes):
+        their_id = database.create_new_trial(theirs._study_id, running(number))
+        for key, value in attributes.items():
+            database.set_trial_user_attr(their_id, key, value)
+        database.set_trial_state_values(their_id, state, values)
+    assert facts(ours) == facts(theirs)
+    assert [trial.state for trial in ours.trials] == [state for state, _, _ in outcomes]
+
+
+def test_a_generation_enters_whole_or_not_at_all(database):
+    study = study_in(database)
+    broken = running(1)
+    broken.user_attrs = {"unstorable": object()}
+    with pytest.raises(TypeError):
+        enter_trials(database, study._study_id, [running(0), broken])
+    assert study.trials == []
+
+
+def test_trials_finish_all_or_none(database):
+    study = study_in(database)
+    (_, first), (_, second) = enter_trials(database, study._study_id, [running(0), running(1)])
+    finish_trials(database, [Outcome(trial_id=second, state=TrialState.FAIL)])
+    with pytest.raises(UpdateFinishedTrialError, match="Trial 1 is finished"):
+        finish_trials(
+            database, [Outcome(trial_id=number, state=TrialState.COMPLETE, values=(1, 2)) for number in (first, second)]
+        )
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING, TrialState.FAIL]
+    assert [trial.values for trial in study.trials] == [None, None]
+
+
+def test_an_unknown_study_is_an_error(database):
+    study_in(database)
+    with pytest.raises(KeyError):
+        enter_trials(database, 12345, [running(0)])
+
+
+def test_nothing_to_enter_and_nothing_to_finish(database):
+    study = study_in(database)
+    assert enter_trials(database, study._study_id, []) == []
+    finish_trials(database, [])
+    assert study.trials == []
+
+
+def test_many_who_enter_trials_at_once_get_distinct_numbers(database):
+    study = study_in(database)
+    with ThreadPoolExecutor(4) as pool:
+        entered = list(
+            pool.map(lambda _: enter_trials(database, study._study_id, [running(0), running(1)]), range(12))
+        )
+    numbers = [number for pair in entered for number, _ in pair]
+    assert sorted(numbers) == list(range(24))
+    assert all(first + 1 == second for (first, _), (second, _) in entered), "a generation's numbers follow each other"
+    assert sorted(trial.number for trial in study.trials) == list(range(24))
