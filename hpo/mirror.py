@@ -31,12 +31,14 @@ class AskedTrial:
         trial_id: Its id in the database.
         params: What the sampler chose.
         system_attrs: What the sampler remembers about it, such as its generation.
+        copy_id: Its id in the sampler's copy of the study; None where another process asked for it.
     """
 
     number: int
     trial_id: int
     params: Mapping[str, Any]
     system_attrs: Mapping[str, Any]
+    copy_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,13 @@ class MirroredStudy:
         drawn = [self._draw(attributes_of) for _ in range(count)]
         entered = enter_trials(self.storage, self.study._study_id, drawn)
         return [
-            AskedTrial(number=number, trial_id=trial_id, params=trial.params, system_attrs=trial.system_attrs)
+            AskedTrial(
+                number=number,
+                trial_id=trial_id,
+                params=trial.params,
+                system_attrs=trial.system_attrs,
+                copy_id=trial._trial_id,
+            )
             for (number, trial_id), trial in zip(entered, drawn, strict=True)
         ]
 
@@ -113,17 +121,8 @@ class MirroredStudy:
                 for one in told
             ],
         )
-        self.copy.add_trials(
-            create_trial(
-                state=one.state,
-                params=dict(one.trial.params),
-                distributions=self.distributions,
-                values=None if one.values is None else list(one.values),
-                user_attrs=dict(one.attributes),
-                system_attrs=dict(one.trial.system_attrs),
-            )
-            for one in told
-        )
+        for one in told:
+            self._learn(one)
 
     def fail(self, asked: Sequence[AskedTrial], reason: str) -> None:
         """Fail trials that are still running, and record why; those that are finished stay as they are."""
@@ -154,16 +153,15 @@ class MirroredStudy:
         return {trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
 
     def _draw(self, attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FrozenTrial:
-        """A running trial that is in no storage yet."""
+        """A trial that runs in the copy and is not in the database yet."""
         trial = self.copy.ask(self.distributions)
         if isinstance(self.copy.sampler, BaseGASampler):
             # Optuna gives no generation to a trial whose parameters were all enqueued, so it would never be a parent.
             self.copy.sampler.get_trial_generation(self.copy, self.memory.get_trial(trial._trial_id))
         drawn = self.memory.get_trial(trial._trial_id)
-        self.copy.tell(trial, state=TrialState.FAIL)  # the sampler learns from the finished trial that `tell` adds
         return FrozenTrial(
             number=-1,
-            trial_id=-1,
+            trial_id=trial._trial_id,
             state=TrialState.RUNNING,
             value=None,
             datetime_start=drawn.datetime_start,
@@ -174,3 +172,22 @@ class MirroredStudy:
             system_attrs=drawn.system_attrs,
             intermediate_values={},
         )
+
+    def _learn(self, told: Told) -> None:
+        """Finish the trial in the sampler's copy."""
+        trial = told.trial
+        if trial.copy_id is None:
+            self.copy.add_trial(
+                create_trial(
+                    state=told.state,
+                    params=dict(trial.params),
+                    distributions=self.distributions,
+                    values=None if told.values is None else list(told.values),
+                    user_attrs=dict(told.attributes),
+                    system_attrs=dict(trial.system_attrs),
+                )
+            )
+            return
+        for key, value in told.attributes.items():
+            self.memory.set_trial_user_attr(trial.copy_id, key, value)
+        self.memory.set_trial_state_values(trial.copy_id, told.state, told.values)
