@@ -17,12 +17,11 @@ Shape letters: C configs, N examples, R rows of a chunk, B sequences of a group,
 what a family's `project` makes of a token.
 """
 
-import copy
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -33,10 +32,10 @@ from model.data import EncodedSplit
 from model.encoder import LengthAdaptiveModel, significance_order
 from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
+from model.precision import Precision, snapshot
 from model.prefix_tree import Ints, PrefixTree, paths_of
 from model.tasks import Metric
 
-Precision = Literal["fp32", "bf16"]
 Value = TypeVar("Value")
 
 ROWS_PER_CHUNK = 2048
@@ -101,10 +100,7 @@ class Evaluator:
             cache_bytes // ANSWERS_PART, lambda answer: answer.nbytes + ENTRY_BYTES
         )
         self._states = _Memory[_Rows](cache_bytes - self._answers.limit, _nbytes)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._network = copy.deepcopy(model.network).requires_grad_(False)
-        torch.nn.Module.to(self._network, dtype=dtype)
-        self._network.train(False)
+        self._network = snapshot(model.network, precision)
         self.blocks = stratified_blocks(split.num_tokens, num_blocks, seed)
         self._bundles = [_Bundles.of(split.num_tokens, block, rows_per_chunk) for block in self.blocks]
 
@@ -416,13 +412,13 @@ class _Walk:
     def _mix(self, depth: int, cells: _Cells, projected_RP: Tensor) -> tuple[Tensor, Ints]:
         """Each row's context, and its rank in its sequence by attention received; 0 where none is dropped."""
         starts = cells.starts()
-        context_RD = projected_RP.new_zeros(len(projected_RP), self.model.shape.hidden_size)
+        context_RD = projected_RP.new_zeros(len(projected_RP), self.model.shape.hidden_size, dtype=torch.float32)
         rank_R = np.zeros(starts[-1], dtype=np.int64)
         drops = self.tree.levels[depth].drops[cells.node] | (depth < self.cached_levels)
         edges = np.flatnonzero(np.diff(cells.rows * 2 + drops, prepend=-1, append=-1))
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
-            projected_BLP = projected_RP[rows].view(-1, length, projected_RP.size(1))
+            projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
             context_BLD, score_BL = self.family.mix(self.network, depth, projected_BLP, None, bool(drops[first]))
             context_RD[rows] = context_BLD.flatten(0, 1)
             if score_BL is not None:
@@ -465,7 +461,7 @@ class _Walk:
         contexts, done = [], 0
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
-            projected_BLP = projected_RP[rows].view(-1, length, projected_RP.size(1))
+            projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
             first_BD = hidden_BD[done : done + len(projected_BLP)]
             contexts.append(self.family.mix_first(self.network, self.last, first_BD, projected_BLP))
             done += len(projected_BLP)

@@ -134,9 +134,9 @@ class BertFamily:
 
 
 def _together(hidden_RD: Tensor, *projections: torch.nn.Linear) -> Tensor:
-    """Several projections of the same rows as one product."""
+    """Several projections of the same rows as one product, in the precision of their weights."""
     weight = torch.cat([projection.weight for projection in projections])
-    return F.linear(hidden_RD, weight, torch.cat([projection.bias for projection in projections]))
+    return F.linear(hidden_RD.to(weight.dtype), weight, torch.cat([projection.bias for projection in projections]))
 
 
 FAMILIES: dict[str, EncoderFamily] = {"bert": BertFamily()}

@@ -273,8 +273,9 @@ def test_blocks_are_samples_of_equal_size_and_like_lengths():
     assert [len(block) for block in stratified_blocks(lengths[:3], 8, seed=0)] == [1, 1, 1]
 
 
-def test_precision_is_bf16_only_where_the_machine_has_it_and_the_metric_stays(model, split, monkeypatch):
-    labels = np.array(predict_one_by_one(model, split, [LengthConfig.full(4)])[0])
+def test_precision_is_bf16_only_where_the_machine_has_it_and_the_metric_stays(model, make_batch, monkeypatch):
+    split = as_split(make_batch(LENGTHS * 20), LENGTHS * 20)
+    labels = predict(model, split, [LengthConfig.full(4)])[0]
     metric = get_metric("accuracy")
     monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: False)
     assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"

@@ -1,0 +1,48 @@
+"""What an encoder's products are computed in.
+
+bf16 keeps 8 bits of each factor. What hurts accuracy is not the products, which are summed in float32, but vectors that
+are rounded again and again on their way through the layers, and tokens whose attention is so close that rounding
+decides which is kept. So only the factors of the large products are rounded: vectors pass from layer to layer, are
+normalised and attend to each other in float32.
+"""
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Precision = Literal["fp32", "bf16"]
+
+
+class RoundedLinear(nn.Module):
+    """A linear layer whose product has bf16 factors.
+
+    Its results are float32, unless it widens vectors: then another product follows, which rounds its factors anyway.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().bfloat16(), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().bfloat16(), requires_grad=False)
+        self.widens = linear.out_features > linear.in_features
+
+    def forward(self, rows_RX: Tensor) -> Tensor:
+        """(R, X) to (R, Y)."""
+        product_RY = F.linear(rows_RX.bfloat16(), self.weight, self.bias)
+        return product_RY if self.widens else product_RY.float()
+
+
+def snapshot(network: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """A frozen copy without dropout, in bf16 with rounded linear layers in place of the encoder layers' own."""
+    frozen = copy.deepcopy(network).requires_grad_(False)
+    frozen.train(False)
+    if precision == "bf16":
+        stacks = [module for module in frozen.base_model.modules() if isinstance(module, nn.ModuleList)]
+        for parent in {module for stack in stacks for module in stack.modules()}:
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, RoundedLinear(child))
+    return frozen
