@@ -265,7 +265,7 @@ def macs_run(shape: EncoderShape, num_tokens_N: NDArray[np.int64], config: Lengt
     d, f = shape.hidden_size, shape.feed_forward_size
     kept_NL = config.count_table(num_tokens_N)
     n, m = kept_NL[:, -2], kept_NL[:, -1]
-    whole = layer_macs(n, m, d, f)
+    whole = layer_macs(shape, n, m)
     first_alone = 2 * n * d * d + 2 * d * d + 2 * n * d + 2 * d * f + 2 * d
     return mean_macs(shape, num_tokens_N, config) - float((whole - first_alone).mean())
 

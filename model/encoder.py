@@ -5,6 +5,7 @@ Shape letters: B sequences, L tokens arriving, K tokens kept, D hidden size.
 
 import hashlib
 import logging
+import re
 from collections.abc import Collection
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from model.families import FAMILIES, TOKEN_SCORES, attend, token_score
+from model.attention import TOKEN_SCORES, token_score
+from model.families import FAMILIES, attend
 from model.hub import only_local_files
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, sequence_macs
@@ -26,6 +28,8 @@ from model.macs import EncoderShape, sequence_macs
 logger = logging.getLogger(__name__)
 
 TASKS = ("classification",)
+LAYER = re.compile(r"\.layers?\.\d+\.")
+"""In the names of a layer's weights."""
 
 
 class CheckpointError(ValueError):
@@ -95,10 +99,10 @@ class LengthAdaptiveModel(nn.Module):
         if absent := sorted(key for key in report["missing_keys"] if model._is_encoder_weight(key)):
             raise CheckpointError(
                 f"{folder_or_id} lacks {len(absent)} of the encoder's weights (first: {absent[0]}); "
-                "it is damaged or holds another architecture. Use a complete BERT checkpoint."
+                "it is damaged or holds another architecture. Use a complete checkpoint."
             )
         if surplus := sorted(
-            key for key in report["unexpected_keys"] if model._is_encoder_weight(key) and ".layer." in key
+            key for key in report["unexpected_keys"] if model._is_encoder_weight(key) and LAYER.search(key)
         ):
             raise CheckpointError(
                 f"{folder_or_id} holds weights that its config.json knows nothing of (first: {surplus[0]}); "
@@ -123,7 +127,7 @@ class LengthAdaptiveModel(nn.Module):
 
     @property
     def token_score(self) -> str:
-        """What tokens are ranked by, one of `model.families.TOKEN_SCORES`; saved with the checkpoint's config."""
+        """What tokens are ranked by, one of `model.attention.TOKEN_SCORES`; saved with the checkpoint's config."""
         return token_score(self.network.config)
 
     @token_score.setter
@@ -172,17 +176,19 @@ class LengthAdaptiveModel(nn.Module):
             raise ValueError(f"The length config has {length_config.num_layers} layers, the model {self.num_layers}.")
         mask_BL, num_tokens_B = _real_tokens(input_ids, attention_mask)
         counts_BN = None if length_config is None else length_config.count_table(num_tokens_B)
-        positions_1L = torch.arange(input_ids.size(1), device=input_ids.device)[None]
-        hidden = self.family.embed(self.network, input_ids, token_type_ids, positions_1L)
+        positions_BL = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+        hidden = self.family.embed(self.network, input_ids, token_type_ids, positions_BL)
         arriving_B = num_tokens_B
         for layer in range(self.num_layers):
             if layer in skip_layers:
                 continue
             keep_B = arriving_B if counts_BN is None else counts_BN[:, layer]
             drops = bool((keep_B < arriving_B).any())
-            hidden, score = attend(self.family, self.network, layer, hidden, mask_BL, with_scores=drops)
+            hidden, score = attend(self.family, self.network, layer, hidden, positions_BL, mask_BL, with_scores=drops)
             if score is not None:
-                hidden, mask_BL = keep_significant(hidden, score, keep_B, mask_BL)
+                kept_BK, mask_BL = significant(score, keep_B, mask_BL)
+                hidden = hidden.take_along_dim(kept_BK[:, :, None], dim=1)
+                positions_BL = positions_BL.take_along_dim(kept_BK, dim=1)
                 arriving_B = keep_B
             hidden = self.family.feed_forward(self.network, layer, hidden)
         logits = self.family.classify(self.network, hidden)
@@ -238,22 +244,18 @@ def read_config(source: str | Path, **changes: Any) -> PreTrainedConfig:
     return config
 
 
-def keep_significant(
-    hidden_BLD: Tensor,
-    score_BL: Tensor,
-    keep_B: np.ndarray[Any, np.dtype[np.int64]] | int,
-    mask_BL: Tensor | None = None,
+def significant(
+    score_BL: Tensor, keep_B: np.ndarray[Any, np.dtype[np.int64]] | int, mask_BL: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Keep [CLS] and each sequence's most attended other tokens, in reading order.
+    """Which tokens to keep: [CLS] and each sequence's most attended others, in reading order.
 
     Args:
-        hidden_BLD: Token vectors after self-attention; the first of each sequence is [CLS].
         score_BL: Attention each token received.
         keep_B: Tokens to keep of each sequence, or one count for all; at least 1 and no more than are real.
         mask_BL: True at real tokens; None where all are real.
     Returns:
-        The kept vectors (B, K, D), K being the largest count, and their mask (B, K): None where every
-        sequence keeps K tokens; else slots past a sequence's own count are padding.
+        Their places among those that arrived, int64 (B, K), K being the largest count, and their mask (B, K): None
+        where every sequence keeps K tokens; else slots past a sequence's own count are padding.
     Raises:
         ValueError: A count is outside 1..L.
     Source: Kim & Cho 2021, "Drop-and-Restore"; the score is from Goyal et al. 2020 (PoWER-BERT).
@@ -265,17 +267,17 @@ def keep_significant(
         raise ValueError(f"keep={least if least < 1 else most}, but {length} tokens arrive; choose 1..{length}.")
     if mask_BL is not None:
         score_BL = score_BL.masked_fill(~mask_BL, -torch.inf)
-    positions_BK = significance_order(score_BL)[:, :most]
+    places_BK = significance_order(score_BL)[:, :most]
     kept_mask_BK = None
     if least < most:
         counts_B1 = torch.from_numpy(counts_B.copy()).to(score_BL.device)[:, None]
         surplus = torch.arange(most, device=score_BL.device) >= counts_B1
-        positions_BK = positions_BK.masked_fill(surplus, length)  # sorts behind every real position
-    positions_BK = positions_BK.sort(dim=1).values
+        places_BK = places_BK.masked_fill(surplus, length)  # sorts behind every real place
+    places_BK = places_BK.sort(dim=1).values
     if least < most:
-        kept_mask_BK = positions_BK < length
-        positions_BK = positions_BK.clamp(max=length - 1)
-    return hidden_BLD.take_along_dim(positions_BK[:, :, None], dim=1), kept_mask_BK
+        kept_mask_BK = places_BK < length
+        places_BK = places_BK.clamp(max=length - 1)
+    return places_BK, kept_mask_BK
 
 
 def significance_order(score_BL: Tensor) -> Tensor:
@@ -315,7 +317,8 @@ def _check_config(config: Any, source: str | Path) -> None:
         raise CheckpointError(
             f"{source} uses {config.position_embedding_type!r} positions; only absolute ones are supported."
         )
-
+    if refusal := FAMILIES[config.model_type].refusal(config):
+        raise CheckpointError(f"{source} {refusal}.")
     if token_score(config) not in TOKEN_SCORES:
         raise CheckpointError(
             f"{source} ranks tokens by {token_score(config)!r}; supported are {', '.join(TOKEN_SCORES)}."

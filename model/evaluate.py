@@ -270,11 +270,13 @@ class _Rows:
     Attributes:
         hidden_RD: Token vectors.
         projected_RP: Their query, key and value in the next layer.
+        position_R: Where each stood in its sequence.
         rank_R: Each row's place in its sequence by the attention it received in the last layer computed.
     """
 
     hidden_RD: Tensor
     projected_RP: Tensor
+    position_R: Ints
     rank_R: Ints
 
 
@@ -367,7 +369,7 @@ class _Walk:
     def _key(self, depth: int, node: int, bundle: int) -> tuple[int, ...]:
         return (self.block, int(bundle), *self.prefixes[depth][node])
 
-    def _embed(self, cells: _Cells) -> tuple[Tensor, Tensor]:
+    def _embed(self, cells: _Cells) -> tuple[Tensor, Tensor, Ints]:
         split, device = self.evaluator.split, self.model.device
         rows = [
             example
@@ -381,35 +383,37 @@ class _Walk:
             torch.from_numpy(part.astype(np.int64))[None].to(device) for part in (ids, types, positions)
         )
         hidden_RD = _fill(self.family.embed(self.network, ids_1R, types_1R, positions_1R)[0])
-        return hidden_RD, self._project(0, hidden_RD)
+        return hidden_RD, self._project(0, hidden_RD), positions
 
     def _project(self, depth: int, hidden_RD: Tensor) -> Tensor:
         project = self.family.project_for_first if depth == self.last else self.family.project
         return project(self.network, depth, hidden_RD)
 
-    def _expand(self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> None:
+    def _expand(
+        self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor, position_R: Ints
+    ) -> None:
         """Compute a layer, and all after it, for cells whose arriving tokens' vectors and projections are given."""
         if depth == self.last:
-            self._classify(cells, hidden_RD, projected_RP)
+            self._classify(cells, hidden_RD, projected_RP, position_R)
             return
-        context_RD, rank_R = self._mix(depth, cells, projected_RP)
+        context_RD, rank_R = self._mix(depth, cells, projected_RP, position_R)
         remembered = depth < self.cached_levels
         most = cells.rows if remembered else self.tree.levels[depth].most[cells.node]
         cell, rows = _ranges(*_bounds(cells.starts()))
         kept = rank_R[rows] < most[cell]
         if not kept.all():
             context_RD, hidden_RD = _take(context_RD, rows[kept]), _take(hidden_RD, rows[kept])
-            rank_R = rank_R[rows[kept]]
+            rank_R, position_R = rank_R[rows[kept]], position_R[rows[kept]]
         attended_RD = self.family.merge(self.network, depth, context_RD, hidden_RD)
         passed_on_RD = self.family.feed_forward(self.network, depth, attended_RD)
         self.evaluator.rows_computed += len(passed_on_RD)
-        passed_on = _Rows(passed_on_RD, self._project(depth + 1, passed_on_RD), rank_R)
+        passed_on = _Rows(passed_on_RD, self._project(depth + 1, passed_on_RD), position_R, rank_R)
         cells = _Cells(cells.node, cells.bundle, cells.size, most)
         if remembered:
             self._remember(depth, cells, passed_on)
         self._pass_on(depth, cells, passed_on)
 
-    def _mix(self, depth: int, cells: _Cells, projected_RP: Tensor) -> tuple[Tensor, Ints]:
+    def _mix(self, depth: int, cells: _Cells, projected_RP: Tensor, position_R: Ints) -> tuple[Tensor, Ints]:
         """Each row's context, and its rank in its sequence by attention received; 0 where none is dropped."""
         starts = cells.starts()
         context_RD = projected_RP.new_zeros(len(projected_RP), self.model.shape.hidden_size, dtype=torch.float32)
@@ -419,7 +423,10 @@ class _Walk:
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
             projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
-            context_BLD, score_BL = self.family.mix(self.network, depth, projected_BLP, None, bool(drops[first]))
+            positions_BL = self._positions(position_R[rows], length)
+            context_BLD, score_BL = self.family.mix(
+                self.network, depth, projected_BLP, positions_BL, None, bool(drops[first])
+            )
             context_RD[rows] = context_BLD.flatten(0, 1)
             if score_BL is not None:
                 order_BL = significance_order(score_BL).cpu().numpy()
@@ -427,6 +434,12 @@ class _Walk:
                 np.put_along_axis(rank_BL, order_BL, np.arange(length)[None], axis=1)
                 rank_R[rows] = rank_BL.reshape(-1)
         return context_RD, rank_R
+
+    def _positions(self, position_R: Ints, length: int) -> Tensor | None:
+        """Where the tokens of sequences of equal length stood, (B, L), for families that ask."""
+        if not self.family.uses_positions:
+            return None
+        return torch.from_numpy(position_R.reshape(-1, length)).to(self.model.device)
 
     def _pass_on(self, depth: int, cells: _Cells, passed_on: _Rows) -> None:
         """Give each child its rows of what a layer made, and go on there."""
@@ -442,17 +455,18 @@ class _Walk:
             cell, rows = _ranges(first[part], last[part])
             rows = rows[passed_on.rank_R[rows] < children.rows[part][cell]]
             hidden_RD, projected_RP = _take(passed_on.hidden_RD, rows), _take(passed_on.projected_RP, rows)
-            self._expand(depth + 1, children[part], hidden_RD, projected_RP)
+            self._expand(depth + 1, children[part], hidden_RD, projected_RP, passed_on.position_R[rows])
 
     def _remember(self, depth: int, cells: _Cells, made: _Rows) -> None:
         starts = cells.starts()
         for cell, (first, last) in enumerate(itertools.pairwise(starts)):
             rows = slice(int(first), int(last))
             hidden_RD, projected_RP = made.hidden_RD[rows].clone(), made.projected_RP[rows].clone()
-            copies = _Rows(hidden_RD, projected_RP, made.rank_R[rows].copy())  # views would keep the chunk alive
+            position_R, rank_R = made.position_R[rows].copy(), made.rank_R[rows].copy()
+            copies = _Rows(hidden_RD, projected_RP, position_R, rank_R)  # views would keep the chunk alive
             self.cache.add(self._key(depth, cells.node[cell], cells.bundle[cell]), copies)
 
-    def _classify(self, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor) -> None:
+    def _classify(self, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor, position_R: Ints) -> None:
         """The last layer and the head, for the first token of each sequence."""
         starts = cells.starts()
         cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
@@ -463,7 +477,8 @@ class _Walk:
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
             projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
             first_BD = hidden_BD[done : done + len(projected_BLP)]
-            contexts.append(self.family.mix_first(self.network, self.last, first_BD, projected_BLP))
+            positions_BL = self._positions(position_R[rows], length)
+            contexts.append(self.family.mix_first(self.network, self.last, first_BD, projected_BLP, positions_BL))
             done += len(projected_BLP)
         context_BD = _fill(torch.cat(contexts))
         attended_BD = self.family.merge(self.network, self.last, context_BD, hidden_BD)
@@ -506,12 +521,13 @@ def _joined(parts: Sequence[_Rows]) -> _Rows:
     return _Rows(
         torch.cat([part.hidden_RD for part in parts]),
         torch.cat([part.projected_RP for part in parts]),
+        np.concatenate([part.position_R for part in parts]),
         np.concatenate([part.rank_R for part in parts]),
     )
 
 
 def _nbytes(made: _Rows) -> int:
-    return made.hidden_RD.nbytes + made.projected_RP.nbytes + made.rank_R.nbytes
+    return made.hidden_RD.nbytes + made.projected_RP.nbytes + made.position_R.nbytes + made.rank_R.nbytes
 
 
 def _starts(sizes: Ints) -> Ints:

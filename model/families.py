@@ -3,46 +3,82 @@
 An `EncoderFamily` names the parts of a transformers network and computes one layer in two halves, self-attention and
 feed-forward, because tokens are dropped between them. Of self-attention only `mix` looks at more than one token, so
 all other parts take rows of tokens packed from sequences of any length. Nothing else in the project knows an
-architecture.
+architecture. CONTRIBUTING says how to add one.
 
 Shape letters: B sequences, L tokens arriving, R rows (any leading dimensions of tokens), D hidden size, P what
-`project` makes of a token, H heads, C classes.
+`project` makes of a token, H heads, d size of a head, C classes.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import abc
+import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
+from model.attention import attention, token_score
 from model.macs import EncoderShape
 
-TOKEN_SCORES = ("attention", "value_norm")
-"""What tokens may be ranked by: the attention they receive, or that times the norm of their value vectors."""
 
+class EncoderFamily(abc.ABC):
+    """One architecture's parts; implementations hold no state.
 
-WEIGHT_BYTES = 3 * 2**20
-"""Attention weights that are worked on together where a processor has to write them out."""
+    What is here suits encoders that project queries, keys and values with a linear layer each; the abstract methods say
+    what an architecture calls its parts.
 
+    Attributes:
+        uses_positions: Whether attention looks at where tokens stood, beyond what `embed` told them.
+    """
 
-class EncoderFamily(Protocol):
-    """One architecture's parts; implementations hold no state."""
+    uses_positions = False
 
-    def shape(self, config: PreTrainedConfig) -> EncoderShape:
+    def refusal(self, config: PreTrainedConfig) -> str | None:
+        """Why an encoder with this configuration cannot drop tokens, in words that follow its name; None if it can."""
+        return None
+
+    def shape(self, config: Any) -> EncoderShape:
         """The sizes that decide the encoder's cost."""
+        d = config.hidden_size
+        return EncoderShape(
+            num_layers=config.num_hidden_layers,
+            hidden_size=d,
+            feed_forward_size=self.feed_forward_size(config),
+            head_macs_per_sequence=d * d + d * config.num_labels,
+        )
 
+    def feed_forward_size(self, config: Any) -> int:
+        """Inner width of the feed-forward half."""
+        return int(config.intermediate_size)
+
+    @abc.abstractmethod
     def embed(
-        self, network: PreTrainedModel, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor
+        self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor
     ) -> Tensor:
         """Token vectors (R, D) that enter the first layer; `positions_R` counts from 0 in each sequence."""
 
+    @abc.abstractmethod
+    def layer(self, network: Any, layer: int) -> Any:
+        """The network's module for a layer."""
+
+    @abc.abstractmethod
+    def projections(self, layer: Any) -> tuple[Any, Any, Any]:
+        """A layer's linear layers for queries, keys and values."""
+
     def project(self, network: PreTrainedModel, layer: int, hidden_RD: Tensor) -> Tensor:
         """What self-attention needs of each token, its query, key and value, as (R, P)."""
+        return _together(hidden_RD, *self.projections(self.layer(network, layer)))
 
     def mix(
-        self, network: PreTrainedModel, layer: int, projected_BLP: Tensor, mask_BL: Tensor | None, with_scores: bool
+        self,
+        network: Any,
+        layer: int,
+        projected_BLP: Tensor,
+        positions_BL: Tensor | None,
+        mask_BL: Tensor | None,
+        with_scores: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Let the tokens of each sequence attend to each other.
 
@@ -50,68 +86,82 @@ class EncoderFamily(Protocol):
             network: The transformers network.
             layer: Index of the layer.
             projected_BLP: `project` of the token vectors that arrive.
+            positions_BL: Where they stood in their sequence; may be None where the family does not use it.
             mask_BL: True at real tokens; None where all are real.
             with_scores: Also return how much attention each token received.
         Returns:
             The context (B, L, D), and the float32 scores (B, L) or None.
         """
+        query, key, value = self._heads(network, projected_BLP)
+        dropout = self.attention_dropout(network.config) if network.training else 0.0
+        query, key, bias = self.prepare(network, layer, query, key, positions_BL, positions_BL)
+        by_value = token_score(network.config) == "value_norm"
+        context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores, by_value, bias)
+        return context_BHLd.transpose(1, 2).flatten(2), score_BL
 
     def project_for_first(self, network: PreTrainedModel, layer: int, hidden_RD: Tensor) -> Tensor:
         """What `mix_first` needs of each token, without the queries that nobody asks, as (R, Q)."""
+        return _together(hidden_RD, *self.projections(self.layer(network, layer))[1:])
 
-    def mix_first(self, network: PreTrainedModel, layer: int, first_BD: Tensor, projected_BLQ: Tensor) -> Tensor:
+    def query_of_first(self, network: PreTrainedModel, layer: int, first_BD: Tensor) -> Tensor:
+        """The query (B, D) of each sequence's first token."""
+        query: Tensor = self.projections(self.layer(network, layer))[0](first_BD)
+        return query
+
+    def mix_first(
+        self,
+        network: Any,
+        layer: int,
+        first_BD: Tensor,
+        projected_BLQ: Tensor,
+        positions_BL: Tensor | None,
+    ) -> Tensor:
         """The context (B, D) of each sequence's first token alone, whose vector is given; all tokens are real."""
+        query_BD = self.query_of_first(network, layer, first_BD).to(projected_BLQ.dtype)
+        query = query_BD.view(len(query_BD), network.config.num_attention_heads, 1, -1)
+        key, value = self._heads(network, projected_BLQ)
+        first_B1 = None if positions_BL is None else positions_BL[:, :1]
+        query, key, bias = self.prepare(network, layer, query, key, first_B1, positions_BL)
+        return attention(query, key, value, None, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
 
-    def merge(self, network: PreTrainedModel, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
-        """The attended vectors: output projection of the context, residual and LayerNorm."""
+    def prepare(
+        self,
+        network: Any,
+        layer: int,
+        query_BHQd: Tensor,
+        key_BHLd: Tensor,
+        asking_BQ: Tensor | None,
+        positions_BL: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring in where tokens stood, for families that tell their layers.
 
-    def feed_forward(self, network: PreTrainedModel, layer: int, attended_RD: Tensor) -> Tensor:
+        Args:
+            network: The transformers network.
+            layer: Index of the layer.
+            query_BHQd: Queries per head.
+            key_BHLd: Keys per head.
+            asking_BQ: Where the tokens stood that the queries are of.
+            positions_BL: Where the tokens stood that the keys are of.
+        Returns:
+            Queries and keys, and what is added to their scaled products, (B, H or 1, Q, L), or None.
+        """
+        return query_BHQd, key_BHLd, None
+
+    def attention_dropout(self, config: Any) -> float:
+        """Dropout on the attention weights in training."""
+        return float(config.attention_probs_dropout_prob)
+
+    @abc.abstractmethod
+    def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
+        """The attended vectors: output projection of the context, residual and, where it comes here, LayerNorm."""
+
+    @abc.abstractmethod
+    def feed_forward(self, network: Any, layer: int, attended_RD: Tensor) -> Tensor:
         """The feed-forward half of a layer, its residual and LayerNorm included."""
 
-    def classify(self, network: PreTrainedModel, hidden_BKD: Tensor) -> Tensor:
+    @abc.abstractmethod
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
         """Logits (B, C) from the last layer's vectors; the first token is [CLS]."""
-
-
-class BertFamily:
-    """BERT as transformers builds it, with absolute positions and a pooled [CLS] classifier."""
-
-    def shape(self, config: PreTrainedConfig) -> EncoderShape:
-        d = config.hidden_size
-        return EncoderShape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=d,
-            feed_forward_size=config.intermediate_size,
-            head_macs_per_sequence=d * d + d * config.num_labels,
-        )
-
-    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
-        embeddings: Tensor = network.bert.embeddings(
-            input_ids=input_ids_R, token_type_ids=token_type_ids_R, position_ids=positions_R
-        )
-        return embeddings
-
-    def project(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
-        block = network.bert.encoder.layer[layer].attention.self
-        return _together(hidden_RD, block.query, block.key, block.value)
-
-    def mix(
-        self, network: Any, layer: int, projected_BLP: Tensor, mask_BL: Tensor | None, with_scores: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = self._heads(network, projected_BLP)
-        dropout = network.config.attention_probs_dropout_prob if network.training else 0.0
-        by_value = token_score(network.config) == "value_norm"
-        context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores, by_value)
-        return context_BHLd.transpose(1, 2).flatten(2), score_BL
-
-    def project_for_first(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
-        block = network.bert.encoder.layer[layer].attention.self
-        return _together(hidden_RD, block.key, block.value)
-
-    def mix_first(self, network: Any, layer: int, first_BD: Tensor, projected_BLQ: Tensor) -> Tensor:
-        query = network.bert.encoder.layer[layer].attention.self.query(first_BD)
-        query_BH1d = query.view(len(query), network.config.num_attention_heads, 1, -1)
-        key, value = self._heads(network, projected_BLQ)
-        return attention(query_BH1d, key, value, None, 0.0, with_scores=False)[0].flatten(1)
 
     def _heads(self, network: Any, projected_BLP: Tensor) -> tuple[Tensor, ...]:
         """The parts of width D that were projected together, (B, H, L, d) each."""
@@ -120,26 +170,370 @@ class BertFamily:
         per_head = projected_BLP.view(size, length, parts, network.config.num_attention_heads, -1)
         return per_head.permute(2, 0, 3, 1, 4).unbind()
 
+
+class BertFamily(EncoderFamily):
+    """BERT, with absolute positions and a pooled [CLS] classifier; those that differ in their head build on it."""
+
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        embeddings: Tensor = network.base_model.embeddings(
+            input_ids=input_ids_R, token_type_ids=token_type_ids_R, position_ids=positions_R
+        )
+        return embeddings
+
+    def layer(self, network: Any, layer: int) -> Any:
+        return network.base_model.encoder.layer[layer]
+
+    def projections(self, layer: Any) -> tuple[Any, Any, Any]:
+        block = layer.attention.self
+        return block.query, block.key, block.value
+
     def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
-        attended: Tensor = network.bert.encoder.layer[layer].attention.output(context_RD, hidden_RD)
+        attended: Tensor = self.layer(network, layer).attention.output(context_RD, hidden_RD)
         return attended
 
     def feed_forward(self, network: Any, layer: int, attended_RD: Tensor) -> Tensor:
-        hidden: Tensor = network.bert.encoder.layer[layer].feed_forward_chunk(attended_RD)
+        block = self.layer(network, layer)
+        hidden: Tensor = block.output(block.intermediate(attended_RD), attended_RD)
         return hidden
 
     def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
-        logits: Tensor = network.classifier(network.dropout(network.bert.pooler(hidden_BKD)))
+        logits: Tensor = network.classifier(network.dropout(network.base_model.pooler(hidden_BKD)))
         return logits
 
 
-def _together(hidden_RD: Tensor, *projections: torch.nn.Linear) -> Tensor:
+class ElectraFamily(BertFamily):
+    """ELECTRA's discriminator: embeddings may be narrower than the layers, and the head has a hidden layer."""
+
+    def shape(self, config: Any) -> EncoderShape:
+        e, d = config.embedding_size, config.hidden_size
+        return dataclasses.replace(super().shape(config), embedding_macs_per_token=e + (e * d if e != d else 0))
+
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        hidden_RD = super().embed(network, input_ids_R, token_type_ids_R, positions_R)
+        if hasattr(network.base_model, "embeddings_project"):
+            hidden_RD = network.base_model.embeddings_project(hidden_RD)
+        return hidden_RD
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        logits: Tensor = network.classifier(hidden_BKD)
+        return logits
+
+
+class RobertaFamily(BertFamily):
+    """RoBERTa, XLM-R and CamemBERT: positions are counted from behind the padding token's id."""
+
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        first = network.base_model.embeddings.padding_idx + 1
+        if token_type_ids_R is None:
+            token_type_ids_R = torch.zeros_like(input_ids_R)
+        return super().embed(network, input_ids_R, token_type_ids_R, positions_R + first)
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        logits: Tensor = network.classifier(hidden_BKD)
+        return logits
+
+
+class MpnetFamily(BertFamily):
+    """MPNet: attention depends on the distance between tokens, wherever those between them have gone."""
+
+    uses_positions = True
+
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        embeddings = network.base_model.embeddings
+        hidden: Tensor = embeddings(input_ids=input_ids_R, position_ids=positions_R + embeddings.padding_idx + 1)
+        return hidden
+
+    def projections(self, layer: Any) -> tuple[Any, Any, Any]:
+        block = layer.attention.attn
+        return block.q, block.k, block.v
+
+    def prepare(
+        self,
+        network: Any,
+        layer: int,
+        query_BHQd: Tensor,
+        key_BHLd: Tensor,
+        asking_BQ: Tensor | None,
+        positions_BL: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert asking_BQ is not None and positions_BL is not None
+        encoder = network.base_model.encoder
+        distance_BQL = positions_BL[:, None, :] - asking_BQ[:, :, None]
+        bias_BQLH = encoder.relative_attention_bias(encoder.relative_position_bucket(distance_BQL))
+        return query_BHQd, key_BHLd, bias_BQLH.permute(0, 3, 1, 2)
+
+    def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer).attention
+        attended: Tensor = block.LayerNorm(block.dropout(block.attn.o(context_RD)) + hidden_RD)
+        return attended
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        logits: Tensor = network.classifier(hidden_BKD)
+        return logits
+
+
+class DistilBertFamily(EncoderFamily):
+    """DistilBERT: no token types, no pooler."""
+
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        hidden: Tensor = network.base_model.embeddings(input_ids=input_ids_R, position_ids=positions_R)
+        return hidden
+
+    def feed_forward_size(self, config: Any) -> int:
+        return int(config.hidden_dim)
+
+    def layer(self, network: Any, layer: int) -> Any:
+        return network.base_model.transformer.layer[layer]
+
+    def projections(self, layer: Any) -> tuple[Any, Any, Any]:
+        return layer.attention.q_lin, layer.attention.k_lin, layer.attention.v_lin
+
+    def attention_dropout(self, config: Any) -> float:
+        return float(config.attention_dropout)
+
+    def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer)
+        attended: Tensor = block.sa_layer_norm(block.attention.out_lin(context_RD) + hidden_RD)
+        return attended
+
+    def feed_forward(self, network: Any, layer: int, attended_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer)
+        hidden: Tensor = block.output_layer_norm(block.ffn.ff_chunk(attended_RD) + attended_RD)
+        return hidden
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        pooled_BD = network.pre_classifier(hidden_BKD[:, 0]).relu()
+        logits: Tensor = network.classifier(network.dropout(pooled_BD))
+        return logits
+
+
+class AlbertFamily(EncoderFamily):
+    """ALBERT: few layers' weights, used again and again; each use is a layer that may drop tokens."""
+
+    def shape(self, config: Any) -> EncoderShape:
+        e, d = config.embedding_size, config.hidden_size
+        layers = config.num_hidden_layers * config.inner_group_num
+        return dataclasses.replace(super().shape(config), num_layers=layers, embedding_macs_per_token=e + e * d)
+
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        embeddings = network.base_model.embeddings(
+            input_ids=input_ids_R, token_type_ids=token_type_ids_R, position_ids=positions_R
+        )
+        hidden: Tensor = network.base_model.encoder.embedding_hidden_mapping_in(embeddings)
+        return hidden
+
+    def layer(self, network: Any, layer: int) -> Any:
+        config, groups = network.config, network.base_model.encoder.albert_layer_groups
+        use, inner = divmod(layer, config.inner_group_num)
+        return groups[use * config.num_hidden_groups // config.num_hidden_layers].albert_layers[inner]
+
+    def projections(self, layer: Any) -> tuple[Any, Any, Any]:
+        return layer.attention.query, layer.attention.key, layer.attention.value
+
+    def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer).attention
+        attended: Tensor = block.LayerNorm(hidden_RD + block.output_dropout(block.dense(context_RD)))
+        return attended
+
+    def feed_forward(self, network: Any, layer: int, attended_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer)
+        hidden: Tensor = block.full_layer_layer_norm(block.ff_chunk(attended_RD) + attended_RD)
+        return hidden
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        encoder = network.base_model
+        pooled_BD = encoder.pooler_activation(encoder.pooler(hidden_BKD[:, 0]))
+        logits: Tensor = network.classifier(network.dropout(pooled_BD))
+        return logits
+
+
+class ModernBertFamily(EncoderFamily):
+    """ModernBERT: rotary positions, LayerNorms before the halves, gated feed-forward, and local attention in most layers.
+
+    Tokens keep the positions they stood at, so that a window holds what is left of the tokens that were near.
+    """
+
+    uses_positions = True
+
+    def refusal(self, config: Any) -> str | None:
+        if config.classifier_pooling != "cls":
+            return f"has classifier_pooling={config.classifier_pooling!r}; set 'cls' in its config.json and train it"
+        return None
+
+    def shape(self, config: Any) -> EncoderShape:
+        return dataclasses.replace(super().shape(config), feed_forward_products=3)
+
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
+        hidden: Tensor = network.base_model.embeddings(input_ids=input_ids_R)
+        return hidden
+
+    def layer(self, network: Any, layer: int) -> Any:
+        return network.base_model.layers[layer]
+
+    def projections(self, layer: Any) -> tuple[Any, Any, Any]:
+        raise NotImplementedError("ModernBERT projects queries, keys and values with one linear layer")
+
+    def project(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer)
+        projected: Tensor = block.attn.Wqkv(block.attn_norm(hidden_RD))
+        return projected
+
+    def project_for_first(self, network: Any, layer: int, hidden_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer)
+        return _part(block.attn.Wqkv, block.attn_norm(hidden_RD), slice(network.config.hidden_size, None))
+
+    def query_of_first(self, network: Any, layer: int, first_BD: Tensor) -> Tensor:
+        block = self.layer(network, layer)
+        return _part(block.attn.Wqkv, block.attn_norm(first_BD), slice(network.config.hidden_size))
+
+    def prepare(
+        self,
+        network: Any,
+        layer: int,
+        query_BHQd: Tensor,
+        key_BHLd: Tensor,
+        asking_BQ: Tensor | None,
+        positions_BL: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert asking_BQ is not None and positions_BL is not None
+        kind, rotary = network.config.layer_types[layer], network.base_model.rotary_emb
+        query = _rotated(query_BHQd, *rotary(query_BHQd, asking_BQ, kind))
+        key = _rotated(key_BHLd, *rotary(key_BHLd, positions_BL, kind))
+        if kind != "sliding_attention":
+            return query, key, None
+        distance_BQL = (asking_BQ[:, :, None] - positions_BL[:, None, :]).abs()
+        bias = torch.zeros_like(distance_BQL, dtype=query.dtype)
+        bias.masked_fill_(distance_BQL > network.config.sliding_window, torch.finfo(query.dtype).min)
+        return query, key, bias[:, None]
+
+    def attention_dropout(self, config: Any) -> float:
+        return float(config.attention_dropout)
+
+    def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer).attn
+        attended: Tensor = hidden_RD + block.out_drop(block.Wo(context_RD))
+        return attended
+
+    def feed_forward(self, network: Any, layer: int, attended_RD: Tensor) -> Tensor:
+        block = self.layer(network, layer)
+        hidden: Tensor = attended_RD + block.mlp(block.mlp_norm(attended_RD))
+        return hidden
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        pooled_BD = network.head(network.base_model.final_norm(hidden_BKD[:, 0]))
+        logits: Tensor = network.classifier(network.drop(pooled_BD))
+        return logits
+
+
+class DebertaV2Family(BertFamily):
+    """DeBERTa-v2 and v3: content attends to distance and distance to content, wherever those between have gone."""
+
+    uses_positions = True
+
+    def refusal(self, config: Any) -> str | None:
+        if getattr(config, "conv_kernel_size", 0):
+            return "has a convolution after its first layer, which needs the neighbours of every token"
+        return None
+
+    def shape(self, config: Any) -> EncoderShape:
+        d, e = config.hidden_size, getattr(config, "embedding_size", config.hidden_size)
+        distances = 2 * self._span(config) if config.relative_attention else 0
+        return dataclasses.replace(
+            super().shape(config),
+            embedding_macs_per_token=d + (e * d if e != d else 0),
+            attention_macs_per_token=len(self._terms(config)) * distances * d,
+        )
+
+    def projections(self, layer: Any) -> tuple[Any, Any, Any]:
+        block = layer.attention.self
+        return block.query_proj, block.key_proj, block.value_proj
+
+    def prepare(
+        self,
+        network: Any,
+        layer: int,
+        query_BHQd: Tensor,
+        key_BHLd: Tensor,
+        asking_BQ: Tensor | None,
+        positions_BL: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert asking_BQ is not None and positions_BL is not None
+        config, block = network.config, self.layer(network, layer).attention.self
+        terms = self._terms(config)
+        query = query_BHQd * (1 + len(terms)) ** -0.5
+        if not config.relative_attention:
+            return query, key_BHLd, None
+        span, scale = self._span(config), query.size(-1) ** -0.5
+        bucket_BQL = asking_BQ[:, :, None] - positions_BL[:, None, :]
+        if block.position_buckets > 0:
+            bucket_BQL = make_log_bucket_position(bucket_BQL, block.position_buckets, block.max_relative_positions)
+        index_B1QL = (bucket_BQL.long() + span).clamp(0, 2 * span - 1)[:, None]
+        distances_SD = block.pos_dropout(network.base_model.encoder.get_rel_embedding()[: 2 * span])
+        shared = block.share_att_key
+        bias = torch.zeros_like(index_B1QL, dtype=query.dtype)
+        size, heads, length = len(query), config.num_attention_heads, key_BHLd.size(2)
+        index_BHQL = index_B1QL.expand(size, heads, -1, -1)
+        if "c2p" in terms:
+            key_SD = (block.key_proj if shared else block.pos_key_proj)(distances_SD).to(query.dtype)
+            key_HSd = key_SD.view(len(key_SD), heads, -1).transpose(0, 1)
+            bias = bias + (query @ key_HSd.transpose(-1, -2)).gather(-1, index_BHQL) * scale
+        if "p2c" in terms:
+            query_SD = (block.query_proj if shared else block.pos_query_proj)(distances_SD).to(query.dtype)
+            query_HSd = query_SD.view(len(query_SD), heads, -1).transpose(0, 1) * (1 + len(terms)) ** -0.5
+            seen_BHLS = key_BHLd @ query_HSd.transpose(-1, -2)
+            assert seen_BHLS.size(2) == length
+            bias = bias + seen_BHLS.gather(-1, index_BHQL.transpose(-1, -2)).transpose(-1, -2) * scale
+        return query, key_BHLd, bias
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        logits: Tensor = network.classifier(network.dropout(network.pooler(hidden_BKD)))
+        return logits
+
+    def _terms(self, config: Any) -> list[str]:
+        """Which of content-to-position and position-to-content attention there are."""
+        return [term for term in ("c2p", "p2c") if term in (config.pos_att_type or [])]
+
+    def _span(self, config: Any) -> int:
+        """Distances that are told apart, to either side."""
+        if getattr(config, "position_buckets", -1) > 0:
+            return int(config.position_buckets)
+        most = getattr(config, "max_relative_positions", -1)
+        return int(most if most > 0 else config.max_position_embeddings)
+
+
+def _together(hidden_RD: Tensor, *projections: Any) -> Tensor:
     """Several projections of the same rows as one product, in the precision of their weights."""
     weight = torch.cat([projection.weight for projection in projections])
     return F.linear(hidden_RD.to(weight.dtype), weight, torch.cat([projection.bias for projection in projections]))
 
 
-FAMILIES: dict[str, EncoderFamily] = {"bert": BertFamily()}
+def _part(projection: Any, hidden_RD: Tensor, outputs: slice) -> Tensor:
+    """Some of a linear layer's outputs, in the precision of its weights."""
+    weight, bias = projection.weight[outputs], projection.bias
+    return F.linear(hidden_RD.to(weight.dtype), weight, None if bias is None else bias[outputs])
+
+
+def _rotated(part_BHLd: Tensor, cosine_BLd: Tensor, sine_BLd: Tensor) -> Tensor:
+    """Queries or keys turned by their positions' angles.
+
+    Source: Su et al. 2021, "RoFormer".
+    """
+    first, second = part_BHLd.chunk(2, dim=-1)
+    return part_BHLd * cosine_BLd[:, None] + torch.cat((-second, first), dim=-1) * sine_BLd[:, None]
+
+
+FAMILIES: dict[str, EncoderFamily] = {
+    "bert": BertFamily(),
+    "roberta": RobertaFamily(),
+    "xlm-roberta": RobertaFamily(),
+    "camembert": RobertaFamily(),
+    "electra": ElectraFamily(),
+    "distilbert": DistilBertFamily(),
+    "albert": AlbertFamily(),
+    "mpnet": MpnetFamily(),
+    "deberta-v2": DebertaV2Family(),
+    "modernbert": ModernBertFamily(),
+}
 """Adapters by transformers' `model_type`."""
 
 
@@ -148,83 +542,11 @@ def attend(
     network: PreTrainedModel,
     layer: int,
     hidden_BLD: Tensor,
+    positions_BL: Tensor,
     mask_BL: Tensor | None,
     with_scores: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The whole self-attention half of a layer, for a batch; see `EncoderFamily.mix` for arguments and results."""
     projected_BLP = family.project(network, layer, hidden_BLD)
-    context_BLD, score_BL = family.mix(network, layer, projected_BLP, mask_BL, with_scores)
+    context_BLD, score_BL = family.mix(network, layer, projected_BLP, positions_BL, mask_BL, with_scores)
     return family.merge(network, layer, context_BLD, hidden_BLD), score_BL
-
-
-def token_score(config: PreTrainedConfig) -> str:
-    """What a checkpoint's tokens are ranked by: one of `TOKEN_SCORES`, the first where its config names none."""
-    return str(getattr(config, "token_score", None) or TOKEN_SCORES[0])
-
-
-def attention(
-    query_BHLd: Tensor,
-    key_BHLd: Tensor,
-    value_BHLd: Tensor,
-    mask_BL: Tensor | None,
-    dropout: float,
-    with_scores: bool,
-    by_value: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention and, where asked for, the attention each token receives.
-
-    torch's fused attention returns no weights, so they are computed in the open only where a layer needs scores.
-
-    Args:
-        query_BHLd: Queries per head.
-        key_BHLd: Keys per head.
-        value_BHLd: Values per head.
-        mask_BL: True at real tokens; None where all are real.
-        dropout: Probability on the attention weights; the scores see the weights before it.
-        with_scores: Also return the scores.
-        by_value: Weigh each head's attention to a token by the norm of the token's value vector there, which is what
-            the attention brings into the context. Here we leave the paper.
-    Returns:
-        The context (B, H, L, d), and the float32 scores (B, L) or None: attention received, summed over heads
-        and real queries; meaningless at padding. No gradient flows through scores, which only select.
-    Source: the score is from Goyal et al. 2020 (PoWER-BERT), "Word-vector Selection".
-    """
-    together = _sequences_in_cache(query_BHLd, key_BHLd)
-    if with_scores and together < len(query_BHLd):
-        arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL)
-        parts = zip(*(_parts(argument, together, len(query_BHLd)) for argument in arguments), strict=True)
-        results = [attention(q, k, v, mask, dropout, True, by_value) for q, k, v, mask in parts]
-        return torch.cat([context for context, _ in results]), torch.cat(
-            [score for _, score in results if score is not None]
-        )
-    mask_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
-    if not with_scores:
-        context = F.scaled_dot_product_attention(query_BHLd, key_BHLd, value_BHLd, mask_B11L, dropout_p=dropout)
-        return context, None
-    weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
-    if mask_B11L is not None:
-        weights = weights.masked_fill(~mask_B11L, -torch.inf)
-    weights = weights.softmax(-1)
-    received = weights.detach().float()
-    if mask_BL is not None:
-        received = received * mask_BL[:, None, :, None]
-    received_BHL = received.sum(dim=2)
-    if by_value:
-        received_BHL = received_BHL * value_BHLd.detach().float().norm(dim=-1)
-    score_BL = received_BHL.sum(dim=1)
-    return F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd, score_BL
-
-
-def _sequences_in_cache(query_BHLd: Tensor, key_BHLd: Tensor) -> int:
-    """How many sequences' attention weights stay in a processor's cache together; all of them on a GPU."""
-    size, heads, queries, _ = query_BHLd.shape
-    if query_BHLd.device.type != "cpu":
-        return size
-    return max(1, WEIGHT_BYTES // (heads * queries * key_BHLd.size(2) * query_BHLd.element_size()))
-
-
-def _parts(tensor_BX: Tensor | None, rows: int, size: int) -> Sequence[Tensor | None]:
-    """Consecutive parts of a batch, or as many times nothing."""
-    if tensor_BX is None:
-        return [None] * -(-size // rows)
-    return torch.split(tensor_BX, rows)

@@ -23,6 +23,10 @@ class EncoderShape:
         num_layers: Transformer layers.
         hidden_size: Width d of a token vector.
         feed_forward_size: Inner width f of the feed-forward block.
+        feed_forward_products: Its matrix products of d by f: 2, or 3 with a gate.
+        embedding_macs_per_token: MACs before the first layer: a LayerNorm, and the projection of narrower embeddings;
+            None where it is a LayerNorm of width d alone.
+        attention_macs_per_token: MACs per arriving token and layer beyond those of BERT, such as attention to distances.
         head_macs_per_sequence: MACs of the task head that do not depend on length (a classifier's).
         head_macs_per_token: MACs of the task head for each token of the restored sequence (a span head's).
     """
@@ -30,24 +34,25 @@ class EncoderShape:
     num_layers: int
     hidden_size: int
     feed_forward_size: int
+    feed_forward_products: int = 2
+    embedding_macs_per_token: int | None = None
+    attention_macs_per_token: int = 0
     head_macs_per_sequence: int = 0
     head_macs_per_token: int = 0
 
 
-def layer_macs(
-    arriving: NDArray[np.int64], kept: NDArray[np.int64], hidden_size: int, feed_forward_size: int
-) -> NDArray[np.int64]:
-    """MACs of one layer: `4nd² + 2n²d + 2mdf` plus `nd + md` for its two LayerNorms.
+def layer_macs(shape: EncoderShape, arriving: NDArray[np.int64], kept: NDArray[np.int64]) -> NDArray[np.int64]:
+    """MACs of one layer: for BERT `4nd² + 2n²d + 2mdf`, plus `nd + md` for its two LayerNorms.
 
     Args:
+        shape: d, f and what the architecture adds to BERT's.
         arriving: n, tokens entering self-attention.
         kept: m, tokens entering the feed-forward block; dropping happens between the two.
-        hidden_size: d.
-        feed_forward_size: f.
     Source: the counter of clovaai/length-adaptive-transformer; it gives the published totals.
     """
-    n, m, d, f = arriving, kept, hidden_size, feed_forward_size
-    return 4 * n * d * d + 2 * n * n * d + 2 * m * d * f + n * d + m * d
+    n, m, d, f = arriving, kept, shape.hidden_size, shape.feed_forward_size
+    attention = 4 * n * d * d + 2 * n * n * d + n * shape.attention_macs_per_token
+    return attention + shape.feed_forward_products * m * d * f + n * d + m * d
 
 
 def sequence_macs(
@@ -71,11 +76,12 @@ def sequence_macs(
 
 def _macs_of_counts(shape: EncoderShape, num_tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """MACs where `counts[..., layer]` tokens are left after each layer."""
-    macs = num_tokens * shape.hidden_size  # the embeddings' LayerNorm
+    per_token = shape.hidden_size if shape.embedding_macs_per_token is None else shape.embedding_macs_per_token
+    macs = num_tokens * per_token
     arriving = num_tokens
     for layer in range(shape.num_layers):
         kept = counts[..., layer]
-        macs = macs + layer_macs(arriving, kept, shape.hidden_size, shape.feed_forward_size)
+        macs = macs + layer_macs(shape, arriving, kept)
         arriving = kept
     return macs + shape.head_macs_per_sequence + num_tokens * shape.head_macs_per_token
 

@@ -26,10 +26,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from model.attention import TOKEN_SCORES
 from model.data import EncodedSplit
 from model.distill import Divergence, distillation_loss
 from model.encoder import LengthAdaptiveModel
-from model.families import TOKEN_SCORES
 from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
 

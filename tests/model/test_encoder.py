@@ -20,9 +20,10 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
 )
 
-from model.encoder import CheckpointError, LengthAdaptiveModel, keep_significant
+from model.encoder import CheckpointError, LengthAdaptiveModel, significant
 from model.length_config import LengthConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,11 +181,11 @@ class Spy:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def mix(self, network, layer, projected, mask, with_scores):
+    def mix(self, network, layer, projected, positions, mask, with_scores):
         self.arriving.append(projected.size(1))
         self.masks.append(mask)
         self.scored.append(with_scores)
-        return self.inner.mix(network, layer, projected, mask, with_scores)
+        return self.inner.mix(network, layer, projected, positions, mask, with_scores)
 
     def feed_forward(self, network, layer, attended):
         self.fed.append(attended.size(1))
@@ -265,31 +266,27 @@ def test_significant_tokens_are_those_of_a_plain_loop(data):
     reals = [data.draw(st.integers(1, length)) for _ in scores]
     keeps = [data.draw(st.integers(1, real)) for real in reals]
     mask = torch.arange(length) < torch.tensor(reals)[:, None]
-    positions = torch.arange(length, dtype=torch.float32).expand(len(scores), -1)[:, :, None]
-
-    kept, kept_mask = keep_significant(positions, torch.tensor(scores, dtype=torch.float32), keeps, mask)
-
-    assert kept.shape == (len(scores), max(keeps), 1)
+    kept, kept_mask = significant(torch.tensor(scores, dtype=torch.float32), keeps, mask)
+    assert kept.shape == (len(scores), max(keeps))
     if kept_mask is None:
         assert len(set(keeps)) == 1
-        kept_mask = torch.ones(kept.shape[:2], dtype=torch.bool)
+        kept_mask = torch.ones(kept.shape, dtype=torch.bool)
     for row, keep in enumerate(keeps):
         expected = chosen_in_a_loop(scores[row], mask[row].tolist(), keep)
         assert kept_mask[row].tolist() == [True] * keep + [False] * (max(keeps) - keep)
-        assert kept[row, :keep, 0].tolist() == expected
+        assert kept[row, :keep].tolist() == expected
 
 
 def test_one_count_goes_for_all_sequences():
-    hidden, score = torch.arange(10.0).view(2, 5, 1), torch.tensor([[0.0, 4, 3, 2, 1], [9.0, 1, 2, 3, 4]])
-    kept, mask = keep_significant(hidden, score, 3)
-    assert kept[:, :, 0].tolist() == [[0, 1, 2], [5, 8, 9]]
+    kept, mask = significant(torch.tensor([[0.0, 4, 3, 2, 1], [9.0, 1, 2, 3, 4]]), 3)
+    assert kept.tolist() == [[0, 1, 2], [0, 3, 4]]
     assert mask is None
 
 
 @pytest.mark.parametrize(("keep", "named"), [(0, 0), (6, 6), ([3, 6], 6), ([0, 5], 0)])
 def test_a_count_outside_the_arriving_tokens_is_refused(keep, named):
     with pytest.raises(ValueError, match=rf"keep={named}, but 5 tokens arrive; choose 1\.\.5"):
-        keep_significant(torch.zeros(2, 5, 1), torch.zeros(2, 5), keep)
+        significant(torch.zeros(2, 5), keep)
 
 
 # Saving and loading ---------------------------------------------------------------------------------------------------
@@ -466,10 +463,8 @@ def test_an_unknown_task_is_refused_with_the_known_ones(bert_folder, make_networ
 
 
 def test_a_network_of_another_family_is_refused():
-    network = DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=60, dim=32, n_layers=1, n_heads=4, hidden_dim=48)
-    )
-    with pytest.raises(CheckpointError, match="type 'distilbert' are not supported"):
+    network = GPT2ForSequenceClassification(GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=4))
+    with pytest.raises(CheckpointError, match="type 'gpt2' are not supported"):
         LengthAdaptiveModel(network)
 
 

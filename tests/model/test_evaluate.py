@@ -81,20 +81,20 @@ class Rows:
         self.projected.append(hidden.size(0))
         return self.inner.project(network, layer, hidden)
 
-    def mix(self, network, layer, projected, mask, with_scores):
+    def mix(self, network, layer, projected, positions, mask, with_scores):
         assert mask is None, "nothing is padded"
         rows = projected.size(0) * projected.size(1)
         self.mixed += rows
         self.scored += rows * with_scores
-        return self.inner.mix(network, layer, projected, mask, with_scores)
+        return self.inner.mix(network, layer, projected, positions, mask, with_scores)
 
     def project_for_first(self, network, layer, hidden):
         self.projected.append(hidden.size(0))
         return self.inner.project_for_first(network, layer, hidden)
 
-    def mix_first(self, network, layer, first, projected):
+    def mix_first(self, network, layer, first, projected, positions):
         self.read_first += projected.size(0) * projected.size(1)
-        return self.inner.mix_first(network, layer, first, projected)
+        return self.inner.mix_first(network, layer, first, projected, positions)
 
     def feed_forward(self, network, layer, attended):
         self.fed.append(attended.size(0))
@@ -251,7 +251,9 @@ def test_what_is_remembered_stays_within_its_limit(model, split):
         states, answers = evaluator._states, evaluator._answers
         assert 0 < states.held <= 21_000
         assert states.held == sum(
-            made.hidden_RD.nbytes + made.projected_RP.nbytes + made.rank_R.nbytes for made in states._values.values()
+            part.nbytes
+            for made in states._values.values()
+            for part in (made.hidden_RD, made.projected_RP, made.position_R, made.rank_R)
         )
         assert 0 < answers.held <= 3_000
         assert answers.held == sum(answer.nbytes + 256 for answer in answers._values.values())

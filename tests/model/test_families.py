@@ -1,97 +1,301 @@
-"""Attention and its scores against transformers' own eager attention."""
+"""What every family of encoders has to pass, on random weights; a new one needs a line in `SMALL`."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
-from transformers.models.bert.modeling_bert import eager_attention_forward
+from tokenizers import Tokenizer, models
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from model.families import attention
+from model.data import EncodedSplit
+from model.encoder import CheckpointError, LengthAdaptiveModel, significant
+from model.evaluate import Evaluator
+from model.families import FAMILIES
+from model.length_config import LengthConfig
+from model.macs import layer_macs
+from model.train import TrainingSettings, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-B, H, L, HEAD = 3, 2, 7, 4
-MASK_BL = torch.arange(L) < torch.tensor([7, 4, 1])[:, None]
+VOCABULARY, FIRST_WORD, LAYERS, WIDTH = 60, 5, 4, 32
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "num_labels": 5,
+    "pad_token_id": 0,
+}
+DISTILBERT_TOO = ("vocab_size", "max_position_embeddings", "num_labels", "pad_token_id")
+DEBERTA_V3 = {
+    "relative_attention": True,
+    "position_buckets": 4,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+MODERN = {name: 1 for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")} | {"local_attention": 6}
+SMALL = {
+    "bert": {},
+    "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "camembert": {"pad_token_id": 1, "type_vocab_size": 1},
+    "electra": {"embedding_size": 16},
+    "distilbert": {"dim": WIDTH, "hidden_dim": 48, "n_layers": LAYERS, "n_heads": 4},
+    "albert": {"embedding_size": 16, "num_hidden_groups": 2},
+    "mpnet": {"pad_token_id": 1},
+    "deberta-v2": DEBERTA_V3,
+    "modernbert": MODERN,
+}
+VARIANTS = {
+    **{name: (name, changes) for name, changes in SMALL.items()},
+    "electra of one width": ("electra", {"embedding_size": WIDTH}),
+    "albert with inner groups": ("albert", {"embedding_size": 16, "num_hidden_layers": 2, "inner_group_num": 2}),
+    "deberta-v2 with keys of its own": (
+        "deberta-v2",
+        {**DEBERTA_V3, "share_att_key": False, "position_buckets": -1, "max_relative_positions": 12},
+    ),
+    "deberta-v2 without distances": (
+        "deberta-v2",
+        {"relative_attention": False, "pos_att_type": None, "type_vocab_size": 2},
+    ),
+}
+SHORT = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5))
+LENGTHS = (19, 30, 3, 30, 12)
+
+
+def build(variant, seed=0, **changes):
+    """A random network in evaluation mode, every bias and LayerNorm random too."""
+    model_type, own = VARIANTS[variant]
+    common = {name: value for name, value in COMMON.items() if model_type != "distilbert" or name in DISTILBERT_TOO}
+    config = AutoConfig.for_model(model_type, **{**common, **own, **changes})
+    network = AutoModelForSequenceClassification.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            norm = weight.dim() == 1 and name.endswith("weight")
+            weight.normal_(mean=1.0 if norm else 0.0, std=0.3 if weight.dim() > 1 else 0.1, generator=generator)
+    return network
+
+
+def batch_of(network, lengths, seed=0):
+    """Random sequences, padded on the right as the family's tokenizer would."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(lengths), max(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    words = torch.randint(FIRST_WORD, VOCABULARY, size, generator=generator)
+    batch = {
+        "input_ids": words.where(mask, torch.tensor(network.config.pad_token_id)),
+        "attention_mask": mask.long(),
+    }
+    if getattr(network.config, "type_vocab_size", 0) > 1 and network.config.model_type != "mpnet":
+        batch["token_type_ids"] = torch.randint(0, 2, size, generator=generator) * mask
+    return batch
+
+
+def as_split(batch, labels=None):
+    """The sequences of a batch without their padding."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))
+    return EncodedSplit(
+        input_ids=[row[:count].tolist() for row, count in zip(batch["input_ids"], lengths, strict=True)],
+        token_type_ids=[row[:count].tolist() for row, count in zip(types, lengths, strict=True)],
+        labels=np.array(labels if labels is not None else [0] * len(lengths)),
+        num_truncated=0,
+    )
+
+
+@pytest.fixture(params=VARIANTS)
+def network(request):
+    return build(request.param)
 
 
 @pytest.fixture
-def heads():
-    """Query, key and value, (B, H, L, d) each."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple(2 * torch.randn(B, H, L, HEAD, generator=generator) for _ in range(3))
+def model(network):
+    return LengthAdaptiveModel(network).eval()
 
 
-def eager(heads, mask):
-    """Context (B, H, L, d) and weights (B, H, L, L) as transformers computes them in the open."""
-    bias = None if mask is None else torch.zeros(B, 1, 1, L).masked_fill(~mask[:, None, None, :], -1e9)
-    context, weights = eager_attention_forward(torch.nn.Module().eval(), *heads, bias)
-    return context.transpose(1, 2), weights
+@pytest.fixture(params=["attention", "value_norm"])
+def scored_model(request, model):
+    model.token_score = request.param
+    return model
 
 
-@pytest.mark.parametrize("with_scores", [False, True])
-@pytest.mark.parametrize("mask", [None, MASK_BL], ids=["unpadded", "padded"])
-def test_the_context_is_that_of_eager_attention(heads, mask, with_scores):
-    context, score = attention(*heads, mask, 0.0, with_scores)
-    torch.testing.assert_close(context, eager(heads, mask)[0])
-    assert (score is not None) == with_scores
+def test_every_family_is_tested():
+    assert SMALL.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("mask", [None, MASK_BL], ids=["unpadded", "padded"])
-def test_a_score_sums_what_the_real_queries_of_all_heads_attend(heads, mask):
-    _, score = attention(*heads, mask, 0.0, with_scores=True)
-    _, weights = eager(heads, mask)
-    for sequence in range(B):
-        real = L if mask is None else int(mask[sequence].sum())
-        for token in range(real):
-            received = sum(weights[sequence, head, query, token].item() for head in range(H) for query in range(real))
-            assert score[sequence, token].item() == pytest.approx(received, rel=1e-5)
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [LENGTHS, (30,), (2, 1)])
+def test_without_a_config_it_is_the_transformers_model(network, model, lengths):
+    batch = batch_of(network, lengths)
+    torch.testing.assert_close(model(**batch).logits, network(**batch).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", [None, MASK_BL], ids=["unpadded", "padded"])
-def test_a_score_by_value_weighs_each_head_by_the_norm_of_its_value(heads, mask):
-    context, score = attention(*heads, mask, 0.0, with_scores=True, by_value=True)
-    plain, _ = attention(*heads, mask, 0.0, with_scores=True)
-    torch.testing.assert_close(context, plain, rtol=0, atol=0)
-    _, weights = eager(heads, mask)
-    value = heads[2]
-    for sequence in range(B):
-        real = L if mask is None else int(mask[sequence].sum())
-        for token in range(real):
-            received = sum(
-                weights[sequence, head, query, token].item() * value[sequence, head, token].norm().item()
-                for head in range(H)
-                for query in range(real)
-            )
-            assert score[sequence, token].item() == pytest.approx(received, rel=1e-5)
+@torch.no_grad()
+def test_keeping_everything_is_the_plain_model(model):
+    batch = batch_of(model.network, LENGTHS)
+    full = model(**batch, length_config=LengthConfig.full(model.num_layers)).logits
+    torch.testing.assert_close(full, model(**batch).logits, rtol=0, atol=0)
 
 
-def test_dropout_thins_the_context_but_not_the_scores(heads):
-    plain, score = attention(*heads, MASK_BL, 0.0, with_scores=True)
+@torch.no_grad()
+def test_a_result_does_not_depend_on_padding_or_batch_mates(scored_model):
+    model = scored_model
+    batch = batch_of(model.network, LENGTHS)
+    together = model(**batch, length_config=SHORT).logits
+    for row, count in enumerate(LENGTHS):
+        alone = {name: part[row : row + 1, :count] for name, part in batch.items()}
+        torch.testing.assert_close(model(**alone, length_config=SHORT).logits[0], together[row], rtol=0, atol=1e-5)
+    assert (together - model(**batch).logits).abs().max() > 1e-2, "dropping tokens should matter"
+
+
+@torch.no_grad()
+def test_a_dropped_token_is_one_that_nobody_sees_any_more(scored_model):
+    """The oracle keeps all tokens where they are and hides the dropped ones."""
+    model, family, network = scored_model, scored_model.family, scored_model.network
+    batch = batch_of(network, [30])
+    positions, mask = torch.arange(30)[None], torch.ones(1, 30, dtype=torch.bool)
+    hidden = family.embed(network, batch["input_ids"], batch.get("token_type_ids"), positions)
+    for layer, keep in enumerate(SHORT.lengths(30)):
+        projected = family.project(network, layer, hidden)
+        context, score = family.mix(network, layer, projected, positions, mask, with_scores=True)
+        places, _ = significant(score, keep, mask)
+        mask = torch.zeros_like(mask).scatter_(1, places, True)
+        hidden = family.feed_forward(network, layer, family.merge(network, layer, context, hidden))
+    expected = family.classify(network, hidden)
+    torch.testing.assert_close(model(**batch, length_config=SHORT).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [None, SHORT, LengthConfig.from_shares((1.0, 0.6, 0.6, 0.1))], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 17, 30])
+def test_a_forward_pass_does_the_products_that_are_counted(model, num_tokens, config):
+    shape, lengths = model.shape, (config or LengthConfig.full(LAYERS)).lengths(num_tokens)
+    batch = batch_of(model.network, [num_tokens])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch, length_config=config)
+    arriving = np.array([num_tokens, *lengths[:-1]])
+    without_norms = dataclasses.replace(shape, embedding_macs_per_token=0)
+    norms = [shape.hidden_size * (n + m) for n, m in zip(arriving, lengths, strict=True)]
+    products = sum(
+        int(layer_macs(without_norms, n, m)) - norm for n, m, norm in zip(arriving, lengths, norms, strict=True)
+    )
+    counted = products + shape.head_macs_per_sequence + num_tokens * embedding_products(model)
+    assert counter.get_total_flops() == 2 * (counted + distance_products(model))
+    per_token = shape.embedding_macs_per_token or shape.hidden_size
+    assert model.macs(num_tokens, config) == products + sum(norms) + shape.head_macs_per_sequence + num_tokens * per_token
+
+
+def embedding_products(model):
+    """The projection of narrower embeddings."""
+    config = model.network.config
+    narrow = getattr(config, "embedding_size", WIDTH)
+    return narrow * WIDTH if narrow != WIDTH or config.model_type == "albert" else 0
+
+
+def distance_products(model):
+    """DeBERTa's projections of its distances: of weights alone, so that they are no sequence's cost."""
+    config = model.network.config
+    if not getattr(config, "relative_attention", False):
+        return 0
+    distances = 2 * (config.position_buckets if config.position_buckets > 0 else config.max_relative_positions)
+    return LAYERS * len(config.pos_att_type) * distances * WIDTH * WIDTH
+
+
+@torch.no_grad()
+def test_a_saved_model_loads_as_it_was(model, tmp_path):
+    model.token_score = "value_norm"
+    model.save_pretrained(tmp_path)
+    again = LengthAdaptiveModel.from_pretrained(tmp_path).eval()
+    batch = batch_of(model.network, LENGTHS)
+    assert again.fingerprint() == model.fingerprint()
+    for config in (None, SHORT):
+        expected = model(**batch, length_config=config).logits
+        torch.testing.assert_close(again(**batch, length_config=config).logits, expected, rtol=0, atol=0)
+
+
+def test_a_step_of_sandwich_training_changes_every_weight(model):
+    network = model.network
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w4")),
+        pad_token=f"w{network.config.pad_token_id}",
+    )
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    settings = TrainingSettings(
+        learning_rate=1e-2, batch_size=8, plain_epochs=0, epochs=1, warmup_ratio=0.0, precision="fp32"
+    )
+    split = as_split(batch_of(network, [12, 20, 7, 9, 15, 30, 4, 11]), labels=[0, 1, 2, 3, 4, 0, 1, 2])
+    report = train(model, split, tokenizer, settings)
+    assert report.steps == 1
+    same = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
+    assert same == []
+
+
+@pytest.mark.parametrize("rows_per_chunk", [18, 2048])
+def test_the_engine_gives_the_answers_of_the_plain_forward_pass(scored_model, rows_per_chunk):
+    model = scored_model
+    model.network.classifier = wide_head(model.network)
+    batch = batch_of(model.network, [9, 4, 21, 2, 9, 30, 1, 21] * 3, seed=3)
+    split = as_split(batch)
+    generator = np.random.default_rng(0)
+    configs = [LengthConfig.from_retention(row) for row in generator.choice([0.4, 0.7, 0.9, 1.0], (8, LAYERS))]
+    configs.append(LengthConfig.full(LAYERS))
+    predictions = Evaluator(model, split, rows_per_chunk=rows_per_chunk).predict(configs)
+    with torch.no_grad():
+        for config, predicted in zip(configs, predictions, strict=True):
+            expected = [
+                int(
+                    model(
+                        torch.tensor([ids]),
+                        token_type_ids=torch.tensor([types]) if "token_type_ids" in batch else None,
+                        length_config=config,
+                    ).logits.argmax()
+                )
+                for ids, types in zip(split.input_ids, split.token_type_ids, strict=True)
+            ]
+            assert predicted.tolist() == expected
+    assert len({tuple(row) for row in predictions.tolist()}) > 1, "the configs should not all agree"
+
+
+def wide_head(network):
+    """The classifier with so many classes that dropping tokens changes answers."""
     torch.manual_seed(0)
-    thinned, same_score = attention(*heads, MASK_BL, 0.5, with_scores=True)
-    torch.testing.assert_close(same_score, score, rtol=0, atol=0)
-    assert not torch.allclose(thinned, plain)
+    head = network.classifier
+    last = head if isinstance(head, nn.Linear) else head.out_proj
+    wide = nn.Linear(last.in_features, 200)
+    nn.init.normal_(wide.weight)
+    if isinstance(head, nn.Linear):
+        return wide
+    head.out_proj = wide
+    return head
 
 
-def test_scores_select_and_carry_no_gradient(heads):
-    query, key, value = (part.requires_grad_() for part in heads)
-    context, score = attention(query, key, value, MASK_BL, 0.0, with_scores=True)
-    assert context.requires_grad
-    assert not score.requires_grad
+def test_the_engine_in_bf16_rounds_the_layers_of_every_family(model):
+    split = as_split(batch_of(model.network, LENGTHS))
+    evaluator = Evaluator(model, split, precision="bf16")
+    rounded = [module for module in evaluator._network.modules() if type(module).__name__ == "RoundedLinear"]
+    assert len(rounded) >= 4 * 2
+    assert evaluator.predict([SHORT]).shape == (1, len(LENGTHS))
 
 
-def test_scores_are_single_precision_whatever_the_vectors_are(heads):
-    context, score = attention(*(part.bfloat16() for part in heads), None, 0.0, with_scores=True)
-    assert (context.dtype, score.dtype) == (torch.bfloat16, torch.float32)
-
-
-@pytest.mark.parametrize("by_value", [False, True])
-@pytest.mark.parametrize("mask", [None, MASK_BL], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("together", [1, 2])
-def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(heads, mask, by_value, together, monkeypatch):
-    whole = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
-    monkeypatch.setattr("model.families.WEIGHT_BYTES", together * H * L * L * 4)
-    sizes = []
-    softmax = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: sizes.append(len(self)) or softmax(self, dim))
-    parts = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
-    assert sizes == ([1, 1, 1] if together == 1 else [2, 1])
-    torch.testing.assert_close(parts, whole)
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("modernbert", {"classifier_pooling": "mean"}, "classifier_pooling='mean'; set 'cls'"),
+        ("deberta-v2", {"conv_kernel_size": 3}, "convolution after its first layer"),
+    ],
+)
+def test_what_a_family_cannot_do_is_said(variant, changes, message, tmp_path):
+    build(variant, **changes).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        LengthAdaptiveModel.from_pretrained(tmp_path)

@@ -1,0 +1,100 @@
+"""Scaled dot-product attention that also says how much attention each token received.
+
+Shape letters: B sequences, L tokens, Q tokens that ask, H heads, d size of a head.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+TOKEN_SCORES = ("attention", "value_norm")
+"""What tokens may be ranked by: the attention they receive, or that times the norm of their value vectors."""
+
+WEIGHT_BYTES = 3 * 2**20
+"""Attention weights that are worked on together where a processor has to write them out."""
+
+
+def token_score(config: PreTrainedConfig) -> str:
+    """What a checkpoint's tokens are ranked by: one of `TOKEN_SCORES`, the first where its config names none."""
+    return str(getattr(config, "token_score", None) or TOKEN_SCORES[0])
+
+
+def attention(
+    query_BHLd: Tensor,
+    key_BHLd: Tensor,
+    value_BHLd: Tensor,
+    mask_BL: Tensor | None,
+    dropout: float,
+    with_scores: bool,
+    by_value: bool = False,
+    bias_BHLL: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention and, where asked for, the attention each token receives.
+
+    torch's fused attention returns no weights, so they are computed in the open only where a layer needs scores.
+
+    Args:
+        query_BHLd: Queries per head.
+        key_BHLd: Keys per head.
+        value_BHLd: Values per head.
+        mask_BL: True at real tokens; None where all are real.
+        dropout: Probability on the attention weights; the scores see the weights before it.
+        with_scores: Also return the scores.
+        by_value: Weigh each head's attention to a token by the norm of the token's value vector there, which is what
+            the attention brings into the context. Here we leave the paper.
+        bias_BHLL: Added to the scaled products before the softmax; the least number of its type keeps a token from
+            seeing another. The first two dimensions may be 1.
+    Returns:
+        The context (B, H, L, d), and the float32 scores (B, L) or None: attention received, summed over heads
+        and real queries; meaningless at padding. No gradient flows through scores, which only select.
+    Source: the score is from Goyal et al. 2020 (PoWER-BERT), "Word-vector Selection".
+    """
+    together = _sequences_in_cache(query_BHLd, key_BHLd)
+    if with_scores and together < len(query_BHLd):
+        arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL, bias_BHLL)
+        parts = zip(*(_parts(argument, together, len(query_BHLd)) for argument in arguments), strict=True)
+        results = [attention(q, k, v, mask, dropout, True, by_value, bias) for q, k, v, mask, bias in parts]
+        return torch.cat([context for context, _ in results]), torch.cat(
+            [score for _, score in results if score is not None]
+        )
+    if mask_BL is not None and bias_BHLL is not None:
+        # Not -inf: padding that may see nothing but padding would get no number.
+        least = torch.finfo(bias_BHLL.dtype).min
+        mask_or_bias = bias_BHLL.masked_fill(~mask_BL[:, None, None, :], least)
+    else:
+        mask_or_bias = bias_BHLL if mask_BL is None else mask_BL[:, None, None, :]
+    if not with_scores:
+        context = F.scaled_dot_product_attention(query_BHLd, key_BHLd, value_BHLd, mask_or_bias, dropout_p=dropout)
+        return context, None
+    weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
+    if bias_BHLL is not None:
+        weights = weights + mask_or_bias
+    elif mask_or_bias is not None:
+        weights = weights.masked_fill(~mask_or_bias, -torch.inf)
+    weights = weights.softmax(-1)
+    received = weights.detach().float()
+    if mask_BL is not None:
+        received = received * mask_BL[:, None, :, None]
+    received_BHL = received.sum(dim=2)
+    if by_value:
+        received_BHL = received_BHL * value_BHLd.detach().float().norm(dim=-1)
+    score_BL = received_BHL.sum(dim=1)
+    return F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd, score_BL
+
+
+def _sequences_in_cache(query_BHLd: Tensor, key_BHLd: Tensor) -> int:
+    """How many sequences' attention weights stay in a processor's cache together; all of them on a GPU."""
+    size, heads, queries, _ = query_BHLd.shape
+    if query_BHLd.device.type != "cpu":
+        return size
+    return max(1, WEIGHT_BYTES // (heads * queries * key_BHLd.size(2) * query_BHLd.element_size()))
+
+
+def _parts(tensor_BX: Tensor | None, rows: int, size: int) -> Sequence[Tensor | None]:
+    """Consecutive parts of a batch; of what is the same for all, or of nothing, as many times that."""
+    if tensor_BX is None or len(tensor_BX) < size:
+        return [tensor_BX] * -(-size // rows)
+    return torch.split(tensor_BX, rows)
