@@ -61,10 +61,11 @@ def enter_trials(storage: RDBStorage, study_id: int, trials: Sequence[FrozenTria
         session.add_all(rows)
         session.flush()
         first = rows[0].count_past_trials(session) if rows else 0
-        for number, (row, trial) in enumerate(zip(rows, trials, strict=True), start=first):
+        entered = [(number, int(row.trial_id)) for number, row in enumerate(rows, start=first)]
+        for (number, trial_id), row, trial in zip(entered, rows, trials, strict=True):
             row.number = number
-            session.add_all(_details_of(trial, row.trial_id))
-        return [(row.number, row.trial_id) for row in rows]
+            session.add_all(_details_of(trial, trial_id))
+        return entered
 
 
 def finish_trials(storage: RDBStorage, outcomes: Sequence[Outcome]) -> None:
@@ -79,7 +80,7 @@ def finish_trials(storage: RDBStorage, outcomes: Sequence[Outcome]) -> None:
             models.TrialModel.trial_id.in_([outcome.trial_id for outcome in outcomes])
         )
         loaded = query.options(selectinload(models.TrialModel.user_attributes)).with_for_update().all()
-        row_of = {row.trial_id: row for row in loaded}
+        row_of = {int(row.trial_id): row for row in loaded}
         for outcome in outcomes:
             row = row_of[outcome.trial_id]
             if row.state.is_finished():
@@ -89,9 +90,9 @@ def finish_trials(storage: RDBStorage, outcomes: Sequence[Outcome]) -> None:
                 if key in there:
                     there[key].value_json = json.dumps(value)
                 else:
-                    session.add(_attribute(models.TrialUserAttributeModel, row.trial_id, key, value))
+                    session.add(_attribute(models.TrialUserAttributeModel, outcome.trial_id, key, value))
             for objective, value in enumerate(outcome.values or ()):
-                session.add(_value(row.trial_id, objective, value))
+                session.add(_value(outcome.trial_id, objective, value))
             row.state = outcome.state
             row.datetime_complete = datetime.now()
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
 from model.data import Corpus, DataSpec, EncodedSplit, encode, load_corpus
-from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, explain_load_failure, read_config
+from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, explain_load_failure, max_tokens
 from model.hub import only_local_files
 from model.tasks import Metric, get_metric
 
@@ -96,8 +96,7 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
     """
     corpus = load_corpus(workload.data)
     tokenizer = load_tokenizer(encoder)
-    positions = int(read_config(encoder).max_position_embeddings)
-    max_length = min(workload.max_length, tokenizer.model_max_length, positions)
+    max_length = min(workload.max_length, tokenizer.model_max_length, max_tokens(encoder))
     return LoadedWorkload(
         workload=workload,
         corpus=corpus,

@@ -60,20 +60,15 @@ def attention(
         return torch.cat([context for context, _ in results]), torch.cat(
             [score for _, score in results if score is not None]
         )
-    if mask_BL is not None and bias_BHLL is not None:
-        # Not -inf: padding that may see nothing but padding would get no number.
-        least = torch.finfo(bias_BHLL.dtype).min
-        mask_or_bias = bias_BHLL.masked_fill(~mask_BL[:, None, None, :], least)
-    else:
-        mask_or_bias = bias_BHLL if mask_BL is None else mask_BL[:, None, None, :]
+    mask_or_bias = _mask_or_bias(mask_BL, bias_BHLL)
     if not with_scores:
         context = F.scaled_dot_product_attention(query_BHLd, key_BHLd, value_BHLd, mask_or_bias, dropout_p=dropout)
         return context, None
     weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
-    if bias_BHLL is not None:
-        weights = weights + mask_or_bias
-    elif mask_or_bias is not None:
+    if mask_or_bias is not None and mask_or_bias.dtype == torch.bool:
         weights = weights.masked_fill(~mask_or_bias, -torch.inf)
+    elif mask_or_bias is not None:
+        weights = weights + mask_or_bias
     weights = weights.softmax(-1)
     received = weights.detach().float()
     if mask_BL is not None:
@@ -83,6 +78,15 @@ def attention(
         received_BHL = received_BHL * value_BHLd.detach().float().norm(dim=-1)
     score_BL = received_BHL.sum(dim=1)
     return F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd, score_BL
+
+
+def _mask_or_bias(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | None:
+    """Both in one, as torch takes them: which keys are seen, or what is added to the products."""
+    seen_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
+    if bias_BHLL is None or seen_B11L is None:
+        return seen_B11L if bias_BHLL is None else bias_BHLL
+    # Not -inf: padding that may see nothing but padding would get no number.
+    return bias_BHLL.masked_fill(~seen_B11L, torch.finfo(bias_BHLL.dtype).min)
 
 
 def _sequences_in_cache(query_BHLd: Tensor, key_BHLd: Tensor) -> int:

@@ -244,6 +244,16 @@ def read_config(source: str | Path, **changes: Any) -> PreTrainedConfig:
     return config
 
 
+def max_tokens(source: str | Path) -> int:
+    """The longest sequence that a folder's or hub id's encoder takes, special tokens included.
+
+    Raises:
+        CheckpointError: There is none, or it is not supported.
+    """
+    config = read_config(source)
+    return FAMILIES[config.model_type].max_tokens(config)
+
+
 def significant(
     score_BL: Tensor, keep_B: np.ndarray[Any, np.dtype[np.int64]] | int, mask_BL: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:

@@ -389,9 +389,7 @@ class _Walk:
         project = self.family.project_for_first if depth == self.last else self.family.project
         return project(self.network, depth, hidden_RD)
 
-    def _expand(
-        self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor, position_R: Ints
-    ) -> None:
+    def _expand(self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor, position_R: Ints) -> None:
         """Compute a layer, and all after it, for cells whose arriving tokens' vectors and projections are given."""
         if depth == self.last:
             self._classify(cells, hidden_RD, projected_RP, position_R)
@@ -435,10 +433,8 @@ class _Walk:
                 rank_R[rows] = rank_BL.reshape(-1)
         return context_RD, rank_R
 
-    def _positions(self, position_R: Ints, length: int) -> Tensor | None:
-        """Where the tokens of sequences of equal length stood, (B, L), for families that ask."""
-        if not self.family.uses_positions:
-            return None
+    def _positions(self, position_R: Ints, length: int) -> Tensor:
+        """Where the tokens of sequences of equal length stood, (B, L)."""
         return torch.from_numpy(position_R.reshape(-1, length)).to(self.model.device)
 
     def _pass_on(self, depth: int, cells: _Cells, passed_on: _Rows) -> None:

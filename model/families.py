@@ -28,12 +28,7 @@ class EncoderFamily(abc.ABC):
 
     What is here suits encoders that project queries, keys and values with a linear layer each; the abstract methods say
     what an architecture calls its parts.
-
-    Attributes:
-        uses_positions: Whether attention looks at where tokens stood, beyond what `embed` told them.
     """
-
-    uses_positions = False
 
     def refusal(self, config: PreTrainedConfig) -> str | None:
         """Why an encoder with this configuration cannot drop tokens, in words that follow its name; None if it can."""
@@ -53,10 +48,12 @@ class EncoderFamily(abc.ABC):
         """Inner width of the feed-forward half."""
         return int(config.intermediate_size)
 
+    def max_tokens(self, config: Any) -> int:
+        """The longest sequence, special tokens included."""
+        return int(config.max_position_embeddings)
+
     @abc.abstractmethod
-    def embed(
-        self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor
-    ) -> Tensor:
+    def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
         """Token vectors (R, D) that enter the first layer; `positions_R` counts from 0 in each sequence."""
 
     @abc.abstractmethod
@@ -76,7 +73,7 @@ class EncoderFamily(abc.ABC):
         network: Any,
         layer: int,
         projected_BLP: Tensor,
-        positions_BL: Tensor | None,
+        positions_BL: Tensor,
         mask_BL: Tensor | None,
         with_scores: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +83,7 @@ class EncoderFamily(abc.ABC):
             network: The transformers network.
             layer: Index of the layer.
             projected_BLP: `project` of the token vectors that arrive.
-            positions_BL: Where they stood in their sequence; may be None where the family does not use it.
+            positions_BL: Where they stood in their sequence.
             mask_BL: True at real tokens; None where all are real.
             with_scores: Also return how much attention each token received.
         Returns:
@@ -114,14 +111,13 @@ class EncoderFamily(abc.ABC):
         layer: int,
         first_BD: Tensor,
         projected_BLQ: Tensor,
-        positions_BL: Tensor | None,
+        positions_BL: Tensor,
     ) -> Tensor:
         """The context (B, D) of each sequence's first token alone, whose vector is given; all tokens are real."""
         query_BD = self.query_of_first(network, layer, first_BD).to(projected_BLQ.dtype)
         query = query_BD.view(len(query_BD), network.config.num_attention_heads, 1, -1)
         key, value = self._heads(network, projected_BLQ)
-        first_B1 = None if positions_BL is None else positions_BL[:, :1]
-        query, key, bias = self.prepare(network, layer, query, key, first_B1, positions_BL)
+        query, key, bias = self.prepare(network, layer, query, key, positions_BL[:, :1], positions_BL)
         return attention(query, key, value, None, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
 
     def prepare(
@@ -130,8 +126,8 @@ class EncoderFamily(abc.ABC):
         layer: int,
         query_BHQd: Tensor,
         key_BHLd: Tensor,
-        asking_BQ: Tensor | None,
-        positions_BL: Tensor | None,
+        asking_BQ: Tensor,
+        positions_BL: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Bring in where tokens stood, for families that tell their layers.
 
@@ -222,6 +218,9 @@ class ElectraFamily(BertFamily):
 class RobertaFamily(BertFamily):
     """RoBERTa, XLM-R and CamemBERT: positions are counted from behind the padding token's id."""
 
+    def max_tokens(self, config: Any) -> int:
+        return int(config.max_position_embeddings - config.pad_token_id - 1)
+
     def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
         first = network.base_model.embeddings.padding_idx + 1
         if token_type_ids_R is None:
@@ -236,7 +235,8 @@ class RobertaFamily(BertFamily):
 class MpnetFamily(BertFamily):
     """MPNet: attention depends on the distance between tokens, wherever those between them have gone."""
 
-    uses_positions = True
+    def max_tokens(self, config: Any) -> int:
+        return int(config.max_position_embeddings) - 2  # its padding token is always the second
 
     def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
         embeddings = network.base_model.embeddings
@@ -253,10 +253,9 @@ class MpnetFamily(BertFamily):
         layer: int,
         query_BHQd: Tensor,
         key_BHLd: Tensor,
-        asking_BQ: Tensor | None,
-        positions_BL: Tensor | None,
+        asking_BQ: Tensor,
+        positions_BL: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert asking_BQ is not None and positions_BL is not None
         encoder = network.base_model.encoder
         distance_BQL = positions_BL[:, None, :] - asking_BQ[:, :, None]
         bias_BQLH = encoder.relative_attention_bias(encoder.relative_position_bucket(distance_BQL))
@@ -348,12 +347,10 @@ class AlbertFamily(EncoderFamily):
 
 
 class ModernBertFamily(EncoderFamily):
-    """ModernBERT: rotary positions, LayerNorms before the halves, gated feed-forward, and local attention in most layers.
+    """ModernBERT: rotary positions, LayerNorms before the halves, gated feed-forward, local attention in most layers.
 
     Tokens keep the positions they stood at, so that a window holds what is left of the tokens that were near.
     """
-
-    uses_positions = True
 
     def refusal(self, config: Any) -> str | None:
         if config.classifier_pooling != "cls":
@@ -392,10 +389,9 @@ class ModernBertFamily(EncoderFamily):
         layer: int,
         query_BHQd: Tensor,
         key_BHLd: Tensor,
-        asking_BQ: Tensor | None,
-        positions_BL: Tensor | None,
+        asking_BQ: Tensor,
+        positions_BL: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert asking_BQ is not None and positions_BL is not None
         kind, rotary = network.config.layer_types[layer], network.base_model.rotary_emb
         query = _rotated(query_BHQd, *rotary(query_BHQd, asking_BQ, kind))
         key = _rotated(key_BHLd, *rotary(key_BHLd, positions_BL, kind))
@@ -428,8 +424,6 @@ class ModernBertFamily(EncoderFamily):
 class DebertaV2Family(BertFamily):
     """DeBERTa-v2 and v3: content attends to distance and distance to content, wherever those between have gone."""
 
-    uses_positions = True
-
     def refusal(self, config: Any) -> str | None:
         if getattr(config, "conv_kernel_size", 0):
             return "has a convolution after its first layer, which needs the neighbours of every token"
@@ -454,10 +448,9 @@ class DebertaV2Family(BertFamily):
         layer: int,
         query_BHQd: Tensor,
         key_BHLd: Tensor,
-        asking_BQ: Tensor | None,
-        positions_BL: Tensor | None,
+        asking_BQ: Tensor,
+        positions_BL: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert asking_BQ is not None and positions_BL is not None
         config, block = network.config, self.layer(network, layer).attention.self
         terms = self._terms(config)
         query = query_BHQd * (1 + len(terms)) ** -0.5

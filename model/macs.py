@@ -26,7 +26,7 @@ class EncoderShape:
         feed_forward_products: Its matrix products of d by f: 2, or 3 with a gate.
         embedding_macs_per_token: MACs before the first layer: a LayerNorm, and the projection of narrower embeddings;
             None where it is a LayerNorm of width d alone.
-        attention_macs_per_token: MACs per arriving token and layer beyond those of BERT, such as attention to distances.
+        attention_macs_per_token: MACs per arriving token and layer beyond BERT's, such as attention to distances.
         head_macs_per_sequence: MACs of the task head that do not depend on length (a classifier's).
         head_macs_per_token: MACs of the task head for each token of the restored sequence (a span head's).
     """

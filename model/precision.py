@@ -9,7 +9,6 @@ normalised and attend to each other in float32.
 import copy
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel

@@ -42,7 +42,7 @@ def running(number: int) -> FrozenTrial:
         datetime_complete=None,
         params={"retention_0": 0.35, "learning_rate": 3e-4, "epochs": 1 + number % 3, "batch_size": 32},
         distributions=SPACE,
-        user_attrs={"shares": [0.35, 0.1 + number / 100], "quote": "it's 50 % – \"half\""},
+        user_attrs={"shares": [0.35, 0.1 + number / 100], "quote": 'it\'s 50 % \u2013 "half"'},
         system_attrs={"NSGAIISampler:generation": number},
         intermediate_values={},
     )
@@ -140,9 +140,7 @@ def test_nothing_to_enter_and_nothing_to_finish(database):
 def test_many_who_enter_trials_at_once_get_distinct_numbers(database):
     study = study_in(database)
     with ThreadPoolExecutor(4) as pool:
-        entered = list(
-            pool.map(lambda _: enter_trials(database, study._study_id, [running(0), running(1)]), range(12))
-        )
+        entered = list(pool.map(lambda _: enter_trials(database, study._study_id, [running(0), running(1)]), range(12)))
     numbers = [number for pair in entered for number, _ in pair]
     assert sorted(numbers) == list(range(24))
     assert all(first + 1 == second for (first, _), (second, _) in entered), "a generation's numbers follow each other"

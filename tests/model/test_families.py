@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from model.data import EncodedSplit
-from model.encoder import CheckpointError, LengthAdaptiveModel, significant
+from model.encoder import CheckpointError, LengthAdaptiveModel, max_tokens, significant
 from model.evaluate import Evaluator
 from model.families import FAMILIES
 from model.length_config import LengthConfig
@@ -141,6 +141,17 @@ def test_without_a_config_it_is_the_transformers_model(network, model, lengths):
 
 
 @torch.no_grad()
+def test_the_longest_sequence_is_as_long_as_positions_allow(network, model, tmp_path):
+    network.save_pretrained(tmp_path)
+    longest = max_tokens(tmp_path)
+    batch = batch_of(network, [longest])
+    torch.testing.assert_close(model(**batch).logits, network(**batch).logits, rtol=0, atol=1e-5)
+    if network.config.model_type not in ("deberta-v2", "modernbert"):  # which have no table of positions
+        with pytest.raises((IndexError, RuntimeError)):
+            network(**batch_of(network, [longest + 1]))
+
+
+@torch.no_grad()
 def test_keeping_everything_is_the_plain_model(model):
     batch = batch_of(model.network, LENGTHS)
     full = model(**batch, length_config=LengthConfig.full(model.num_layers)).logits
@@ -191,8 +202,8 @@ def test_a_forward_pass_does_the_products_that_are_counted(model, num_tokens, co
     )
     counted = products + shape.head_macs_per_sequence + num_tokens * embedding_products(model)
     assert counter.get_total_flops() == 2 * (counted + distance_products(model))
-    per_token = shape.embedding_macs_per_token or shape.hidden_size
-    assert model.macs(num_tokens, config) == products + sum(norms) + shape.head_macs_per_sequence + num_tokens * per_token
+    embedding = num_tokens * (shape.embedding_macs_per_token or shape.hidden_size)
+    assert model.macs(num_tokens, config) == embedding + products + sum(norms) + shape.head_macs_per_sequence
 
 
 def embedding_products(model):
