@@ -42,6 +42,8 @@ class Workload:
 
     def __post_init__(self) -> None:
         check_task(self.task)
+        if self.task != "classification":
+            raise ValueError(f"task={self.task!r} cannot be studied yet; choose classification.")
         get_metric(self.metric)
         if self.max_length < 4:
             raise ValueError(f"max_length={self.max_length}; choose at least 4 tokens.")

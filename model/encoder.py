@@ -6,7 +6,7 @@ Shape letters: B sequences, L tokens arriving, K tokens kept, D hidden size.
 import hashlib
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,18 +16,34 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.attention import TOKEN_SCORES, token_score
-from model.families import FAMILIES, attend
+from model.families import FAMILIES, TOKEN_TASKS, attend
 from model.hub import only_local_files
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, sequence_macs
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("classification",)
+HEADS: Mapping[str, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+    "token-classification": AutoModelForTokenClassification,
+}
+"""What transformers calls the head of each task."""
+TASKS = tuple(HEADS)
+IGNORED = -100
+"""The label of what has none, as transformers writes it."""
 LAYER = re.compile(r"\.layers?\.\d+\.")
 """In the names of a layer's weights."""
 
@@ -57,7 +73,9 @@ class LengthAdaptiveModel(nn.Module):
         self.network = network
         self.task = task
         self.family = FAMILIES[model_type]
-        self.shape: EncoderShape = self.family.shape(network.config)
+        if refusal := self.family.refusal(network.config, task):
+            raise CheckpointError(f"The {model_type} encoder {refusal}.")
+        self.shape: EncoderShape = self.family.shape(network.config, task)
 
     @classmethod
     def from_pretrained(
@@ -79,13 +97,14 @@ class LengthAdaptiveModel(nn.Module):
             ValueError: Unknown task.
         """
         check_task(task)
+        num_labels = {"regression": 1, "question-answering": 2}.get(task, num_labels)
         labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
         if label_names is not None:
             labels["id2label"] = dict(enumerate(label_names))
             labels["label2id"] = {name: index for index, name in enumerate(label_names)}
         config = read_config(folder_or_id, **labels)
         try:
-            network, report = AutoModelForSequenceClassification.from_pretrained(
+            network, report = HEADS[task].from_pretrained(
                 folder_or_id,
                 config=config,
                 dtype=torch.float32,
@@ -109,7 +128,7 @@ class LengthAdaptiveModel(nn.Module):
                 f"is num_hidden_layers={model.num_layers} right?"
             )
         for name, stored, expected in sorted(report["mismatched_keys"]):
-            if name.startswith("classifier."):
+            if name.startswith(("classifier.", "qa_outputs.")):
                 raise CheckpointError(
                     f"{folder_or_id} classifies into {stored[0]} classes, not {expected[0]}; "
                     "give a checkpoint with a fitting head or with none."
@@ -139,7 +158,7 @@ class LengthAdaptiveModel(nn.Module):
     @property
     def reads_first(self) -> bool:
         """Whether the head reads the first token alone, so that no result depends on what the last layer keeps."""
-        return self.task == "classification"
+        return self.task not in TOKEN_TASKS
 
     @property
     def device(self) -> torch.device:
@@ -160,17 +179,25 @@ class LengthAdaptiveModel(nn.Module):
         length_config: LengthConfig | None = None,
         skip_layers: Collection[int] = (),
     ) -> SequenceClassifierOutput:
-        """Classify a batch, dropping tokens between the two halves of each layer as `length_config` says.
+        """Run a batch, dropping tokens between the two halves of each layer as `length_config` says.
+
+        Heads that read every token get those dropped too, each with the vector that it entered its last layer with.
 
         Args:
             input_ids: int64 (B, L); padding, if any, on the right.
             attention_mask: (B, L), 1 at real tokens; None where all are real.
             token_type_ids: (B, L) or None.
-            labels: int64 (B,); with them the output carries the mean cross-entropy as `loss`.
+            labels: With them the output carries a mean `loss`. Classification: int64 (B,), cross-entropy. Regression:
+                float (B,), squared error. Token classification: int64 (B, L), cross-entropy, -100 where there is none.
+                Question answering: int64 (B, 2), the answer's first and last token, the mean cross-entropy of both.
             length_config: Tokens left after each layer; None runs the plain model.
             skip_layers: Layers left out altogether, as LayerDrop does in training.
+        Returns:
+            An output whose `logits` are (B, C), or (B, L, C) of a head that reads every token, C being 2 for the start
+            and the end of an answer.
         Raises:
             ValueError: The config has another number of layers, or a sequence starts with padding.
+        Source: Kim & Cho 2021, "Drop-and-Restore".
         """
         if length_config is not None and length_config.num_layers != self.num_layers:
             raise ValueError(f"The length config has {length_config.num_layers} layers, the model {self.num_layers}.")
@@ -178,12 +205,15 @@ class LengthAdaptiveModel(nn.Module):
         counts_BN = None if length_config is None else length_config.count_table(num_tokens_B)
         positions_BL = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
         hidden = self.family.embed(self.network, input_ids, token_type_ids, positions_BL)
+        restored = None
         arriving_B = num_tokens_B
         for layer in range(self.num_layers):
             if layer in skip_layers:
                 continue
             keep_B = arriving_B if counts_BN is None else counts_BN[:, layer]
             drops = bool((keep_B < arriving_B).any())
+            if drops and not self.reads_first:
+                restored = restore(restored, hidden, positions_BL, mask_BL)
             hidden, score = attend(self.family, self.network, layer, hidden, positions_BL, mask_BL, with_scores=drops)
             if score is not None:
                 kept_BK, mask_BL = significant(score, keep_B, mask_BL)
@@ -191,9 +221,23 @@ class LengthAdaptiveModel(nn.Module):
                 positions_BL = positions_BL.take_along_dim(kept_BK, dim=1)
                 arriving_B = keep_B
             hidden = self.family.feed_forward(self.network, layer, hidden)
-        logits = self.family.classify(self.network, hidden)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        if self.reads_first:
+            logits = self.family.classify(self.network, hidden)
+        else:
+            logits = self.family.read_tokens(self.network, restore(restored, hidden, positions_BL, mask_BL))
+        return SequenceClassifierOutput(loss=None if labels is None else self._loss(logits, labels), logits=logits)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = logits.float()
+        match self.task:
+            case "regression":
+                return F.mse_loss(logits[:, 0], labels.float())
+            case "token-classification":
+                return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED)
+            case "question-answering":
+                return F.cross_entropy(logits, labels)  # over the tokens, for start and end at once
+            case _:
+                return F.cross_entropy(logits, labels)
 
     def _is_encoder_weight(self, name: str) -> bool:
         return name.startswith(f"{self.network.base_model_prefix}.") and ".pooler." not in name
@@ -290,6 +334,25 @@ def significant(
     return places_BK, kept_mask_BK
 
 
+def restore(restored_BLD: Tensor | None, hidden_BKD: Tensor, positions_BK: Tensor, mask_BK: Tensor | None) -> Tensor:
+    """Put tokens' vectors back at their places among those of tokens that were dropped before.
+
+    Args:
+        restored_BLD: The last vectors of all tokens so far; None where none was dropped yet, so that all are there.
+        hidden_BKD: Newer vectors of some tokens.
+        positions_BK: Where those stand.
+        mask_BK: True at real tokens; None where all are real.
+    """
+    if restored_BLD is None:
+        return hidden_BKD
+    nowhere = restored_BLD.size(1)
+    if mask_BK is not None:
+        positions_BK = positions_BK.masked_fill(~mask_BK, nowhere)
+    with_nowhere = F.pad(restored_BLD, (0, 0, 0, 1))
+    places_BKD = positions_BK[:, :, None].expand_as(hidden_BKD)
+    return with_nowhere.scatter(1, places_BKD, hidden_BKD.to(with_nowhere.dtype))[:, :nowhere]
+
+
 def significance_order(score_BL: Tensor) -> Tensor:
     """Positions of each sequence's tokens, [CLS] first and then the most attended first; (B, L).
 
@@ -327,8 +390,6 @@ def _check_config(config: Any, source: str | Path) -> None:
         raise CheckpointError(
             f"{source} uses {config.position_embedding_type!r} positions; only absolute ones are supported."
         )
-    if refusal := FAMILIES[config.model_type].refusal(config):
-        raise CheckpointError(f"{source} {refusal}.")
     if token_score(config) not in TOKEN_SCORES:
         raise CheckpointError(
             f"{source} ranks tokens by {token_score(config)!r}; supported are {', '.join(TOKEN_SCORES)}."

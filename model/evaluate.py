@@ -90,7 +90,11 @@ class Evaluator:
             seed: Of the blocks.
             rows_per_chunk: Most rows of one chunk; a single longer sequence is a chunk of its own.
             cache_bytes: Memory for answers and hidden states that later calls may need; 0 for none.
+        Raises:
+            ValueError: The model's task is another.
         """
+        if model.task != "classification":
+            raise ValueError(f"The engine scores classification, not {model.task}.")
         self.model = model
         self.split = split
         self.precision: Precision = precision

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from model.attention import attention, token_score
 from model.macs import EncoderShape
+
+TOKEN_TASKS = ("question-answering", "token-classification")
+"""Tasks whose heads read every token."""
 
 
 class EncoderFamily(abc.ABC):
@@ -30,18 +33,20 @@ class EncoderFamily(abc.ABC):
     what an architecture calls its parts.
     """
 
-    def refusal(self, config: PreTrainedConfig) -> str | None:
+    def refusal(self, config: Any, task: str) -> str | None:
         """Why an encoder with this configuration cannot drop tokens, in words that follow its name; None if it can."""
         return None
 
-    def shape(self, config: Any) -> EncoderShape:
+    def shape(self, config: Any, task: str) -> EncoderShape:
         """The sizes that decide the encoder's cost."""
         d = config.hidden_size
+        pooled, read = d * d + d * config.num_labels, d * config.num_labels
         return EncoderShape(
             num_layers=config.num_hidden_layers,
             hidden_size=d,
             feed_forward_size=self.feed_forward_size(config),
-            head_macs_per_sequence=d * d + d * config.num_labels,
+            head_macs_per_sequence=0 if task in TOKEN_TASKS else pooled,
+            head_macs_per_token=read if task in TOKEN_TASKS else 0,
         )
 
     def feed_forward_size(self, config: Any) -> int:
@@ -159,6 +164,14 @@ class EncoderFamily(abc.ABC):
     def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
         """Logits (B, C) from the last layer's vectors; the first token is [CLS]."""
 
+    def read_tokens(self, network: Any, hidden_BLD: Tensor) -> Tensor:
+        """Logits (B, L, C) of a token-level head from every token's last vector, its padding's included."""
+        if hasattr(network, "dropout"):
+            hidden_BLD = network.dropout(hidden_BLD)
+        head = network.qa_outputs if hasattr(network, "qa_outputs") else network.classifier
+        logits: Tensor = head(hidden_BLD)
+        return logits
+
     def _heads(self, network: Any, projected_BLP: Tensor) -> tuple[Tensor, ...]:
         """The parts of width D that were projected together, (B, H, L, d) each."""
         size, length, width = projected_BLP.shape
@@ -200,9 +213,9 @@ class BertFamily(EncoderFamily):
 class ElectraFamily(BertFamily):
     """ELECTRA's discriminator: embeddings may be narrower than the layers, and the head has a hidden layer."""
 
-    def shape(self, config: Any) -> EncoderShape:
+    def shape(self, config: Any, task: str) -> EncoderShape:
         e, d = config.embedding_size, config.hidden_size
-        return dataclasses.replace(super().shape(config), embedding_macs_per_token=e + (e * d if e != d else 0))
+        return dataclasses.replace(super().shape(config, task), embedding_macs_per_token=e + (e * d if e != d else 0))
 
     def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
         hidden_RD = super().embed(network, input_ids_R, token_type_ids_R, positions_R)
@@ -309,10 +322,10 @@ class DistilBertFamily(EncoderFamily):
 class AlbertFamily(EncoderFamily):
     """ALBERT: few layers' weights, used again and again; each use is a layer that may drop tokens."""
 
-    def shape(self, config: Any) -> EncoderShape:
+    def shape(self, config: Any, task: str) -> EncoderShape:
         e, d = config.embedding_size, config.hidden_size
         layers = config.num_hidden_layers * config.inner_group_num
-        return dataclasses.replace(super().shape(config), num_layers=layers, embedding_macs_per_token=e + e * d)
+        return dataclasses.replace(super().shape(config, task), num_layers=layers, embedding_macs_per_token=e + e * d)
 
     def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
         embeddings = network.base_model.embeddings(
@@ -352,13 +365,17 @@ class ModernBertFamily(EncoderFamily):
     Tokens keep the positions they stood at, so that a window holds what is left of the tokens that were near.
     """
 
-    def refusal(self, config: Any) -> str | None:
-        if config.classifier_pooling != "cls":
+    def refusal(self, config: Any, task: str) -> str | None:
+        if task not in TOKEN_TASKS and config.classifier_pooling != "cls":
             return f"has classifier_pooling={config.classifier_pooling!r}; set 'cls' in its config.json and train it"
         return None
 
-    def shape(self, config: Any) -> EncoderShape:
-        return dataclasses.replace(super().shape(config), feed_forward_products=3)
+    def shape(self, config: Any, task: str) -> EncoderShape:
+        shape = super().shape(config, task)
+        hidden_layer = config.hidden_size**2 if task in TOKEN_TASKS else 0
+        return dataclasses.replace(
+            shape, feed_forward_products=3, head_macs_per_token=shape.head_macs_per_token + hidden_layer
+        )
 
     def embed(self, network: Any, input_ids_R: Tensor, token_type_ids_R: Tensor | None, positions_R: Tensor) -> Tensor:
         hidden: Tensor = network.base_model.embeddings(input_ids=input_ids_R)
@@ -420,20 +437,24 @@ class ModernBertFamily(EncoderFamily):
         logits: Tensor = network.classifier(network.drop(pooled_BD))
         return logits
 
+    def read_tokens(self, network: Any, hidden_BLD: Tensor) -> Tensor:
+        logits: Tensor = network.classifier(network.drop(network.head(network.base_model.final_norm(hidden_BLD))))
+        return logits
+
 
 class DebertaV2Family(BertFamily):
     """DeBERTa-v2 and v3: content attends to distance and distance to content, wherever those between have gone."""
 
-    def refusal(self, config: Any) -> str | None:
+    def refusal(self, config: Any, task: str) -> str | None:
         if getattr(config, "conv_kernel_size", 0):
             return "has a convolution after its first layer, which needs the neighbours of every token"
         return None
 
-    def shape(self, config: Any) -> EncoderShape:
+    def shape(self, config: Any, task: str) -> EncoderShape:
         d, e = config.hidden_size, getattr(config, "embedding_size", config.hidden_size)
         distances = 2 * self._span(config) if config.relative_attention else 0
         return dataclasses.replace(
-            super().shape(config),
+            super().shape(config, task),
             embedding_macs_per_token=d + (e * d if e != d else 0),
             attention_macs_per_token=len(self._terms(config)) * distances * d,
         )

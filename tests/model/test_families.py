@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from model.data import EncodedSplit
-from model.encoder import CheckpointError, LengthAdaptiveModel, max_tokens, significant
+from model.encoder import HEADS, CheckpointError, LengthAdaptiveModel, max_tokens, significant
 from model.evaluate import Evaluator
-from model.families import FAMILIES
+from model.families import FAMILIES, TOKEN_TASKS
 from model.length_config import LengthConfig
 from model.macs import layer_macs
 from model.train import TrainingSettings, train
@@ -72,12 +72,14 @@ SHORT = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5))
 LENGTHS = (19, 30, 3, 30, 12)
 
 
-def build(variant, seed=0, **changes):
+def build(variant, task="classification", seed=0, **changes):
     """A random network in evaluation mode, every bias and LayerNorm random too."""
     model_type, own = VARIANTS[variant]
     common = {name: value for name, value in COMMON.items() if model_type != "distilbert" or name in DISTILBERT_TOO}
     config = AutoConfig.for_model(model_type, **{**common, **own, **changes})
-    network = AutoModelForSequenceClassification.from_config(config).eval()
+    if task == "question-answering":
+        config.num_labels = 2
+    network = HEADS[task].from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -114,8 +116,13 @@ def as_split(batch, labels=None):
 
 
 @pytest.fixture(params=VARIANTS)
-def network(request):
-    return build(request.param)
+def family_variant(request):
+    return request.param
+
+
+@pytest.fixture
+def network(family_variant):
+    return build(family_variant)
 
 
 @pytest.fixture
@@ -186,10 +193,79 @@ def test_a_dropped_token_is_one_that_nobody_sees_any_more(scored_model):
     torch.testing.assert_close(model(**batch, length_config=SHORT).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(params=TOKEN_TASKS)
+def token_model(request, family_variant):
+    """An encoder with a head that reads every token."""
+    model = LengthAdaptiveModel(build(family_variant, request.param), request.param).eval()
+    model.token_score = "value_norm"
+    return model
+
+
+def every_logit(output):
+    """Of a transformers model with a head that reads every token, (B, L, C)."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits
+
+
+@torch.no_grad()
+def test_a_token_head_reads_what_the_transformers_model_reads(token_model):
+    batch = batch_of(token_model.network, LENGTHS)
+    real = batch["attention_mask"].bool()
+    logits = token_model(**batch).logits
+    torch.testing.assert_close(logits[real], every_logit(token_model.network(**batch))[real], rtol=1e-5, atol=1e-5)
+    full = token_model(**batch, length_config=LengthConfig.full(LAYERS)).logits
+    torch.testing.assert_close(full, logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_restored_tokens_do_not_depend_on_padding_or_batch_mates(token_model):
+    batch = batch_of(token_model.network, LENGTHS)
+    together = token_model(**batch, length_config=SHORT).logits
+    for row, count in enumerate(LENGTHS):
+        alone = {name: part[row : row + 1, :count] for name, part in batch.items()}
+        logits = token_model(**alone, length_config=SHORT).logits[0]
+        torch.testing.assert_close(logits, together[row, :count], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_dropped_token_is_back_with_the_vector_that_entered_its_last_layer(token_model):
+    """The oracle keeps all tokens where they are, hides the dropped ones and writes down what they were."""
+    family, network = token_model.family, token_model.network
+    batch = batch_of(network, [30])
+    positions, mask = torch.arange(30)[None], torch.ones(1, 30, dtype=torch.bool)
+    hidden = family.embed(network, batch["input_ids"], batch.get("token_type_ids"), positions)
+    last = hidden.clone()
+    for layer, keep in enumerate(SHORT.lengths(30)):
+        projected = family.project(network, layer, hidden)
+        context, score = family.mix(network, layer, projected, positions, mask, with_scores=True)
+        mask = torch.zeros_like(mask).scatter_(1, significant(score, keep, mask)[0], True)
+        hidden = family.feed_forward(network, layer, family.merge(network, layer, context, hidden))
+        last = torch.where(mask[:, :, None], hidden, last)
+    expected = family.read_tokens(network, last)
+    torch.testing.assert_close(token_model(**batch, length_config=SHORT).logits, expected, rtol=0, atol=1e-5)
+    assert int(mask.sum()) == SHORT.lengths(30)[-1] < 30
+
+
+def test_a_loss_is_that_of_transformers(token_model):
+    batch = batch_of(token_model.network, [12, 12, 12])
+    generator = torch.Generator().manual_seed(1)
+    if token_model.task == "question-answering":
+        labels = torch.randint(0, 12, (3, 2), generator=generator)
+        theirs = token_model.network(**batch, start_positions=labels[:, 0], end_positions=labels[:, 1]).loss
+    else:
+        labels = torch.randint(0, 5, (3, 12), generator=generator)
+        labels[:, ::3] = -100
+        theirs = token_model.network(**batch, labels=labels).loss
+    torch.testing.assert_close(token_model(**batch, labels=labels).loss, theirs)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("config", [None, SHORT, LengthConfig.from_shares((1.0, 0.6, 0.6, 0.1))], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 17, 30])
-def test_a_forward_pass_does_the_products_that_are_counted(model, num_tokens, config):
+@pytest.mark.parametrize("task", HEADS)
+def test_a_forward_pass_does_the_products_that_are_counted(family_variant, task, num_tokens, config):
+    model = LengthAdaptiveModel(build(family_variant, task), task).eval()
     shape, lengths = model.shape, (config or LengthConfig.full(LAYERS)).lengths(num_tokens)
     batch = batch_of(model.network, [num_tokens])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -200,10 +276,11 @@ def test_a_forward_pass_does_the_products_that_are_counted(model, num_tokens, co
     products = sum(
         int(layer_macs(without_norms, n, m)) - norm for n, m, norm in zip(arriving, lengths, norms, strict=True)
     )
-    counted = products + shape.head_macs_per_sequence + num_tokens * embedding_products(model)
+    products += shape.head_macs_per_sequence + num_tokens * shape.head_macs_per_token
+    counted = products + num_tokens * embedding_products(model)
     assert counter.get_total_flops() == 2 * (counted + distance_products(model))
     embedding = num_tokens * (shape.embedding_macs_per_token or shape.hidden_size)
-    assert model.macs(num_tokens, config) == embedding + products + sum(norms) + shape.head_macs_per_sequence
+    assert model.macs(num_tokens, config) == embedding + products + sum(norms)
 
 
 def embedding_products(model):
@@ -223,15 +300,18 @@ def distance_products(model):
 
 
 @torch.no_grad()
-def test_a_saved_model_loads_as_it_was(model, tmp_path):
+@pytest.mark.parametrize("task", HEADS)
+def test_a_saved_model_loads_as_it_was(family_variant, task, tmp_path):
+    changes = {"num_labels": 1} if task == "regression" else {}
+    model = LengthAdaptiveModel(build(family_variant, task, **changes), task).eval()
     model.token_score = "value_norm"
     model.save_pretrained(tmp_path)
-    again = LengthAdaptiveModel.from_pretrained(tmp_path).eval()
+    again = LengthAdaptiveModel.from_pretrained(tmp_path, task=task).eval()
     batch = batch_of(model.network, LENGTHS)
     assert again.fingerprint() == model.fingerprint()
     for config in (None, SHORT):
         expected = model(**batch, length_config=config).logits
-        torch.testing.assert_close(again(**batch, length_config=config).logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(again(**batch, length_config=config).logits, expected, rtol=0, atol=1e-6)
 
 
 def test_a_step_of_sandwich_training_changes_every_weight(model):
