@@ -16,7 +16,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from hpo.plot import BLACK, BLUE, FONT, GREEN, GREY, ORANGE, SKY, write_image
+from hpo.plot import BLUE, GREEN, GREY, ORANGE, SKY, lay_out, write_image
 
 STYLE = {
     "surrogate": (BLUE, "circle", "surrogate-assisted NSGA-II (default)"),
@@ -80,18 +80,10 @@ def draw(lines: list[dict[str, Any]]) -> go.Figure:
             row=1,
             col=2,
         )
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": FONT, "size": 14, "color": BLACK},
-        title={"text": "How good a front each sampler finds", "x": 0.02, "font": {"size": 19}},
-        margin={"l": 80, "r": 24, "t": 90, "b": 130},
-        legend={"orientation": "h", "x": 0, "y": -0.16},
-    )
-    axis = {"showline": True, "linecolor": "#888888", "gridcolor": "#EBEBEB", "zeroline": False, "ticks": "outside"}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(**axis)
+    lay_out(figure, "How good a front each sampler finds", "hypervolume of quality above 0.5 against the share of MACs")
+    figure.update_layout(margin_b=130)
     figure.update_xaxes(title="trials", type="log", tickvals=[100, 250, 500, 1000, 1822], row=1, col=1)
-    figure.update_yaxes(title="hypervolume, quality above 0.5", row=1, col=1)
+    figure.update_yaxes(title="hypervolume", row=1, col=1)
     return figure
 
 

@@ -173,6 +173,7 @@ def samplers(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[
                     if mark <= trials
                 },
                 "hypervolume_on_report": round(above_half(reported), 5),
+                "retentions": [list(trial.params.values()) for trial in front],
                 "front": [(round(cost, 5), round(quality, 5)) for cost, quality in points],
                 "front_on_report": [(round(cost, 5), round(quality, 5)) for cost, quality in reported],
                 "precision": precision,

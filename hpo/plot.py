@@ -62,7 +62,7 @@ def draw_front(front: Front, chosen: FrontPoint | None = None) -> go.Figure:
         marker = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"color": GREEN, "width": 3}}
         figure.add_trace(_search_trace(front, [chosen], "chosen", mode="markers", marker=marker))
     absolute = f"{flops_text(front.full.macs)} per sequence of the search split"
-    _lay_out(figure, f"{_text(front.metric)} against compute", f"100% is {BASELINE},<br>{absolute}")
+    lay_out(figure, f"{_text(front.metric)} against compute", f"100% is {BASELINE},<br>{absolute}")
     figure.update_xaxes(title_text="FLOPs per sequence, share of full length", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text=_text(front.metric))
     return figure
@@ -87,7 +87,7 @@ def draw_hypervolume(history: Sequence[float]) -> go.Figure:
             hovertemplate="after %{x} trials: %{y:.4f}<extra></extra>",
         )
     )
-    _lay_out(
+    lay_out(
         figure,
         "Progress of the search",
         "area that the front dominates up to quality 0 at full cost,<br>in units of the metric times the FLOPs share",
@@ -267,8 +267,8 @@ def _lines(numbers: Sequence[int]) -> Iterator[str]:
         yield " ".join(str(number) for number in numbers[start : start + SHARES_PER_LINE])
 
 
-def _lay_out(figure: go.Figure, title: str, subtitle: str) -> None:
-    """The look that both figures share: white ground, title above, legend below the axis title."""
+def lay_out(figure: go.Figure, title: str, subtitle: str) -> None:
+    """The look that all figures share: white ground, title above, legend below the axis title."""
     axis = {"showline": True, "linecolor": "#888888", "gridcolor": "#EBEBEB", "zeroline": False, "ticks": "outside"}
     figure.update_layout(
         template="plotly_white",
