@@ -43,10 +43,8 @@ def enter_trials(storage: RDBStorage, study_id: int, trials: Sequence[FrozenTria
         storage: The database.
         study_id: The study's id in it.
         trials: Their parameters, distributions, attributes and starts count.
-
     Returns:
         Number in the study and id in the database of each, in order.
-
     Raises:
         KeyError: There is no such study.
         SQLAlchemyError: The database failed.

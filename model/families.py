@@ -11,7 +11,7 @@ Shape letters: B sequences, L tokens arriving, R rows (any leading dimensions of
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,26 @@ from model.macs import EncoderShape
 
 TOKEN_TASKS = ("question-answering", "token-classification")
 """Tasks whose heads read every token."""
+
+
+Prepared = tuple[Tensor, Tensor, Tensor | None]
+"""Queries and keys, and what is added to their scaled products, (B, H or 1, Q, L), or None."""
+
+
+class Places(NamedTuple):
+    """Where tokens stood in their sequences.
+
+    Attributes:
+        asking_BQ: Those that queries are of.
+        asked_BL: Those that keys are of.
+    """
+
+    asking_BQ: Tensor
+    asked_BL: Tensor
+
+    def distances(self) -> Tensor:
+        """How far behind each asking token each asked one stood, (B, Q, L)."""
+        return self.asked_BL[:, None, :] - self.asking_BQ[:, :, None]
 
 
 class EncoderFamily(abc.ABC):
@@ -96,7 +116,7 @@ class EncoderFamily(abc.ABC):
         """
         query, key, value = self._heads(network, projected_BLP)
         dropout = self.attention_dropout(network.config) if network.training else 0.0
-        query, key, bias = self.prepare(network, layer, query, key, positions_BL, positions_BL)
+        query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL, positions_BL))
         by_value = token_score(network.config) == "value_norm"
         context_BHLd, score_BL = attention(query, key, value, mask_BL, dropout, with_scores, by_value, bias)
         return context_BHLd.transpose(1, 2).flatten(2), score_BL
@@ -122,18 +142,10 @@ class EncoderFamily(abc.ABC):
         query_BD = self.query_of_first(network, layer, first_BD).to(projected_BLQ.dtype)
         query = query_BD.view(len(query_BD), network.config.num_attention_heads, 1, -1)
         key, value = self._heads(network, projected_BLQ)
-        query, key, bias = self.prepare(network, layer, query, key, positions_BL[:, :1], positions_BL)
+        query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL[:, :1], positions_BL))
         return attention(query, key, value, None, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
 
-    def prepare(
-        self,
-        network: Any,
-        layer: int,
-        query_BHQd: Tensor,
-        key_BHLd: Tensor,
-        asking_BQ: Tensor,
-        positions_BL: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(self, network: Any, layer: int, query_BHQd: Tensor, key_BHLd: Tensor, places: Places) -> Prepared:
         """Bring in where tokens stood, for families that tell their layers.
 
         Args:
@@ -141,10 +153,7 @@ class EncoderFamily(abc.ABC):
             layer: Index of the layer.
             query_BHQd: Queries per head.
             key_BHLd: Keys per head.
-            asking_BQ: Where the tokens stood that the queries are of.
-            positions_BL: Where the tokens stood that the keys are of.
-        Returns:
-            Queries and keys, and what is added to their scaled products, (B, H or 1, Q, L), or None.
+            places: Where the tokens stood that the queries and the keys are of.
         """
         return query_BHQd, key_BHLd, None
 
@@ -210,8 +219,16 @@ class BertFamily(EncoderFamily):
         return logits
 
 
-class ElectraFamily(BertFamily):
-    """ELECTRA's discriminator: embeddings may be narrower than the layers, and the head has a hidden layer."""
+class WholeHeadFamily(BertFamily):
+    """BERT's layers under a classifier that takes all vectors and has a hidden layer of its own instead of a pooler."""
+
+    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
+        logits: Tensor = network.classifier(hidden_BKD)
+        return logits
+
+
+class ElectraFamily(WholeHeadFamily):
+    """ELECTRA's discriminator: embeddings may be narrower than the layers."""
 
     def shape(self, config: Any, task: str) -> EncoderShape:
         e, d = config.embedding_size, config.hidden_size
@@ -223,12 +240,8 @@ class ElectraFamily(BertFamily):
             hidden_RD = network.base_model.embeddings_project(hidden_RD)
         return hidden_RD
 
-    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
-        logits: Tensor = network.classifier(hidden_BKD)
-        return logits
 
-
-class RobertaFamily(BertFamily):
+class RobertaFamily(WholeHeadFamily):
     """RoBERTa, XLM-R and CamemBERT: positions are counted from behind the padding token's id."""
 
     def max_tokens(self, config: Any) -> int:
@@ -240,12 +253,8 @@ class RobertaFamily(BertFamily):
             token_type_ids_R = torch.zeros_like(input_ids_R)
         return super().embed(network, input_ids_R, token_type_ids_R, positions_R + first)
 
-    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
-        logits: Tensor = network.classifier(hidden_BKD)
-        return logits
 
-
-class MpnetFamily(BertFamily):
+class MpnetFamily(WholeHeadFamily):
     """MPNet: attention depends on the distance between tokens, wherever those between them have gone."""
 
     def max_tokens(self, config: Any) -> int:
@@ -260,28 +269,15 @@ class MpnetFamily(BertFamily):
         block = layer.attention.attn
         return block.q, block.k, block.v
 
-    def prepare(
-        self,
-        network: Any,
-        layer: int,
-        query_BHQd: Tensor,
-        key_BHLd: Tensor,
-        asking_BQ: Tensor,
-        positions_BL: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(self, network: Any, layer: int, query_BHQd: Tensor, key_BHLd: Tensor, places: Places) -> Prepared:
         encoder = network.base_model.encoder
-        distance_BQL = positions_BL[:, None, :] - asking_BQ[:, :, None]
-        bias_BQLH = encoder.relative_attention_bias(encoder.relative_position_bucket(distance_BQL))
+        bias_BQLH = encoder.relative_attention_bias(encoder.relative_position_bucket(places.distances()))
         return query_BHQd, key_BHLd, bias_BQLH.permute(0, 3, 1, 2)
 
     def merge(self, network: Any, layer: int, context_RD: Tensor, hidden_RD: Tensor) -> Tensor:
         block = self.layer(network, layer).attention
         attended: Tensor = block.LayerNorm(block.dropout(block.attn.o(context_RD)) + hidden_RD)
         return attended
-
-    def classify(self, network: Any, hidden_BKD: Tensor) -> Tensor:
-        logits: Tensor = network.classifier(hidden_BKD)
-        return logits
 
 
 class DistilBertFamily(EncoderFamily):
@@ -400,21 +396,13 @@ class ModernBertFamily(EncoderFamily):
         block = self.layer(network, layer)
         return _part(block.attn.Wqkv, block.attn_norm(first_BD), slice(network.config.hidden_size))
 
-    def prepare(
-        self,
-        network: Any,
-        layer: int,
-        query_BHQd: Tensor,
-        key_BHLd: Tensor,
-        asking_BQ: Tensor,
-        positions_BL: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(self, network: Any, layer: int, query_BHQd: Tensor, key_BHLd: Tensor, places: Places) -> Prepared:
         kind, rotary = network.config.layer_types[layer], network.base_model.rotary_emb
-        query = _rotated(query_BHQd, *rotary(query_BHQd, asking_BQ, kind))
-        key = _rotated(key_BHLd, *rotary(key_BHLd, positions_BL, kind))
+        query = _rotated(query_BHQd, *rotary(query_BHQd, places.asking_BQ, kind))
+        key = _rotated(key_BHLd, *rotary(key_BHLd, places.asked_BL, kind))
         if kind != "sliding_attention":
             return query, key, None
-        distance_BQL = (asking_BQ[:, :, None] - positions_BL[:, None, :]).abs()
+        distance_BQL = places.distances().abs()
         bias = torch.zeros_like(distance_BQL, dtype=query.dtype)
         bias.masked_fill_(distance_BQL > network.config.sliding_window, torch.finfo(query.dtype).min)
         return query, key, bias[:, None]
@@ -447,7 +435,7 @@ class DebertaV2Family(BertFamily):
 
     def refusal(self, config: Any, task: str) -> str | None:
         if getattr(config, "conv_kernel_size", 0):
-            return "has a convolution after its first layer, which needs the neighbours of every token"
+            return "has a convolution after its first layer, which needs every neighbour; use another encoder"
         return None
 
     def shape(self, config: Any, task: str) -> EncoderShape:
@@ -463,39 +451,33 @@ class DebertaV2Family(BertFamily):
         block = layer.attention.self
         return block.query_proj, block.key_proj, block.value_proj
 
-    def prepare(
-        self,
-        network: Any,
-        layer: int,
-        query_BHQd: Tensor,
-        key_BHLd: Tensor,
-        asking_BQ: Tensor,
-        positions_BL: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(self, network: Any, layer: int, query_BHQd: Tensor, key_BHLd: Tensor, places: Places) -> Prepared:
         config, block = network.config, self.layer(network, layer).attention.self
         terms = self._terms(config)
         query = query_BHQd * (1 + len(terms)) ** -0.5
         if not config.relative_attention:
             return query, key_BHLd, None
         span, scale = self._span(config), query.size(-1) ** -0.5
-        bucket_BQL = asking_BQ[:, :, None] - positions_BL[:, None, :]
+        bucket_BQL = -places.distances()
         if block.position_buckets > 0:
             bucket_BQL = make_log_bucket_position(bucket_BQL, block.position_buckets, block.max_relative_positions)
         index_B1QL = (bucket_BQL.long() + span).clamp(0, 2 * span - 1)[:, None]
+        index_BHQL = index_B1QL.expand(len(query), config.num_attention_heads, -1, -1)
         distances_SD = block.pos_dropout(network.base_model.encoder.get_rel_embedding()[: 2 * span])
+
+        def heads_of(projection: Any) -> Tensor:
+            """The distances as keys or queries, (H, d, S)."""
+            projected_SD: Tensor = projection(distances_SD).to(query.dtype)
+            return projected_SD.view(len(projected_SD), config.num_attention_heads, -1).permute(1, 2, 0)
+
         shared = block.share_att_key
         bias = torch.zeros_like(index_B1QL, dtype=query.dtype)
-        size, heads, length = len(query), config.num_attention_heads, key_BHLd.size(2)
-        index_BHQL = index_B1QL.expand(size, heads, -1, -1)
         if "c2p" in terms:
-            key_SD = (block.key_proj if shared else block.pos_key_proj)(distances_SD).to(query.dtype)
-            key_HSd = key_SD.view(len(key_SD), heads, -1).transpose(0, 1)
-            bias = bias + (query @ key_HSd.transpose(-1, -2)).gather(-1, index_BHQL) * scale
+            seen_BHQS = query @ heads_of(block.key_proj if shared else block.pos_key_proj)
+            bias = bias + seen_BHQS.gather(-1, index_BHQL) * scale
         if "p2c" in terms:
-            query_SD = (block.query_proj if shared else block.pos_query_proj)(distances_SD).to(query.dtype)
-            query_HSd = query_SD.view(len(query_SD), heads, -1).transpose(0, 1) * (1 + len(terms)) ** -0.5
-            seen_BHLS = key_BHLd @ query_HSd.transpose(-1, -2)
-            assert seen_BHLS.size(2) == length
+            asking_HdS = heads_of(block.query_proj if shared else block.pos_query_proj) * (1 + len(terms)) ** -0.5
+            seen_BHLS = key_BHLd @ asking_HdS
             bias = bias + seen_BHLS.gather(-1, index_BHQL.transpose(-1, -2)).transpose(-1, -2) * scale
         return query, key_BHLd, bias
 
