@@ -158,20 +158,9 @@ class MirroredStudy:
         if isinstance(self.copy.sampler, BaseGASampler):
             # Optuna gives no generation to a trial whose parameters were all enqueued, so it would never be a parent.
             self.copy.sampler.get_trial_generation(self.copy, self.memory.get_trial(trial._trial_id))
-        drawn = self.memory.get_trial(trial._trial_id)
-        return FrozenTrial(
-            number=-1,
-            trial_id=trial._trial_id,
-            state=TrialState.RUNNING,
-            value=None,
-            datetime_start=drawn.datetime_start,
-            datetime_complete=None,
-            params=drawn.params,
-            distributions=drawn.distributions,
-            user_attrs=dict(attributes_of(drawn.params)),
-            system_attrs=drawn.system_attrs,
-            intermediate_values={},
-        )
+        for key, value in attributes_of(trial.params).items():
+            trial.set_user_attr(key, value)
+        return self.memory.get_trial(trial._trial_id)
 
     def _learn(self, told: Told) -> None:
         """Finish the trial in the sampler's copy."""
