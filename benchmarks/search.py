@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,single,scaling,memory]
 
-Searches on the dataset's validation split, reports on what `hpo search-lengths` would search on, a part held out of the
-training split, and prints JSON lines:
+Searches on the dataset's validation split, reports on training rows that the checkpoint has not seen, drawn to be as
+long as those searched on, and prints JSON lines:
 
 - `speed`: seconds per config of a whole search, everything included, against two plain loops over configs of that
   search, one example batch of 32 after the other in float32: padded to the longest of each batch, and to 128 tokens;
@@ -26,10 +26,11 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import optuna
 import torch
@@ -40,7 +41,8 @@ from hpo.front import hypervolume
 from hpo.search_lengths import LengthSearch, config_of, search_loaded
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import LoadedWorkload, Workload, library_versions, load_encoder, load_workload
-from model.data import DataSpec, EncodedSplit
+from model.data import DataSpec, load_corpus
+from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision
 from model.hardware import computes_in_bf16
@@ -55,6 +57,7 @@ LAT_RETENTION = Range(low=0.02, high=1.0)  # continuous, as published
 SINGLE_REPEATS = 7
 STRETCH = 500
 FEW = 8
+REPORTED_PER_SEARCHED = 2
 NEVER = 1e9  # standard errors by which a config must trail to be stopped
 ENGINE_BYTES = 4 * 2**30
 SQUAD_EXAMPLES, SQUAD_MEAN_TOKENS, SQUAD_MOST_TOKENS = 10_570, 170, 384
@@ -70,18 +73,42 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--long-trials", type=int, default=5000, help="of `scaling`")
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="that the checkpoint was tuned with")
+    parser.add_argument("--train-limit", type=int, help="that the checkpoint was tuned with")
     parser.add_argument("--min-tokens", type=int, default=1, help="shorter texts are left out of `single`")
     parser.add_argument("--examples", type=int, default=872, help="texts that `single` takes at most")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    workload = Workload(
-        model=str(arguments.checkpoint), data=DataSpec(dataset=arguments.dataset), max_length=arguments.max_length
-    )
+    spec = DataSpec(dataset=arguments.dataset, seed=arguments.seed)
+    workload = Workload(model=str(arguments.checkpoint), data=spec, max_length=arguments.max_length)
     loaded = load_workload(workload, arguments.checkpoint)
-    loaded = dataclasses.replace(loaded, search=loaded.report, report=loaded.search)
+    limited = load_corpus(dataclasses.replace(spec, train_limit=arguments.train_limit))
+    unseen = rows_not_in(loaded.corpus.train, limited.train) if arguments.train_limit else np.empty(0, dtype=np.int64)
+    held_out = loaded.train.take(unseen) if len(unseen) else loaded.search
+    loaded = dataclasses.replace(loaded, search=loaded.report, report=of_like_lengths(held_out, loaded.report))
     for part in arguments.parts.split(","):
         for line in PARTS[part](loaded, arguments):
             print(json.dumps({"benchmark": f"search/{part}", **line, **where()}), flush=True)
+
+
+def rows_not_in(rows: datasets.Dataset, others: datasets.Dataset) -> NDArray[np.int64]:
+    """The numbers of the rows whose texts stand in none of the others."""
+    texts = [name for name in rows.column_names if name != "label"]
+    taken = set(zip(*(others[name] for name in texts), strict=True))
+    return np.flatnonzero([row not in taken for row in zip(*(rows[name] for name in texts), strict=True)])
+
+
+def of_like_lengths(split: EncodedSplit, model_of: EncodedSplit) -> EncodedSplit:
+    """Two examples of `split` for each of the other split, of the same number of tokens or as near as there are."""
+    free = np.random.default_rng(0).permutation(len(split))
+    free = free[np.argsort(split.num_tokens[free], kind="stable")].tolist()
+    drawn = []
+    for wanted in sorted(model_of.num_tokens.tolist() * REPORTED_PER_SEARCHED, reverse=True):
+        if not free:
+            break
+        place = int(np.searchsorted(split.num_tokens[free], wanted))
+        drawn.append(free.pop(min(place, len(free) - 1)))
+    return split.take(sorted(drawn))
 
 
 def speed(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -210,17 +237,6 @@ def above_half(points: Sequence[tuple[float, float]]) -> float:
     return hypervolume([cost for cost, _ in points], [max(quality - 0.5, 0.0) for _, quality in points])
 
 
-def subset(split: EncodedSplit, numbers: Iterable[int]) -> EncodedSplit:
-    """The examples of these numbers."""
-    chosen = list(numbers)
-    return dataclasses.replace(
-        split,
-        input_ids=[split.input_ids[number] for number in chosen],
-        token_type_ids=[split.token_type_ids[number] for number in chosen],
-        labels=split.labels[chosen],
-    )
-
-
 def single(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One config alone against full length, in turns, each the median of its repeats.
 
@@ -229,7 +245,7 @@ def single(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[di
     """
     model = load_encoder(arguments.checkpoint, loaded.corpus)
     chosen = np.flatnonzero(loaded.search.num_tokens >= arguments.min_tokens)[: arguments.examples]
-    split = subset(loaded.search, chosen)
+    split = loaded.search.take(chosen)
     precision = choose_precision(model, split, loaded.metric)
     engine = Evaluator(model, split, precision=precision, cache_bytes=0)
     timed = {"full": LengthConfig.full(model.num_layers)}
@@ -291,7 +307,7 @@ def scaling(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[d
     """How the time outside the model grows with the study."""
     model = load_encoder(arguments.checkpoint, loaded.corpus)
     definition = load_lengths("lengths")
-    loaded = dataclasses.replace(loaded, report=subset(loaded.report, range(FEW)))  # the front is scored there
+    loaded = dataclasses.replace(loaded, report=loaded.report.take(range(FEW)))  # the front is scored there
     engine = Instant(model, loaded.search, num_blocks=definition.blocks, cache_bytes=0)
     reached: list[tuple[int, float]] = []
 

@@ -67,8 +67,22 @@ TextColumns = Annotated[
     typer.Option(metavar="NAME[,NAME]", help="Column of the text, or of a pair of texts.", show_default=False),
 ]
 LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Column of the label.", show_default=False)]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK",
+        help="classification, regression, question-answering or token-classification.",
+        show_default="as the columns tell",
+    ),
+]
 MetricName = Annotated[
-    str | None, typer.Option("--metric", help="accuracy, f1 or matthews_correlation.", show_default="accuracy")
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="What trials are scored by; README lists them.",
+        show_default="the task's usual",
+    ),
 ]
 TrainLimit = Annotated[
     int | None, typer.Option(min=1, help="Train on this many examples at most; other splits stay.", show_default="all")
@@ -79,7 +93,19 @@ SearchSize = Annotated[
         min=1, help="Examples carved out of train to score trials on.", show_default="2,000, or 10 % of train"
     ),
 ]
-MaxLength = Annotated[int | None, typer.Option(min=4, help="Tokens after which a text is cut.", show_default="512")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=4, help="Tokens after which a text is cut, or a window of a context.", show_default="512"),
+]
+Stride = Annotated[
+    int | None, typer.Option(min=0, help="Tokens that neighbouring windows of a context share.", show_default="128")
+]
+Windows = Annotated[
+    bool | None,
+    typer.Option(
+        "--windows/--no-windows", help="Cut long contexts into windows, or refuse them.", show_default="windows"
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of the splits, the sampler and the training.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 MaxDrop = Annotated[
@@ -118,7 +144,7 @@ def tune_command(
     trials: Annotated[int, typer.Option(min=1, help="Finished trials the study shall have in all.")] = 20,
     model: Model = None,
     dataset: Dataset = None,
-    task: Annotated[str, typer.Option(help="What the head predicts.")] = "classification",
+    task: Task = None,
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     metric: MetricName = None,
@@ -128,6 +154,8 @@ def tune_command(
     train_limit: TrainLimit = None,
     search_size: SearchSize = None,
     max_length: MaxLength = None,
+    stride: Stride = None,
+    windows: Windows = None,
     seed: Seed = 0,
     storage: Storage = None,
     runs: Runs = None,
@@ -150,7 +178,7 @@ def tune_command(
     if model is None:
         model, dataset = _demo(root)
     flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
-    workload = _workload(model, flags, metric, max_length, task)
+    workload = _workload(model, flags, _workload_flags(task, metric, max_length, stride, windows))
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         finished = tune(definition, workload, trials=trials, storage=url, runs=root, seed=seed, on_progress=on_progress)
     folder = best_checkpoint(finished, root)
@@ -201,12 +229,15 @@ def search_lengths_command(
         str, typer.Option(metavar="NAME", help="Study whose best model and dataset are taken.")
     ] = FINETUNE,
     dataset: Dataset = None,
+    task: Task = None,
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     metric: MetricName = None,
     train_limit: TrainLimit = None,
     search_size: SearchSize = None,
     max_length: MaxLength = None,
+    stride: Stride = None,
+    windows: Windows = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the splits and the sampler.", show_default="the finetune study's")
     ] = None,
@@ -229,10 +260,11 @@ def search_lengths_command(
     url, root = storage_url(storage), runs_folder(runs)
     definition = load_lengths(study)
     flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
+    workload_flags = _workload_flags(task, metric, max_length, stride, windows)
     if checkpoint is not None and dataset is not None:
-        workload = _workload(str(checkpoint), flags, metric, max_length)
+        workload = _workload(str(checkpoint), flags, workload_flags)
     else:
-        trained, workload = _trained_by(finetune_study, url, flags, metric, max_length)
+        trained, workload = _trained_by(finetune_study, url, flags, workload_flags)
         checkpoint = checkpoint or best_checkpoint(trained, root)
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         search = search_lengths(
@@ -357,8 +389,8 @@ def _explain(error: Exception) -> str | None:
     """One sentence for an error the user can put right; None for one that only we can."""
     if isinstance(error, HpoError | StudyFileError):
         return str(error)
-    from model.data import DataError
     from model.encoder import CheckpointError
+    from model.rows import DataError
 
     if isinstance(error, DataError | CheckpointError):
         return str(error)
@@ -453,21 +485,24 @@ def _data_flags(
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _workload(
-    model: str, data_flags: dict[str, Any], metric: str | None, max_length: int | None, task: str = "classification"
-) -> "Workload":
+def _workload_flags(
+    task: str | None, metric: str | None, max_length: int | None, stride: int | None, windows: bool | None
+) -> dict[str, Any]:
+    """The fields of a `Workload` that flags were given for, but for model and data."""
+    if stride is not None and windows is False:
+        raise typer.BadParameter("give --stride or --no-windows, not both")
+    flags = {"task": task, "metric": metric, "max_length": max_length, "stride": stride}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return {**given, "stride": None} if windows is False else given
+
+
+def _workload(model: str, data_flags: dict[str, Any], workload_flags: dict[str, Any]) -> "Workload":
     """What the flags name, or wrong usage."""
-    from hpo.workload import DEFAULT_MAX_LENGTH, Workload
+    from hpo.workload import Workload
     from model.data import DataSpec
 
     try:
-        return Workload(
-            model=_absolute(model),
-            data=DataSpec(**data_flags),
-            task=task,
-            metric=metric or "accuracy",
-            max_length=max_length or DEFAULT_MAX_LENGTH,
-        )
+        return Workload(model=_absolute(model), data=DataSpec(**data_flags), **workload_flags)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -485,7 +520,7 @@ def _demo(root: Path) -> tuple[str, str]:
 
 
 def _trained_by(
-    finetune_study: str, url: str, data_flags: dict[str, Any], metric: str | None, max_length: int | None
+    finetune_study: str, url: str, data_flags: dict[str, Any], workload_flags: dict[str, Any]
 ) -> "tuple[optuna.Study, Workload]":
     """A finetune study, and its workload with what the flags change."""
     from hpo.storage import find_study, open_storage
@@ -498,12 +533,8 @@ def _trained_by(
         raise HpoError(f"Study {finetune_study!r} does not say what it used; pass --checkpoint and --dataset.")
     workload = Workload.from_attribute(recorded)
     try:
-        return found, dataclasses.replace(
-            workload,
-            data=dataclasses.replace(workload.data, **data_flags),
-            metric=metric or workload.metric,
-            max_length=max_length or workload.max_length,
-        )
+        data = dataclasses.replace(workload.data, **data_flags)
+        return found, dataclasses.replace(workload, data=data, **workload_flags)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

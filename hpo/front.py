@@ -49,6 +49,8 @@ class FrontPoint:
         relative_macs: `macs` as a share of the same model at full length without padding.
         report_relative_macs: The same share on the report split; None where it was not scored there.
         latency_ms: Measured time of one sequence; None where it was not measured.
+        metrics: Every metric that is reported, on the search split, by name; empty where only `metric` was recorded.
+        report_metrics: The same on the report split.
     """
 
     trial: int
@@ -59,6 +61,8 @@ class FrontPoint:
     relative_macs: float
     report_relative_macs: float | None = None
     latency_ms: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    report_metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +250,7 @@ def front_to_json(front: Front, chosen: FrontPoint | None) -> dict[str, Any]:
 
 def front_table(front: Front, chosen: FrontPoint | None) -> Table:
     """The front for a terminal of 80 columns or more: one row per point, then full length for comparison."""
+    beside = [name for name in front.full.report_metrics if name != front.metric]
     table = Table(
         title=Text(
             f"{front.study}: {len(front.points)} best of {front.trials} trials, hypervolume {front.hypervolume:.4f}"
@@ -266,14 +271,16 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
     table.add_column("tokens left after\neach layer, %", no_wrap=True)
     for split in ("search", "report"):
         table.add_column(Text(f"{front.metric}\n{split}", overflow="fold"), justify="right", min_width=6)
+    for name in beside:
+        table.add_column(Text(f"{name}\nreport".replace("_", " "), overflow="fold"), justify="right", min_width=6)
     table.add_column("share\nof full", justify="right", no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
     for point in front.points:
         is_chosen = chosen is not None and point.trial == chosen.trial
         mark = "*" if is_chosen else ""
-        table.add_row(mark, *_cells(point, percents(point.shares)), style="bold" if is_chosen else None)
+        table.add_row(mark, *_cells(point, percents(point.shares), beside), style="bold" if is_chosen else None)
     table.add_section()
-    table.add_row("", *_cells(front.full, "full length"))
+    table.add_row("", *_cells(front.full, "full length", beside))
     return table
 
 
@@ -294,10 +301,11 @@ def flops_text(macs: float) -> str:
     return f"{flops:.0f} FLOPs"
 
 
-def _cells(point: FrontPoint, kept: str) -> tuple[str, ...]:
-    report = "-" if point.report_metric is None else f"{point.report_metric:.4f}"
+def _cells(point: FrontPoint, kept: str, beside: Sequence[str]) -> tuple[str, ...]:
+    reported = (point.report_metric, *(point.report_metrics.get(name) for name in beside))
+    qualities = ("-" if value is None else f"{value:.4f}" for value in reported)
     share = f"{point.relative_macs:.1%}"
-    return str(point.trial), kept, f"{point.metric:.4f}", report, share, flops_text(point.macs)
+    return str(point.trial), kept, f"{point.metric:.4f}", *qualities, share, flops_text(point.macs)
 
 
 def _check_objectives(study: optuna.Study) -> None:
@@ -333,6 +341,8 @@ def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any]) -> Fr
         macs=macs,
         relative_macs=macs / _full_macs(study, attrs),
         report_relative_macs=report_macs / report_full_macs if report_macs and report_full_macs else None,
+        metrics=trial.user_attrs.get("metrics") or {},
+        report_metrics=attrs.get(f"report_metrics:{trial.number}") or {},
     )
 
 
@@ -364,6 +374,8 @@ def _distinct_by_cost(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:
 
 
 def _point_to_json(point: FrontPoint) -> dict[str, Any]:
-    names = ("trial", "shares", "metric", "report_metric", "macs", "relative_macs", "latency_ms")
+    names = ["trial", "shares", "metric", "report_metric", "macs", "relative_macs", "latency_ms"]
+    if len(point.metrics) > 1:
+        names += ["metrics", "report_metrics"]
     fields = asdict(point)
     return {name: list(fields[name]) if name == "shares" else fields[name] for name in names}

@@ -44,8 +44,9 @@ from hpo.workload import (
     load_workload,
     require_trials,
 )
+from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel
-from model.evaluate import Evaluator, choose_precision, score
+from model.evaluate import Evaluator, choose_precision, predict
 from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.macs import mean_macs, mean_macs_of_shares
@@ -57,6 +58,8 @@ COST_NAME = "macs"
 COST_DIRECTION: Literal["minimize"] = "minimize"
 CORRECT = "correct"
 """Attribute of a trial on the front: which examples it gets right."""
+METRICS = "metrics"
+"""Attribute of a completed trial: every metric that is reported, by name."""
 REUSED_FROM = "reused_from"
 """Attribute of a trial whose lengths had been scored before: the trial that asked for them first."""
 
@@ -164,7 +167,7 @@ def search_loaded(
             "model": model.fingerprint(),
             "dataset": loaded.dataset_identity,
             "search space": definition.space_fingerprint(),
-            "metric": workload.metric,
+            "metric": loaded.metric.name,
         },
         attributes={
             "kind": "lengths",
@@ -208,7 +211,7 @@ class _Result:
         metric: Its quality on the search split; None where it was stopped early.
         macs: Its mean cost there.
         correct_N: Which examples it gets right, where that is what is measured.
-        attributes: What its trials record where it was stopped early.
+        attributes: What its trials record: its metrics, or how it was stopped early.
     """
 
     trial: int
@@ -274,10 +277,21 @@ class _Run:
         if not missing:
             return
         precision = self.evaluator.precision
-        values = score(self.model, report, list(missing.values()), self.loaded.metric, precision=precision)
-        for (number, config), value in zip(missing.items(), values, strict=True):
+
+        def report_share(share: float) -> None:
+            if self.on_progress is not None:
+                self.on_progress(self.trials, self.trials, f"scoring the front on the report split: {share:.0%}")
+
+        configs = list(missing.values())
+        answers_CX = predict(self.model, report, configs, precision=precision, on_progress=report_share)
+        for (number, config), answers_X in zip(missing.items(), answers_CX, strict=True):
+            qualities = self._qualities(report, answers_X)
             self.study.set_user_attr(f"report_macs:{number}", mean_macs(self.model.shape, report.num_tokens, config))
-            self.study.set_user_attr(f"report_metric:{number}", value)
+            self.study.set_user_attr(f"report_metrics:{number}", qualities)
+            self.study.set_user_attr(f"report_metric:{number}", qualities[self.loaded.metric.name])
+
+    def _qualities(self, split: EncodedSplit, answers_X: Answers) -> dict[str, float]:
+        return {metric.name: split.quality(metric, answers_X) for metric in self.loaded.metrics}
 
     def _count_finished(self) -> int:
         with uninterrupted():
@@ -307,9 +321,9 @@ class _Run:
     def _score(self, asked: Sequence[AskedTrial], report_share: Callable[[float], None]) -> list[_Result]:
         """Score configs block by block, and leave out those that the front so far has beaten."""
         configs = [config_of(trial.params) for trial in asked]
-        labels, blocks = self.loaded.search.labels, self.evaluator.blocks
+        split, blocks = self.loaded.search, self.evaluator.blocks
         macs = [mean_macs(self.model.shape, self.loaded.search.num_tokens, config) for config in configs]
-        predictions_CN = np.zeros((len(configs), len(labels)), dtype=np.int64)
+        answers_CX = np.zeros((len(configs), split.answer_starts[-1]), dtype=split.answer_type)
         rivals = self._rivals()
         defeat_of: dict[int, Defeat] = {}
         seen_of: dict[int, NDArray[np.int64]] = {}
@@ -323,34 +337,35 @@ class _Run:
                 report_share((number + share) / len(blocks))
 
             alive_configs = [configs[index] for index in alive]
-            classes = self.evaluator.predict_block(number, alive_configs, on_progress=report)
-            predictions_CN[np.array(alive)[:, None], block] = classes
+            answers = self.evaluator.predict_block(number, alive_configs, on_progress=report)
+            answers_CX[np.array(alive)[:, None], self.evaluator.places_of(block)] = answers
             seen_M = np.concatenate([seen_M, block])
             if rivals is None or number + 1 == len(blocks):
                 continue
             for index in alive:
                 if len(set(asked[index].params.values())) == 1:
                     continue  # constant rates, full length among them, are what a front is compared with
-                correct_M = predictions_CN[index, seen_M] == labels[seen_M]
+                correct_M = answers_CX[index, seen_M] == split.labels[seen_M]
                 defeat = rivals.beats(macs[index], correct_M, seen_M, self.definition.confidence)
                 if defeat is not None:
                     defeat_of[index], seen_of[index] = defeat, seen_M
         results = []
         for index, trial in enumerate(asked):
-            correct_N = predictions_CN[index] == labels if self._stops_early else None
+            correct_N = answers_CX[index] == split.labels if self._stops_early else None
             if index in defeat_of and rivals is not None:
                 defeat, seen = defeat_of[index], seen_of[index]
                 stop = {
                     STOPPED_BY: defeat.by,
                     SEEN: len(seen),
-                    PARTIAL_METRIC: self.loaded.metric.compute(predictions_CN[index, seen], labels[seen]),
+                    PARTIAL_METRIC: self.loaded.metric.compute(answers_CX[index, seen], split.labels[seen]),
                     ESTIMATE: rivals.accuracy(defeat.by) - defeat.behind,
                     ESTIMATE_ERROR: defeat.error,
                 }
                 results.append(_Result(trial.number, None, macs[index], None, stop))
                 continue
-            metric = self.loaded.metric.compute(predictions_CN[index], labels)
-            results.append(_Result(trial.number, metric, macs[index], correct_N, {}))
+            qualities = self._qualities(split, answers_CX[index])
+            metric = qualities[self.loaded.metric.name]
+            results.append(_Result(trial.number, metric, macs[index], correct_N, {METRICS: qualities}))
         return results
 
     def _rivals(self) -> Rivals | None:
@@ -404,8 +419,8 @@ class _Run:
         if key in self._result_of:
             return
         attrs = trial.user_attrs
-        kept = {name: attrs[name] for name in PARTIAL_FIGURES if name in attrs}
-        bits = bits_from_text(attrs[CORRECT], len(self.loaded.search.labels)) if CORRECT in attrs else None
+        kept = {name: attrs[name] for name in (METRICS, *PARTIAL_FIGURES) if name in attrs}
+        bits = bits_from_text(attrs[CORRECT], len(self.loaded.search)) if CORRECT in attrs else None
         metric = float(trial.values[0]) if trial.state == TrialState.COMPLETE else None
         macs = mean_macs(self.model.shape, self.loaded.search.num_tokens, config)
         self._result_of[key] = _Result(trial.number, metric, macs, bits, kept)

@@ -84,11 +84,11 @@ def tune(
             "model": encoder_fingerprint(probe),
             "dataset": loaded.dataset_identity,
             "search space": definition.space_fingerprint(),
-            "metric": workload.metric,
+            "metric": loaded.metric.name,
         },
         attributes={
             "kind": "finetune",
-            "workload": workload.to_attribute(),
+            "workload": loaded.workload.to_attribute(),
             "objective": definition.objective,
             "seed": seed,
             "versions": library_versions(),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
-from model.data import Corpus, DataSpec, EncodedSplit, encode, load_corpus
+from model.data import DEFAULT_STRIDE, KINDS, Corpus, DataSpec, encode, load_corpus
+from model.encoded import EncodedSplit
 from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, explain_load_failure, max_tokens
 from model.hub import only_local_files
-from model.tasks import Metric, get_metric
+from model.rows import DataError
+from model.tasks import Metric, choose_metric
 
 DEFAULT_MAX_LENGTH = 512
+SHARED_PART = 3
+"""Windows share a part in so many of their tokens at most, unless a user says how many."""
 
 ProgressHook = Callable[[float, int, str], None]
 """Called with the trials done (running ones count in part), the trials in all, and a remark."""
@@ -29,24 +33,29 @@ class Workload:
     Attributes:
         model: Folder or hub id of the encoder.
         data: Which dataset, and how it is split.
-        task: What the head predicts.
-        metric: Name of the quality that trials are scored by.
-        max_length: Tokens after which a text is cut; the encoder's own limit where that is lower.
+        task: What the head predicts; None lets the dataset's columns tell.
+        metric: Name of the quality that trials are scored by; None takes the task's usual one.
+        max_length: Tokens after which a text is cut, or a window of a question's context; the encoder's own limit where
+            that is lower.
+        stride: Tokens that neighbouring windows of a context share; None refuses contexts that are too long.
     """
 
     model: str
     data: DataSpec
-    task: str = "classification"
-    metric: str = "accuracy"
+    task: str | None = None
+    metric: str | None = None
     max_length: int = DEFAULT_MAX_LENGTH
+    stride: int | None = DEFAULT_STRIDE
 
     def __post_init__(self) -> None:
-        check_task(self.task)
-        if self.task != "classification":
-            raise ValueError(f"task={self.task!r} cannot be studied yet; choose classification.")
-        get_metric(self.metric)
+        if self.task is not None:
+            check_task(self.task)
+        if self.metric is not None and all(self.metric not in _names(data.metrics) for data in KINDS.values()):
+            raise ValueError(f"metric={self.metric!r} is unknown; choose one of {', '.join(_all_metrics())}.")
         if self.max_length < 4:
             raise ValueError(f"max_length={self.max_length}; choose at least 4 tokens.")
+        if self.stride is not None and self.stride < 0:
+            raise ValueError(f"stride={self.stride}; choose 0 tokens or more.")
 
     def to_attribute(self) -> dict[str, Any]:
         """A JSON-able form for the database."""
@@ -63,13 +72,14 @@ class LoadedWorkload:
     """A workload with its data in memory, tokenised.
 
     Attributes:
-        workload: What was loaded.
+        workload: What was loaded; its task and metric are no longer None.
         corpus: The three splits as text, with their fingerprint.
         tokenizer: Belongs to the encoder.
         train: Tokenised training split.
         search: Tokenised search split, on which trials are scored.
         report: Tokenised report split, touched once per final front point.
         metric: The quality that trials are scored by.
+        metrics: All that are reported, the one above among them.
     """
 
     workload: Workload
@@ -79,11 +89,13 @@ class LoadedWorkload:
     search: EncodedSplit
     report: EncodedSplit
     metric: Metric
+    metrics: tuple[Metric, ...]
 
     @property
     def dataset_identity(self) -> str:
         """Fingerprint of the texts, the labels and how they are cut."""
-        return f"{self.corpus.fingerprint}/{self.workload.max_length}"
+        windows = f"/{self.workload.stride}" * (self.workload.task == "question-answering")
+        return f"{self.corpus.fingerprint}/{self.workload.max_length}{windows}"
 
 
 def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
@@ -96,17 +108,30 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         DataError: The dataset cannot be used.
         CheckpointError: The encoder has no tokenizer.
     """
-    corpus = load_corpus(workload.data)
+    corpus = load_corpus(workload.data, workload.task)
+    data = KINDS[corpus.kind]
+    try:
+        metric = choose_metric(data.metrics, workload.metric)
+    except ValueError as error:
+        raise DataError(f"The dataset is for {corpus.kind}: {error}") from error
     tokenizer = load_tokenizer(encoder)
     max_length = min(workload.max_length, tokenizer.model_max_length, max_tokens(encoder))
+    stride = workload.stride
+    if stride == DEFAULT_STRIDE:
+        stride = min(stride, max_length // SHARED_PART)
+    train, search, report = (
+        encode(split, tokenizer, max_length, corpus.kind, stride)
+        for split in (corpus.train, corpus.search, corpus.report)
+    )
     return LoadedWorkload(
-        workload=workload,
+        workload=dataclasses.replace(workload, task=corpus.task, metric=metric.name),
         corpus=corpus,
         tokenizer=tokenizer,
-        train=encode(corpus.train, tokenizer, max_length),
-        search=encode(corpus.search, tokenizer, max_length),
-        report=encode(corpus.report, tokenizer, max_length),
-        metric=get_metric(workload.metric),
+        train=train,
+        search=search,
+        report=report,
+        metric=metric,
+        metrics=(metric, *(other for other in data.metrics if other.name in data.shown and other is not metric)),
     )
 
 
@@ -133,13 +158,18 @@ def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveModel:
-    """The encoder with a head for the corpus's classes.
+    """The encoder with a head for the corpus's task and classes.
 
     Raises:
         CheckpointError: It cannot be loaded.
     """
+    names = corpus.label_names
     return LengthAdaptiveModel.from_pretrained(
-        source, num_labels=len(corpus.label_names), label_names=corpus.label_names
+        source,
+        corpus.task,
+        num_labels=len(names) or None,
+        label_names=names or None,
+        multi_label=corpus.kind == "multi-label",
     )
 
 
@@ -153,3 +183,11 @@ def require_trials(trials: int) -> None:
     """Refuse a total that is not positive."""
     if trials < 1:
         raise HpoError(f"--trials {trials}; choose at least 1.")
+
+
+def _names(metrics: Iterable[Metric]) -> list[str]:
+    return [metric.name for metric in metrics]
+
+
+def _all_metrics() -> list[str]:
+    return list(dict.fromkeys(name for data in KINDS.values() for name in _names(data.metrics)))

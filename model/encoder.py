@@ -27,6 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.attention import TOKEN_SCORES, token_score
+from model.encoded import IGNORED
 from model.families import FAMILIES, TOKEN_TASKS, attend
 from model.hub import only_local_files
 from model.length_config import LengthConfig
@@ -42,8 +43,8 @@ HEADS: Mapping[str, Any] = {
 }
 """What transformers calls the head of each task."""
 TASKS = tuple(HEADS)
-IGNORED = -100
-"""The label of what has none, as transformers writes it."""
+MULTI_LABEL = "multi_label_classification"
+"""The `problem_type` of a config whose classes do not exclude each other, as transformers writes it."""
 LAYER = re.compile(r"\.layers?\.\d+\.")
 """In the names of a layer's weights."""
 
@@ -84,6 +85,7 @@ class LengthAdaptiveModel(nn.Module):
         task: str = "classification",
         num_labels: int | None = None,
         label_names: Collection[str] | None = None,
+        multi_label: bool | None = None,
     ) -> "LengthAdaptiveModel":
         """Load a transformers folder or hub id in float32; a missing task head is initialised anew.
 
@@ -92,6 +94,7 @@ class LengthAdaptiveModel(nn.Module):
             task: What the head predicts.
             num_labels: Classes; None takes the checkpoint's.
             label_names: Names of the classes, in order of their ids.
+            multi_label: Whether any number of classes may apply to a text; None takes the checkpoint's word.
         Raises:
             CheckpointError: There is no such model, its weights are damaged or of another architecture.
             ValueError: Unknown task.
@@ -102,6 +105,8 @@ class LengthAdaptiveModel(nn.Module):
         if label_names is not None:
             labels["id2label"] = dict(enumerate(label_names))
             labels["label2id"] = {name: index for index, name in enumerate(label_names)}
+        if task == "classification" and multi_label is not None:
+            labels["problem_type"] = MULTI_LABEL if multi_label else "single_label_classification"
         config = read_config(folder_or_id, **labels)
         try:
             network, report = HEADS[task].from_pretrained(
@@ -161,6 +166,11 @@ class LengthAdaptiveModel(nn.Module):
         return self.task not in TOKEN_TASKS
 
     @property
+    def is_multi_label(self) -> bool:
+        """Whether any number of classes may apply to a text."""
+        return self.task == "classification" and self.network.config.problem_type == MULTI_LABEL
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -187,8 +197,9 @@ class LengthAdaptiveModel(nn.Module):
             input_ids: int64 (B, L); padding, if any, on the right.
             attention_mask: (B, L), 1 at real tokens; None where all are real.
             token_type_ids: (B, L) or None.
-            labels: With them the output carries a mean `loss`. Classification: int64 (B,), cross-entropy. Regression:
-                float (B,), squared error. Token classification: int64 (B, L), cross-entropy, -100 where there is none.
+            labels: With them the output carries a mean `loss`. Classification: int64 (B,), cross-entropy; of any number
+                of classes, float (B, C) of zeros and ones, binary cross-entropy. Regression: float (B,), squared error.
+                Token classification: int64 (B, L), cross-entropy, -100 where there is none.
                 Question answering: int64 (B, 2), the answer's first and last token, the mean cross-entropy of both.
             length_config: Tokens left after each layer; None runs the plain model.
             skip_layers: Layers left out altogether, as LayerDrop does in training.
@@ -230,10 +241,13 @@ class LengthAdaptiveModel(nn.Module):
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.float()
         match self.task:
+            case "classification" if self.is_multi_label:
+                return F.binary_cross_entropy_with_logits(logits, labels.float())
             case "regression":
                 return F.mse_loss(logits[:, 0], labels.float())
             case "token-classification":
-                return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED)
+                total = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
+                return total / (labels != IGNORED).sum().clamp(min=1)  # of no labels the mean would be no number
             case "question-answering":
                 return F.cross_entropy(logits, labels)  # over the tokens, for start and end at once
             case _:

@@ -9,12 +9,16 @@ shared or left out, none of which changes a result:
   walk of the tree of counts.
 - What a token's feed-forward half and its next query, key and value are does not depend on which others are kept, so
   they are computed once for the most tokens that some config keeps there, and each config takes its rows.
-- The head reads the first token, so the last layer is computed for that one alone, and its count decides nothing.
+- Where the head reads the first token, the last layer is computed for that one alone, and its count decides nothing.
+
+A head that reads every token looks at each by itself. What it says of a token that a layer drops is therefore known
+there already, from the vector that the token entered the layer with, and travels on with the sequence.
 
 Memory holds a chunk and what became of it per layer, however many configs come at once.
 
 Shape letters: C configs, N examples, R rows of a chunk, B sequences of a group, L tokens arriving, D hidden size, P
-what a family's `project` makes of a token.
+what a family's `project` makes of a token, T tokens of a chunk's sequences before any was dropped, V what the head says
+of a token, X numbers of all answers.
 """
 
 import itertools
@@ -28,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.data import EncodedSplit
+from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel, significance_order
 from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
@@ -90,28 +94,22 @@ class Evaluator:
             seed: Of the blocks.
             rows_per_chunk: Most rows of one chunk; a single longer sequence is a chunk of its own.
             cache_bytes: Memory for answers and hidden states that later calls may need; 0 for none.
-        Raises:
-            ValueError: The model's task is another.
         """
-        if model.task != "classification":
-            raise ValueError(f"The engine scores classification, not {model.task}.")
         self.model = model
         self.split = split
         self.precision: Precision = precision
         self.rows_computed = 0
         self._rows_per_chunk = rows_per_chunk
-        self._answers = _Memory[NDArray[np.int32]](
-            cache_bytes // ANSWERS_PART, lambda answer: answer.nbytes + ENTRY_BYTES
-        )
-        self._states = _Memory[_Rows](cache_bytes - self._answers.limit, _nbytes)
+        self._answers = _Memory[Answers](cache_bytes // ANSWERS_PART, lambda answer: answer.nbytes + ENTRY_BYTES)
+        self._states = _Memory[_Rows](cache_bytes - self._answers.limit, lambda made: made.nbytes)
         self._network = snapshot(model.network, precision)
         self.blocks = stratified_blocks(split.num_tokens, num_blocks, seed)
         self._bundles = [_Bundles.of(split.num_tokens, block, rows_per_chunk) for block in self.blocks]
 
     def predict(
         self, configs: Sequence[LengthConfig], *, on_progress: Callable[[float], None] | None = None
-    ) -> NDArray[np.int64]:
-        """The class that each config predicts for each example, as int64 (C, N).
+    ) -> Answers:
+        """What each config answers to each example, (C, X), in the split's order; see `EncodedSplit.answer`.
 
         Args:
             configs: Length configs of the model's number of layers; none give an array of no rows.
@@ -119,27 +117,32 @@ class Evaluator:
         Raises:
             ValueError: A config has another number of layers.
         """
-        predictions_CN = np.empty((len(configs), len(self.split.labels)), dtype=np.int64)
+        answers_CX = np.empty((len(configs), self.split.answer_starts[-1]), dtype=self.split.answer_type)
         for number, block in enumerate(self.blocks):
 
             def report(share: float, number: int = number) -> None:
                 if on_progress is not None:
                     on_progress((number + share) / len(self.blocks))
 
-            predictions_CN[:, block] = self.predict_block(number, configs, on_progress=report)
-        return predictions_CN
+            answers_CX[:, self.places_of(block)] = self.predict_block(number, configs, on_progress=report)
+        return answers_CX
+
+    def places_of(self, examples: Ints) -> Ints:
+        """Where the answers to these examples stand among those to the whole split."""
+        starts = self.split.answer_starts
+        return _ranges(starts[examples], starts[examples + 1])[1]
 
     def predict_block(
         self, number: int, configs: Sequence[LengthConfig], *, on_progress: Callable[[float], None] | None = None
-    ) -> NDArray[np.int64]:
+    ) -> Answers:
         """`predict` for the examples of `blocks[number]`, in the block's order."""
         for config in configs:
             if config.num_layers != self.model.num_layers:
                 raise ValueError(f"A length config has {config.num_layers} layers, the model {self.model.num_layers}.")
         bundles = self._bundles[number]
         if not configs or not len(bundles.size):
-            return np.empty((len(configs), len(self.blocks[number])), dtype=np.int64)
-        paths_PCM = paths_of(configs, bundles.lengths, self.model.num_layers - 1)
+            return np.empty((len(configs), len(self.places_of(self.blocks[number]))), dtype=self.split.answer_type)
+        paths_PCM = paths_of(configs, bundles.lengths, self.model.num_layers - self.model.reads_first)
         paths_QM, path_PC = np.unique(paths_PCM.reshape(-1, paths_PCM.shape[2]), axis=0, return_inverse=True)
         keys = [(number, path.tobytes()) for path in paths_QM]
         answers = {key: self._answers[key] for key in keys if key in self._answers}
@@ -156,7 +159,7 @@ class Evaluator:
         columns = [
             np.stack([answers[keys[path]] for path in path_C]) for path_C in path_PC.reshape(paths_PCM.shape[:2])
         ]
-        return np.concatenate(columns, axis=1, dtype=np.int64)
+        return np.concatenate(columns, axis=1)
 
 
 def predict(
@@ -166,8 +169,8 @@ def predict(
     *,
     precision: Precision = "fp32",
     on_progress: Callable[[float], None] | None = None,
-) -> NDArray[np.int64]:
-    """The class that each config predicts for each example, as int64 (C, N); see `Evaluator.predict`."""
+) -> Answers:
+    """What each config answers to each example, (C, X); see `Evaluator.predict`."""
     return Evaluator(model, split, precision=precision, cache_bytes=0).predict(configs, on_progress=on_progress)
 
 
@@ -181,8 +184,8 @@ def score(
     on_progress: Callable[[float], None] | None = None,
 ) -> list[float]:
     """The metric of each config over the split."""
-    predictions_CN = predict(model, split, configs, precision=precision, on_progress=on_progress)
-    return [metric.compute(predictions_N, split.labels) for predictions_N in predictions_CN]
+    answers_CX = predict(model, split, configs, precision=precision, on_progress=on_progress)
+    return [split.quality(metric, answers_X) for answers_X in answers_CX]
 
 
 def choose_precision(model: LengthAdaptiveModel, split: EncodedSplit, metric: Metric) -> Precision:
@@ -273,15 +276,34 @@ class _Rows:
 
     Attributes:
         hidden_RD: Token vectors.
-        projected_RP: Their query, key and value in the next layer.
+        projected_RP: Their query, key and value in the next layer; None after the last.
         position_R: Where each stood in its sequence.
         rank_R: Each row's place in its sequence by the attention it received in the last layer computed.
+        said_TV: What the head says of the sequences' tokens that arrived at that layer or were dropped before, one
+            cell's sequences after another's; None where it reads the first token alone.
     """
 
     hidden_RD: Tensor
-    projected_RP: Tensor
+    projected_RP: Tensor | None
     position_R: Ints
     rank_R: Ints
+    said_TV: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all of it."""
+        parts = (self.hidden_RD, self.projected_RP, self.position_R, self.rank_R, self.said_TV)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def part(self, rows: slice, tokens: slice) -> "_Rows":
+        """A copy of some rows, and of what is said of some tokens; a view would keep all the memory alive."""
+        return _Rows(
+            self.hidden_RD[rows].clone(),
+            None if self.projected_RP is None else self.projected_RP[rows].clone(),
+            self.position_R[rows].copy(),
+            self.rank_R[rows].copy(),
+            None if self.said_TV is None else self.said_TV[tokens].clone(),
+        )
 
 
 class _Walk:
@@ -296,17 +318,21 @@ class _Walk:
         self.family = evaluator.model.family
         self.network = evaluator._network
         self.cache = evaluator._states
-        self.last = evaluator.model.num_layers - 1
+        self.depth = len(tree.levels) - 1
+        self.reads_first = evaluator.model.reads_first
         examples_of_length = np.bincount(bundles.of_length, weights=bundles.size).astype(np.int64)
+        split = evaluator.split
+        self.size_of_length = np.array([split.answer_size(length) for length in bundles.lengths.tolist()])
         self.length_of_root = np.searchsorted(bundles.lengths, tree.levels[0].kept)
-        self.place_of_leaf = _starts(examples_of_length[self.length_of_root[tree.root_of(self.last)]])
-        self.class_of_place = np.empty(self.place_of_leaf[-1], dtype=np.int32)
+        answer_sizes = (examples_of_length * self.size_of_length)[self.length_of_root[tree.root_of(self.depth)]]
+        self.answer_of_leaf = _starts(answer_sizes)
+        self.answer_X = np.empty(self.answer_of_leaf[-1], dtype=split.answer_type)
         self.first_of_length = _starts(examples_of_length)
-        self.cached_levels = min(CACHED_LEVELS, self.last) if self.cache.limit else 0
+        self.cached_levels = min(CACHED_LEVELS, self.depth) if self.cache.limit else 0
         self.prefixes = [tree.prefixes(level) for level in range(self.cached_levels)]
 
     def run(self, on_progress: Callable[[float], None] | None) -> None:
-        """Fill `class_of_place`."""
+        """Fill `answer_X`."""
         entries = self._entries()
         total = sum(len(cells.node) for _, cells, _ in entries)
         done = 0
@@ -315,15 +341,15 @@ class _Walk:
                 if made:
                     self._pass_on(depth, cells[part], _joined(made[part]))
                 else:
-                    self._expand(depth, cells[part], *self._embed(cells[part]))
+                    self._expand(depth, cells[part], self._embed(cells[part]))
                 done += part.stop - part.start
                 if on_progress is not None:
                     on_progress(done / total)
 
-    def answers(self) -> list[NDArray[np.int32]]:
-        """For each path of the tree, the classes of the block's examples of its length, in the block's order."""
-        starts = self.place_of_leaf
-        return [self.class_of_place[starts[leaf] : starts[leaf + 1]].copy() for leaf in self.tree.leaf]
+    def answers(self) -> list[Answers]:
+        """For each path of the tree, the answers to the block's examples of its length, in the block's order."""
+        starts = self.answer_of_leaf
+        return [self.answer_X[starts[leaf] : starts[leaf + 1]].copy() for leaf in self.tree.leaf]
 
     def _entries(self) -> list[tuple[int, _Cells, list[_Rows]]]:
         """Where the walk begins: at which level, in which cells, and with what is remembered of each, if anything.
@@ -373,7 +399,7 @@ class _Walk:
     def _key(self, depth: int, node: int, bundle: int) -> tuple[int, ...]:
         return (self.block, int(bundle), *self.prefixes[depth][node])
 
-    def _embed(self, cells: _Cells) -> tuple[Tensor, Tensor, Ints]:
+    def _embed(self, cells: _Cells) -> _Rows:
         split, device = self.evaluator.split, self.model.device
         rows = [
             example
@@ -387,20 +413,31 @@ class _Walk:
             torch.from_numpy(part.astype(np.int64))[None].to(device) for part in (ids, types, positions)
         )
         hidden_RD = _fill(self.family.embed(self.network, ids_1R, types_1R, positions_1R)[0])
-        return hidden_RD, self._project(0, hidden_RD), positions
+        said_TV = None if self.reads_first else self._read(hidden_RD)[: len(positions)]
+        return _Rows(hidden_RD, self._project(0, hidden_RD), positions, np.zeros_like(positions), said_TV)
 
-    def _project(self, depth: int, hidden_RD: Tensor) -> Tensor:
-        project = self.family.project_for_first if depth == self.last else self.family.project
+    def _project(self, depth: int, hidden_RD: Tensor) -> Tensor | None:
+        if not self.reads_first:
+            return self.family.project(self.network, depth, hidden_RD) if depth < self.depth else None
+        project = self.family.project_for_first if depth == self.depth else self.family.project
         return project(self.network, depth, hidden_RD)
 
-    def _expand(self, depth: int, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor, position_R: Ints) -> None:
+    def _read(self, hidden_RD: Tensor) -> Tensor:
+        """What the head says of each token, float32 (R, V)."""
+        return self.family.read_tokens(self.network, hidden_RD[None])[0].float()
+
+    def _expand(self, depth: int, cells: _Cells, arriving: _Rows) -> None:
         """Compute a layer, and all after it, for cells whose arriving tokens' vectors and projections are given."""
-        if depth == self.last:
-            self._classify(cells, hidden_RD, projected_RP, position_R)
+        if depth == self.depth:
+            (self._answer_from_first if self.reads_first else self._answer_from_all)(cells, arriving)
             return
-        context_RD, rank_R = self._mix(depth, cells, projected_RP, position_R)
+        hidden_RD, position_R, said_TV = arriving.hidden_RD, arriving.position_R, arriving.said_TV
+        assert arriving.projected_RP is not None
+        context_RD, rank_R = self._mix(depth, cells, arriving.projected_RP, position_R)
         remembered = depth < self.cached_levels
         most = cells.rows if remembered else self.tree.levels[depth].most[cells.node]
+        if said_TV is not None and depth and (remembered or self.tree.levels[depth].drops[cells.node].any()):
+            self._update(said_TV, cells, hidden_RD, position_R)
         cell, rows = _ranges(*_bounds(cells.starts()))
         kept = rank_R[rows] < most[cell]
         if not kept.all():
@@ -409,11 +446,27 @@ class _Walk:
         attended_RD = self.family.merge(self.network, depth, context_RD, hidden_RD)
         passed_on_RD = self.family.feed_forward(self.network, depth, attended_RD)
         self.evaluator.rows_computed += len(passed_on_RD)
-        passed_on = _Rows(passed_on_RD, self._project(depth + 1, passed_on_RD), position_R, rank_R)
+        passed_on = _Rows(passed_on_RD, self._project(depth + 1, passed_on_RD), position_R, rank_R, said_TV)
         cells = _Cells(cells.node, cells.bundle, cells.size, most)
         if remembered:
             self._remember(depth, cells, passed_on)
         self._pass_on(depth, cells, passed_on)
+
+    def _update(self, said_TV: Tensor, cells: _Cells, hidden_RD: Tensor, position_R: Ints) -> None:
+        """Let the head read anew the tokens that are left, whose vectors are given."""
+        starts = cells.starts()
+        cell, rows = _ranges(*_bounds(starts))
+        sequence = (rows - starts[cell]) // cells.rows[cell]
+        origin_R = self._origins(cells)[cell] + sequence * self._lengths(cells)[cell] + position_R
+        said_TV[torch.from_numpy(origin_R).to(said_TV.device)] = self._read(hidden_RD)[: len(origin_R)]
+
+    def _lengths(self, cells: _Cells) -> Ints:
+        """Tokens of each cell's sequences before any was dropped."""
+        return self.bundles.lengths[self.bundles.of_length[cells.bundle]]
+
+    def _origins(self, cells: _Cells) -> Ints:
+        """Where each cell's sequences begin among the tokens before any was dropped, and the end of the last."""
+        return _starts(cells.size * self._lengths(cells))
 
     def _mix(self, depth: int, cells: _Cells, projected_RP: Tensor, position_R: Ints) -> tuple[Tensor, Ints]:
         """Each row's context, and its rank in its sequence by attention received; 0 where none is dropped."""
@@ -451,44 +504,67 @@ class _Walk:
         children, order = self._sorted(depth + 1, node, cells.bundle[parent])
         first, last = _bounds(cells.starts())
         first, last = first[parent[order]], last[parent[order]]
+        origins = _bounds(self._origins(cells))
         for part in _cut(children.size * children.rows, self.evaluator._rows_per_chunk):
             cell, rows = _ranges(first[part], last[part])
             rows = rows[passed_on.rank_R[rows] < children.rows[part][cell]]
-            hidden_RD, projected_RP = _take(passed_on.hidden_RD, rows), _take(passed_on.projected_RP, rows)
-            self._expand(depth + 1, children[part], hidden_RD, projected_RP, passed_on.position_R[rows])
+            projected_RP, said_TV = passed_on.projected_RP, passed_on.said_TV
+            if projected_RP is not None:
+                projected_RP = _take(projected_RP, rows)
+            if said_TV is not None:
+                tokens = _ranges(*(bound[parent[order][part]] for bound in origins))[1]
+                said_TV = said_TV[torch.from_numpy(tokens).to(said_TV.device)]
+            left = (passed_on.position_R[rows], passed_on.rank_R[rows], said_TV)
+            self._expand(depth + 1, children[part], _Rows(_take(passed_on.hidden_RD, rows), projected_RP, *left))
 
     def _remember(self, depth: int, cells: _Cells, made: _Rows) -> None:
-        starts = cells.starts()
-        for cell, (first, last) in enumerate(itertools.pairwise(starts)):
-            rows = slice(int(first), int(last))
-            hidden_RD, projected_RP = made.hidden_RD[rows].clone(), made.projected_RP[rows].clone()
-            position_R, rank_R = made.position_R[rows].copy(), made.rank_R[rows].copy()
-            copies = _Rows(hidden_RD, projected_RP, position_R, rank_R)  # views would keep the chunk alive
+        origins = self._origins(cells)
+        for cell, (first, last) in enumerate(itertools.pairwise(cells.starts())):
+            copies = made.part(slice(int(first), int(last)), slice(int(origins[cell]), int(origins[cell + 1])))
             self.cache.add(self._key(depth, cells.node[cell], cells.bundle[cell]), copies)
 
-    def _classify(self, cells: _Cells, hidden_RD: Tensor, projected_RP: Tensor, position_R: Ints) -> None:
+    def _answer_from_first(self, cells: _Cells, arriving: _Rows) -> None:
         """The last layer and the head, for the first token of each sequence."""
         starts = cells.starts()
         cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
-        hidden_BD = _take(hidden_RD, starts[cell] + sequence * cells.rows[cell])
+        hidden_BD = _take(arriving.hidden_RD, starts[cell] + sequence * cells.rows[cell])
         edges = np.flatnonzero(np.diff(cells.rows, prepend=-1, append=-1))
         contexts, done = [], 0
+        assert arriving.projected_RP is not None
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
-            projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
+            projected_BLP = arriving.projected_RP[rows].float().view(-1, length, arriving.projected_RP.size(1))
             first_BD = hidden_BD[done : done + len(projected_BLP)]
-            positions_BL = self._positions(position_R[rows], length)
-            contexts.append(self.family.mix_first(self.network, self.last, first_BD, projected_BLP, positions_BL))
+            positions_BL = self._positions(arriving.position_R[rows], length)
+            contexts.append(self.family.mix_first(self.network, self.depth, first_BD, projected_BLP, positions_BL))
             done += len(projected_BLP)
         context_BD = _fill(torch.cat(contexts))
-        attended_BD = self.family.merge(self.network, self.last, context_BD, hidden_BD)
-        passed_on_BD = self.family.feed_forward(self.network, self.last, attended_BD)
+        attended_BD = self.family.merge(self.network, self.depth, context_BD, hidden_BD)
+        passed_on_BD = self.family.feed_forward(self.network, self.depth, attended_BD)
         self.evaluator.rows_computed += len(passed_on_BD)
-        logits_BC = self.family.classify(self.network, passed_on_BD[: len(cell), None])
+        self._answer(cells, self.family.classify(self.network, passed_on_BD[: len(cell), None]))
+
+    def _answer_from_all(self, cells: _Cells, last: _Rows) -> None:
+        """What the head says of every token, each after the last layer that it entered."""
+        said_TV, origins, lengths = last.said_TV, self._origins(cells), self._lengths(cells)
+        assert said_TV is not None
+        self._update(said_TV, cells, last.hidden_RD, last.position_R)
+        for length in np.unique(lengths):
+            alike = np.flatnonzero(lengths == length)
+            tokens = _ranges(origins[alike], origins[alike + 1])[1]
+            logits_BLV = said_TV[torch.from_numpy(tokens).to(said_TV.device)].view(-1, int(length), said_TV.size(1))
+            self._answer(cells[alike], logits_BLV)
+
+    def _answer(self, cells: _Cells, logits: Tensor) -> None:
+        """Note what the logits say of each sequence of the cells, whose answers are of one size."""
+        cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
+        examples = self.bundles.examples[self.bundles.start[cells.bundle][cell] + sequence]
+        answers_BW = self.evaluator.split.answer(logits, examples)
         of_length = self.bundles.of_length[cells.bundle]
         before = self.bundles.start[cells.bundle] - self.first_of_length[of_length]
-        places = (self.place_of_leaf[cells.node] + before)[cell] + sequence
-        self.class_of_place[places] = logits_BC.argmax(dim=1).cpu().numpy()
+        size = answers_BW.shape[1]
+        first_B = self.answer_of_leaf[cells.node][cell] + (before[cell] + sequence) * size
+        self.answer_X[first_B[:, None] + np.arange(size)] = answers_BW
 
 
 class _Memory(Generic[Value]):
@@ -518,16 +594,17 @@ class _Memory(Generic[Value]):
 
 
 def _joined(parts: Sequence[_Rows]) -> _Rows:
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
     return _Rows(
         torch.cat([part.hidden_RD for part in parts]),
-        torch.cat([part.projected_RP for part in parts]),
+        joined([part.projected_RP for part in parts]),
         np.concatenate([part.position_R for part in parts]),
         np.concatenate([part.rank_R for part in parts]),
+        joined([part.said_TV for part in parts]),
     )
-
-
-def _nbytes(made: _Rows) -> int:
-    return made.hidden_RD.nbytes + made.projected_RP.nbytes + made.position_R.nbytes + made.rank_R.nbytes
 
 
 def _starts(sizes: Ints) -> Ints:

@@ -1,33 +1,35 @@
-"""What a good model is: the metrics of a classification task, computed by scikit-learn."""
+"""What a good model is: the metrics of tasks about whole texts, computed by scikit-learn and SciPy."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Labels = NDArray[np.int64]
+Values = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number that says how well predictions match labels.
+    """One number that says how well predictions match what would have been right.
 
     Attributes:
         name: The name a user gives and a database records.
         direction: `maximize` or `minimize`, as Optuna writes it.
-        compute: Predicted classes (N,) and true classes (N,) to the metric. It raises ValueError where
-            the two differ in length or hold nothing.
-        per_example: Whether the metric is the share of examples that are right, so that a part of a split tells of
-            the whole.
+        compute: Predictions and references, in the form of the task, to the metric. It raises ValueError where the
+            two differ in length or hold nothing.
+        per_example: Whether the metric is the share of examples whose answer equals the label, so that a part of a
+            split tells of the whole.
     """
 
     name: str
-    direction: Literal["maximize", "minimize"]
-    compute: Callable[[Labels, Labels], float]
+    direction: Literal["maximize", "minimize"] = "maximize"
+    compute: Callable[[Any, Any], float]
     per_example: bool = False
 
 
@@ -61,27 +63,77 @@ def matthews_correlation(predictions: Labels, labels: Labels) -> float:
     return float(matthews_corrcoef(labels, predictions))
 
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        function.__name__: Metric(
-            name=function.__name__, direction="maximize", compute=function, per_example=function is accuracy
-        )
-        for function in (accuracy, f1, matthews_correlation)
-    }
+def micro_f1(predictions: Labels, labels: Labels) -> float:
+    """F1 over all pairs of an example and a class that applies to it, in [0, 1].
+
+    Args:
+        predictions: Ones where a class is said to apply, (N, C).
+        labels: Ones where it does, (N, C).
+    """
+    _check_aligned(predictions, labels, dimensions=2)
+    return float(f1_score(labels, predictions, average="micro", zero_division=0.0))
+
+
+def macro_f1(predictions: Labels, labels: Labels) -> float:
+    """Mean over classes of each one's F1, in [0, 1]; the arguments are those of `micro_f1`.
+
+    A class that is never predicted, or never right, has an F1 of 0.
+    """
+    _check_aligned(predictions, labels, dimensions=2)
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+
+
+def subset_accuracy(predictions: Labels, labels: Labels) -> float:
+    """Share of examples whose every class is right, in [0, 1]; the arguments are those of `micro_f1`."""
+    _check_aligned(predictions, labels, dimensions=2)
+    return float(accuracy_score(labels, predictions))
+
+
+def pearson(predictions: Values, labels: Values) -> float:
+    """Linear correlation of predicted and true values, in [-1, 1]; 0 where either side is constant."""
+    return _correlation(pearsonr, predictions, labels)
+
+
+def spearman(predictions: Values, labels: Values) -> float:
+    """Correlation of the ranks of predicted and true values, in [-1, 1]; 0 where either side is constant."""
+    return _correlation(spearmanr, predictions, labels)
+
+
+CLASS_METRICS = (
+    Metric(name="accuracy", compute=accuracy, per_example=True),
+    Metric(name="f1", compute=f1),
+    Metric(name="matthews_correlation", compute=matthews_correlation),
 )
+LABEL_SET_METRICS = (
+    Metric(name="micro_f1", compute=micro_f1),
+    Metric(name="macro_f1", compute=macro_f1),
+    Metric(name="subset_accuracy", compute=subset_accuracy),
+)
+VALUE_METRICS = (Metric(name="pearson", compute=pearson), Metric(name="spearman", compute=spearman))
 
 
-def get_metric(name: str) -> Metric:
-    """The metric of that name.
+def choose_metric(metrics: Sequence[Metric], name: str | None = None) -> Metric:
+    """The metric of that name, or the first, which is the task's usual one.
 
     Raises:
         ValueError: There is none; the message lists the known names.
     """
-    if name not in METRICS:
-        raise ValueError(f"metric={name!r} is unknown; choose one of {', '.join(METRICS)}.")
-    return METRICS[name]
+    by_name = {metric.name: metric for metric in metrics}
+    if name is not None and name not in by_name:
+        raise ValueError(f"metric={name!r} is not one of this task; choose one of {', '.join(by_name)}.")
+    return metrics[0] if name is None else by_name[name]
 
 
-def _check_aligned(predictions: Labels, labels: Labels) -> None:
-    if predictions.shape != labels.shape or labels.ndim != 1 or not labels.size:
+def _correlation(function: Callable[..., Any], predictions: Values, labels: Values) -> float:
+    _check_aligned(predictions, labels)
+    if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)  # of values that differ by rounding alone
+        correlation = float(function(predictions.astype(np.float64), labels.astype(np.float64)).statistic)
+    return correlation if np.isfinite(correlation) else 0.0
+
+
+def _check_aligned(predictions: NDArray[Any], labels: NDArray[Any], dimensions: int = 1) -> None:
+    if predictions.shape != labels.shape or labels.ndim != dimensions or not labels.size:
         raise ValueError(f"Got {predictions.size} predictions for {labels.size} labels; give one of each per row.")

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     Trainer,
@@ -25,10 +25,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.attention import TOKEN_SCORES
-from model.data import EncodedSplit
-from model.distill import Divergence, distillation_loss
+from model.distill import Divergence, imitation_loss
+from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
@@ -146,7 +147,7 @@ def train(
         TrainingDiverged: A loss is not finite.
         ValueError: The split is empty.
     """
-    if not len(split.labels):
+    if not len(split):
         raise ValueError("The training split is empty; give at least one example.")
     model.token_score = settings.token_score
     use_cpu = not torch.cuda.is_available()
@@ -178,7 +179,7 @@ def train(
             model=model,
             args=arguments,
             train_dataset=_as_dataset(split),
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=_collator(model.task, tokenizer),
             callbacks=[_Hooks(on_epoch, on_progress)],
         )
         trainer.remove_callback(_printer_callback())
@@ -214,25 +215,29 @@ class LengthDropTrainer(Trainer):
         scale = 1.0 / ((1 + len(sandwich)) * self.current_gradient_accumulation_steps)
 
         with self.compute_loss_context_manager():
-            full = model(**inputs)
-            loss = F.cross_entropy(full.logits.float(), labels)
-        total = self._learn(loss * scale)
+            full = model(**inputs, labels=labels)
+        total = self._learn(full.loss * scale)
         teacher = full.logits.detach()
         for short_pass in sandwich:
             with self.compute_loss_context_manager():
-                short = model(**inputs, length_config=short_pass.length_config, skip_layers=short_pass.skip_layers)
-                loss = self._short_loss(short.logits, teacher, labels)
+                config, skipped = short_pass.length_config, short_pass.skip_layers
+                short = model(**inputs, labels=labels, length_config=config, skip_layers=skipped)
+                loss = self._short_loss(_unwrapped(model), short, teacher, inputs["attention_mask"])
             total = total + self._learn(loss * scale)
         return total
 
-    def _short_loss(self, logits_BC: Tensor, teacher_BC: Tensor, labels_B: Tensor) -> Tensor:
-        weight = self.settings.distillation_weight
-        loss = logits_BC.new_zeros(())
+    def _short_loss(
+        self, model: LengthAdaptiveModel, short: SequenceClassifierOutput, teacher: Tensor, attention_mask_BL: Tensor
+    ) -> Tensor:
+        settings, weight = self.settings, self.settings.distillation_weight
+        assert short.logits is not None
+        assert short.loss is not None
+        loss = short.logits.new_zeros(())
         if weight > 0:
-            taught = distillation_loss(logits_BC, teacher_BC, self.settings.temperature, self.settings.divergence)
-            loss = loss + weight * taught
+            how = (settings.temperature, settings.divergence)
+            loss = loss + weight * imitation_loss(model, short.logits, teacher, attention_mask_BL, *how)
         if weight < 1:
-            loss = loss + (1 - weight) * F.cross_entropy(logits_BC.float(), labels_B)
+            loss = loss + (1 - weight) * short.loss
         return loss
 
     def _learn(self, loss: Tensor) -> Tensor:
@@ -295,6 +300,13 @@ def _as_dataset(split: EncodedSplit) -> datasets.Dataset:
             "length": split.num_tokens,
         }
     )
+
+
+def _collator(task: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Pads a batch, and its labels where each token has one."""
+    if task == "token-classification":
+        return DataCollatorForTokenClassification(tokenizer)
+    return DataCollatorWithPadding(tokenizer)
 
 
 def _unwrapped(model: nn.Module) -> LengthAdaptiveModel:

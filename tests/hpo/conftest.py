@@ -1,18 +1,23 @@
 """A tiny encoder, a tiny dataset and small study definitions, all made here."""
 
+import logging
 import random
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import pandas
 import pytest
 import sqlalchemy
 import torch
+import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
+import hpo.cli
 from hpo.workload import Workload
 from model.data import DataSpec
 from studies.loader import FinetuneStudy, LengthsStudy, Range
@@ -160,3 +165,35 @@ def finetune() -> FinetuneStudy:
 @pytest.fixture
 def lengths() -> LengthsStudy:
     return LengthsStudy(name="lengths", retention=Range(low=0.4, high=1.0, step=0.1), population_size=10, blocks=1)
+
+
+@pytest.fixture
+def restored_logging():
+    """The command sets up logging for its whole process; other tests share this one."""
+    names = ("hpo", "model", "studies", "huggingface_hub", "transformers", "datasets", "optuna")
+    before = [
+        (logger, list(logger.handlers), logger.propagate, logger.level) for logger in map(logging.getLogger, names)
+    ]
+    yield
+    for logger, handlers, propagate, level in before:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    datasets.enable_progress_bars()
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def command(restored_logging, monkeypatch, capsys, storage, tmp_path):
+    """Run `hpo ARGUMENTS` in this process; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("HPO_STORAGE", storage)
+    monkeypatch.setenv("HPO_RUNS", str(tmp_path / "runs"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            hpo.cli.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return run

@@ -1,7 +1,6 @@
 """The command line: the whole path, exit codes, one-line errors, JSON on stdout and nothing else."""
 
 import json
-import logging
 import os
 import random
 import signal
@@ -11,10 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import optuna
 import pytest
-import transformers
 from optuna.trial import TrialState
 
 import hpo.cli
@@ -51,38 +48,6 @@ def files(tmp_path) -> dict[str, str]:
     (tmp_path / "finetune.toml").write_text(TINY_FINETUNE)
     (tmp_path / "lengths.toml").write_text(TINY_LENGTHS)
     return {"finetune": str(tmp_path / "finetune.toml"), "lengths": str(tmp_path / "lengths.toml")}
-
-
-@pytest.fixture
-def restored_logging():
-    """The command sets up logging for its whole process; other tests share this one."""
-    names = ("hpo", "model", "studies", "huggingface_hub", "transformers", "datasets", "optuna")
-    before = [
-        (logger, list(logger.handlers), logger.propagate, logger.level) for logger in map(logging.getLogger, names)
-    ]
-    yield
-    for logger, handlers, propagate, level in before:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    datasets.enable_progress_bars()
-    transformers.utils.logging.enable_progress_bar()
-
-
-@pytest.fixture
-def command(restored_logging, monkeypatch, capsys, storage, tmp_path):
-    """Run `hpo ARGUMENTS` in this process; returns exit code, stdout and stderr."""
-    monkeypatch.setenv("HPO_STORAGE", storage)
-    monkeypatch.setenv("HPO_RUNS", str(tmp_path / "runs"))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            hpo.cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

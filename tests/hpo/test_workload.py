@@ -14,8 +14,9 @@ from hpo.workload import (
     load_workload,
     require_trials,
 )
-from model.data import DataError, DataSpec
+from model.data import DataSpec
 from model.encoder import CheckpointError
+from model.rows import DataError
 
 PAIRS = DataSpec(
     dataset="nyu-mll/glue:mrpc",
@@ -45,9 +46,10 @@ def test_a_workload_survives_the_database(workload):
 def test_the_record_names_every_setting():
     assert Workload(model="m", data=PAIRS, metric="f1", max_length=128).to_attribute() == {
         "model": "m",
-        "task": "classification",
+        "task": None,
         "metric": "f1",
         "max_length": 128,
+        "stride": 128,
         "data": {
             "dataset": "nyu-mll/glue:mrpc",
             "text_columns": ["sentence1", "sentence2"],

@@ -1,13 +1,17 @@
 """Tiny random encoders and batches that the tests of this folder share."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
+from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 
 Batch = dict[str, Tensor]
@@ -78,5 +82,40 @@ def make_batch() -> Callable[..., Batch]:
         input_ids = torch.randint(1, VOCABULARY, size, generator=generator) * mask
         token_type_ids = torch.randint(0, 2, size, generator=generator) * mask
         return {"input_ids": input_ids, "attention_mask": mask.long(), "token_type_ids": token_type_ids}
+
+    return build
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitSplit(EncodedSplit):
+    """Sequences whose answers are the logits themselves, `outputs` for each of them or for each of its tokens."""
+
+    outputs: int
+    per_token: bool
+    answer_type: ClassVar[type[np.generic]] = np.float32
+
+    def answer_size(self, num_tokens: int) -> int:
+        return self.outputs * (num_tokens if self.per_token else 1)
+
+    def answer(self, logits: Tensor, sequences: np.ndarray) -> np.ndarray:
+        return logits.flatten(1).numpy()
+
+
+@pytest.fixture(scope="session")
+def unpadded() -> Callable[..., EncodedSplit]:
+    """A batch's sequences without their padding, as a split of classes or, with `outputs`, one that answers logits."""
+
+    def build(batch: Batch, labels: Any = None, outputs: int | None = None, per_token: bool = False) -> EncodedSplit:
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))
+        fields = {
+            "input_ids": [row[:count].tolist() for row, count in zip(batch["input_ids"], lengths, strict=True)],
+            "token_type_ids": [row[:count].tolist() for row, count in zip(types, lengths, strict=True)],
+            "labels": np.zeros(len(lengths), dtype=np.int64) if labels is None else np.asarray(labels),
+            "num_truncated": 0,
+        }
+        if outputs is None:
+            return EncodedSplit(**fields)
+        return LogitSplit(**fields, outputs=outputs, per_token=per_token)
 
     return build

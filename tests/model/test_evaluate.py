@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.data import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision, predict, score, stratified_blocks
 from model.length_config import LengthConfig
-from model.tasks import get_metric
+from model.tasks import CLASS_METRICS, choose_metric
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,18 +36,8 @@ def configs():
 
 
 @pytest.fixture
-def split(make_batch):
-    return as_split(make_batch(LENGTHS), LENGTHS)
-
-
-def as_split(batch, lengths):
-    rows = [list(range(count)) for count in lengths]
-    return EncodedSplit(
-        input_ids=[batch["input_ids"][row, : len(ids)].tolist() for row, ids in enumerate(rows)],
-        token_type_ids=[batch["token_type_ids"][row, : len(ids)].tolist() for row, ids in enumerate(rows)],
-        labels=np.arange(len(lengths)) % 5,
-        num_truncated=0,
-    )
+def split(make_batch, unpadded):
+    return unpadded(make_batch(LENGTHS), np.arange(len(LENGTHS)) % 5)
 
 
 def predict_one_by_one(model, split, configs):
@@ -114,7 +103,7 @@ def rows(model, monkeypatch):
 def test_predictions_equal_one_pass_per_config_and_example(model, split, configs, rows_per_chunk, num_blocks):
     evaluator = Evaluator(model, split, rows_per_chunk=rows_per_chunk, num_blocks=num_blocks)
     predictions = evaluator.predict(configs)
-    assert predictions.dtype == np.int64
+    assert predictions.dtype == np.int32
     assert predictions.tolist() == predict_one_by_one(model, split, configs)
     assert len({tuple(row) for row in predictions.tolist()}) > 3, "the configs should not all agree"
 
@@ -141,7 +130,7 @@ def test_the_order_of_configs_does_not_matter(model, split, configs):
 
 def test_no_configs_and_no_examples_give_empty_arrays(model, split, configs):
     assert predict(model, split, []).shape == (0, len(LENGTHS))
-    assert predict(model, as_split({}, []), configs).shape == (len(configs), 0)
+    assert predict(model, split.take([]), configs).shape == (len(configs), 0)
 
 
 def test_configs_of_another_number_of_layers_are_refused(model, split):
@@ -149,8 +138,8 @@ def test_configs_of_another_number_of_layers_are_refused(model, split):
         predict(model, split, [LengthConfig.full(4), LengthConfig.full(3)])
 
 
-def test_configs_with_a_common_beginning_share_its_computation(model, rows, make_batch):
-    split = as_split(make_batch([10, 10]), [10, 10])
+def test_configs_with_a_common_beginning_share_its_computation(model, rows, make_batch, unpadded):
+    split = unpadded(make_batch([10, 10]))
     caps = [(8, 6, 6, 2), (8, 6, 3, 3), (8, 8, 8, 8), (8, 6, 6, 2), (10, 10, 10, 10)]
     predict(model, split, [LengthConfig.from_lengths(lengths, max_length=10) for lengths in caps])
     # attention: layer 0 once, then after 8 and 10, then after 8-6, 8-8 and 10-10
@@ -275,10 +264,10 @@ def test_blocks_are_samples_of_equal_size_and_like_lengths():
     assert [len(block) for block in stratified_blocks(lengths[:3], 8, seed=0)] == [1, 1, 1]
 
 
-def test_precision_is_bf16_only_where_the_machine_has_it_and_the_metric_stays(model, make_batch, monkeypatch):
-    split = as_split(make_batch(LENGTHS * 20), LENGTHS * 20)
+def test_precision_is_bf16_only_where_the_machine_has_it_and_the_metric_stays(model, make_batch, unpadded, monkeypatch):
+    split = unpadded(make_batch(LENGTHS * 20))
     labels = predict(model, split, [LengthConfig.full(4)])[0]
-    metric = get_metric("accuracy")
+    metric = choose_metric(CLASS_METRICS, "accuracy")
     monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: False)
     assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"
     monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: True)
@@ -316,7 +305,7 @@ def test_scores_are_the_metric_of_each_configs_predictions(model, split, configs
     labels = predict_one_by_one(model, split, [LengthConfig.full(4)])[0]
     labels[3] += 1  # all but one answer of the full length are right
     split = replace(split, labels=np.array(labels))
-    scores = score(model, split, configs, get_metric("accuracy"), on_progress=shares.append)
+    scores = score(model, split, configs, choose_metric(CLASS_METRICS, "accuracy"), on_progress=shares.append)
     hits = [
         sum(guess == label for guess, label in zip(row, split.labels, strict=True))
         for row in predict_one_by_one(model, split, configs)

@@ -1,6 +1,6 @@
 """What every family of encoders has to pass, on random weights; a new one needs a line in `SMALL`."""
 
-import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from model.data import EncodedSplit
 from model.encoder import HEADS, CheckpointError, LengthAdaptiveModel, max_tokens, significant
 from model.evaluate import Evaluator
 from model.families import FAMILIES, TOKEN_TASKS
@@ -101,18 +100,6 @@ def batch_of(network, lengths, seed=0):
     if getattr(network.config, "type_vocab_size", 0) > 1 and network.config.model_type != "mpnet":
         batch["token_type_ids"] = torch.randint(0, 2, size, generator=generator) * mask
     return batch
-
-
-def as_split(batch, labels=None):
-    """The sequences of a batch without their padding."""
-    lengths = batch["attention_mask"].sum(dim=1).tolist()
-    types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))
-    return EncodedSplit(
-        input_ids=[row[:count].tolist() for row, count in zip(batch["input_ids"], lengths, strict=True)],
-        token_type_ids=[row[:count].tolist() for row, count in zip(types, lengths, strict=True)],
-        labels=np.array(labels if labels is not None else [0] * len(lengths)),
-        num_truncated=0,
-    )
 
 
 @pytest.fixture(params=VARIANTS)
@@ -271,7 +258,7 @@ def test_a_forward_pass_does_the_products_that_are_counted(family_variant, task,
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**batch, length_config=config)
     arriving = np.array([num_tokens, *lengths[:-1]])
-    without_norms = dataclasses.replace(shape, embedding_macs_per_token=0)
+    without_norms = replace(shape, embedding_macs_per_token=0)
     norms = [shape.hidden_size * (n + m) for n, m in zip(arriving, lengths, strict=True)]
     products = sum(
         int(layer_macs(without_norms, n, m)) - norm for n, m, norm in zip(arriving, lengths, norms, strict=True)
@@ -314,8 +301,10 @@ def test_a_saved_model_loads_as_it_was(family_variant, task, tmp_path):
         torch.testing.assert_close(again(**batch, length_config=config).logits, expected, rtol=0, atol=1e-6)
 
 
-def test_a_step_of_sandwich_training_changes_every_weight(model):
-    network = model.network
+@pytest.mark.parametrize("task", HEADS)
+def test_a_step_of_sandwich_training_changes_every_weight(family_variant, task, unpadded):
+    network = build(family_variant, task, **({"num_labels": 1} if task == "regression" else {}))
+    model = LengthAdaptiveModel(network, task)
     words = {f"w{number}": number for number in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w4")),
@@ -325,7 +314,16 @@ def test_a_step_of_sandwich_training_changes_every_weight(model):
     settings = TrainingSettings(
         learning_rate=1e-2, batch_size=8, plain_epochs=0, epochs=1, warmup_ratio=0.0, precision="fp32"
     )
-    split = as_split(batch_of(network, [12, 20, 7, 9, 15, 30, 4, 11]), labels=[0, 1, 2, 3, 4, 0, 1, 2])
+    lengths = [12, 20, 7, 9, 15, 30, 4, 11]
+    labels = {
+        "classification": [0, 1, 2, 3, 4, 0, 1, 2],
+        "regression": np.linspace(-1, 1, 8, dtype=np.float32),
+        "question-answering": [(1, 2)] * 8,
+        "token-classification": 0,
+    }[task]
+    split = unpadded(batch_of(network, lengths), labels)
+    if task == "token-classification":
+        split = replace(split, labels=[[-100, *(place % 5 for place in range(count - 1))] for count in lengths])
     report = train(model, split, tokenizer, settings)
     assert report.steps == 1
     same = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
@@ -333,11 +331,11 @@ def test_a_step_of_sandwich_training_changes_every_weight(model):
 
 
 @pytest.mark.parametrize("rows_per_chunk", [18, 2048])
-def test_the_engine_gives_the_answers_of_the_plain_forward_pass(scored_model, rows_per_chunk):
+def test_the_engine_gives_the_answers_of_the_plain_forward_pass(scored_model, rows_per_chunk, unpadded):
     model = scored_model
     model.network.classifier = wide_head(model.network)
     batch = batch_of(model.network, [9, 4, 21, 2, 9, 30, 1, 21] * 3, seed=3)
-    split = as_split(batch)
+    split = unpadded(batch)
     generator = np.random.default_rng(0)
     configs = [LengthConfig.from_retention(row) for row in generator.choice([0.4, 0.7, 0.9, 1.0], (8, LAYERS))]
     configs.append(LengthConfig.full(LAYERS))
@@ -358,6 +356,28 @@ def test_the_engine_gives_the_answers_of_the_plain_forward_pass(scored_model, ro
     assert len({tuple(row) for row in predictions.tolist()}) > 1, "the configs should not all agree"
 
 
+@pytest.mark.parametrize("task", ["regression", "question-answering", "token-classification"])
+@pytest.mark.parametrize("rows_per_chunk", [18, 2048])
+def test_the_engine_gives_the_logits_of_every_task(family_variant, task, rows_per_chunk, unpadded):
+    changes = {"num_labels": 1} if task == "regression" else {}
+    model = LengthAdaptiveModel(build(family_variant, task, **changes), task).eval()
+    batch = batch_of(model.network, [9, 4, 21, 2, 9, 30, 1, 21] * 3, seed=3)
+    outputs = model.network.config.num_labels
+    split = unpadded(batch, outputs=outputs, per_token=task in TOKEN_TASKS)
+    generator = np.random.default_rng(0)
+    configs = [LengthConfig.from_retention(row) for row in generator.choice([0.4, 0.7, 0.9, 1.0], (8, LAYERS))]
+    configs.append(LengthConfig.full(LAYERS))
+    evaluator = Evaluator(model, split, rows_per_chunk=rows_per_chunk, num_blocks=2)
+    answers = evaluator.predict(configs)
+    with torch.no_grad():
+        for config, told in zip(configs, answers, strict=True):
+            logits = model(**batch, length_config=config).logits
+            real = batch["attention_mask"].bool() if task in TOKEN_TASKS else slice(None)
+            np.testing.assert_allclose(told, logits[real].flatten(), rtol=0, atol=5e-5)  # of sums in another order
+    assert np.abs(answers[:-1] - answers[-1]).max() > 0.1, "dropping tokens should change something"
+    assert (evaluator.predict(configs[::-1])[::-1] == answers).all(), "what is remembered should be what was computed"
+
+
 def wide_head(network):
     """The classifier with so many classes that dropping tokens changes answers."""
     torch.manual_seed(0)
@@ -371,8 +391,8 @@ def wide_head(network):
     return head
 
 
-def test_the_engine_in_bf16_rounds_the_layers_of_every_family(model):
-    split = as_split(batch_of(model.network, LENGTHS))
+def test_the_engine_in_bf16_rounds_the_layers_of_every_family(model, unpadded):
+    split = unpadded(batch_of(model.network, LENGTHS))
     evaluator = Evaluator(model, split, precision="bf16")
     rounded = [module for module in evaluator._network.modules() if type(module).__name__ == "RoundedLinear"]
     assert len(rounded) >= 4 * 2

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, set_seed
 
-from model.data import EncodedSplit
+from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.length_config import LengthConfig
 from model.train import LengthDropTrainer, TrainingDiverged, TrainingSettings, sample_sandwich, train
@@ -61,11 +61,11 @@ SETTINGS = TrainingSettings(
 
 def test_training_learns_the_task_at_full_and_at_reduced_length(model, split, tokenizer):
     from model.evaluate import score
-    from model.tasks import get_metric
+    from model.tasks import CLASS_METRICS, choose_metric
 
     report = train(model, split, tokenizer, dataclasses.replace(SETTINGS, epochs=12))
     configs = [LengthConfig.full(3), LengthConfig.from_retention((0.8, 0.8, 0.8))]
-    assert min(score(model, split, configs, get_metric("accuracy"))) > 0.9
+    assert min(score(model, split, configs, choose_metric(CLASS_METRICS, "accuracy"))) > 0.9
     assert (report.steps, report.precision) == (4 * 13, "fp32")
 
 
@@ -184,13 +184,13 @@ def test_hooks_see_every_step_and_epoch(model, split, tokenizer):
 
 def test_bf16_training_stays_close_to_fp32(model, split, tokenizer):
     from model.evaluate import score
-    from model.tasks import get_metric
+    from model.tasks import CLASS_METRICS, choose_metric
 
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this processor has no bf16 products")
     report = train(model, split, tokenizer, dataclasses.replace(SETTINGS, epochs=12, precision="bf16"))
     assert report.precision == "bf16"
-    assert score(model, split, [LengthConfig.full(3)], get_metric("accuracy"))[0] > 0.9
+    assert score(model, split, [LengthConfig.full(3)], choose_metric(CLASS_METRICS, "accuracy"))[0] > 0.9
 
 
 @pytest.mark.parametrize(
