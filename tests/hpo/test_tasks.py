@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -143,3 +144,42 @@ def test_every_task_leads_from_its_columns_to_a_chosen_point(output, task, encod
     table = output("pareto", "--budget", "1.0")
     for name in (metric, *beside):
         assert name.split("_")[0] in table
+
+
+def misplaced_answer(record):
+    return {**record, "answers": {"text": ["elsewhere"], "answer_start": [0]}}
+
+
+def outside_the_scheme(record):
+    return {**record, "ner_tags": [tag.replace("B-", "S-") for tag in record["ner_tags"]]}
+
+
+def long_context(record):
+    return {**record, "context": record["context"] + " the film" * 40}
+
+
+def unchanged(record):
+    return record
+
+
+BAD_INPUTS = {
+    "another task's columns": (values, unchanged, ("--task", "question-answering"), "question.*--text-columns"),
+    "a context without the answer": (questions, misplaced_answer, (), "'elsewhere'.*answer_start"),
+    "tags outside the scheme": (entities, outside_the_scheme, (), "S-.*BIO"),
+    "a long context without windows": (questions, long_context, ("--no-windows",), "32 tokens.*--windows|--max-length"),
+    "another task's metric": (values, unchanged, ("--metric", "accuracy"), "regression.*pearson, spearman"),
+    "a task that does not exist": (values, unchanged, ("--task", "translation"), "translation.*regression"),
+    "a stride and no windows": (questions, unchanged, ("--stride", "8", "--no-windows"), "--stride or --no-windows"),
+}
+
+
+@pytest.mark.parametrize(("make", "spoil", "flags", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_is_told_in_a_sentence(command, encoder, tmp_path, make, spoil, flags, message):
+    generator = random.Random(0)
+    records = [spoil(make(generator)) for _ in range(50)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    code, out, err = command("tune", "--model", encoder, "--dataset", str(tmp_path / "train.jsonl"), *flags)
+    assert code in (1, 2)
+    assert re.search(message, " ".join(err.split()))
+    assert out == ""
+    assert "Traceback" not in err
