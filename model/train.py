@@ -62,6 +62,8 @@ class TrainingSettings:
         temperature: Divides the logits of both sides of the in-place distillation.
         distillation_weight: Share of the full pass's logits in a shortened pass's loss; the rest is the labels'.
         divergence: "forward" KL(full‖short), or "reverse" as in the reference code.
+        teacher_weight: Share of a teacher's logits in the full pass's loss, where there is a teacher; the rest is the
+            labels'.
         token_score: What tokens are ranked by, "attention" or "value_norm"; the checkpoint keeps it.
         max_grad_norm: Clipping of the gradient's norm.
         precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
@@ -82,6 +84,7 @@ class TrainingSettings:
     temperature: float = 1.0
     distillation_weight: float = 1.0
     divergence: Divergence = "forward"
+    teacher_weight: float = 0.9
     token_score: str = "value_norm"
     max_grad_norm: float = 1.0
     precision: Precision = "auto"
@@ -100,6 +103,7 @@ class TrainingSettings:
             "sandwich_size": (self.sandwich_size >= 0, "at least 0"),
             "temperature": (0 < self.temperature < math.inf, "above 0"),
             "distillation_weight": (0 <= self.distillation_weight <= 1, "in [0, 1]"),
+            "teacher_weight": (0 <= self.teacher_weight <= 1, "in [0, 1]"),
             "divergence": (self.divergence in ("forward", "reverse"), "'forward' or 'reverse'"),
             "token_score": (self.token_score in TOKEN_SCORES, " or ".join(map(repr, TOKEN_SCORES))),
             "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
@@ -131,6 +135,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     settings: TrainingSettings,
     *,
+    teacher: LengthAdaptiveModel | None = None,
     on_epoch: EpochHook | None = None,
     on_progress: ProgressHook | None = None,
 ) -> TrainingReport:
@@ -141,6 +146,7 @@ def train(
         split: Tokenised training examples.
         tokenizer: Pads the batches.
         settings: How to train.
+        teacher: A fine-tuned encoder of the same task and vocabulary, from whose logits the full passes learn.
         on_epoch: Called after each epoch with the number of epochs done; what it raises ends the training.
         on_progress: Called after each step with the steps done and the steps in all.
     Raises:
@@ -176,6 +182,7 @@ def train(
         )
         trainer = LengthDropTrainer(
             settings,
+            None if teacher is None else teacher.to("cpu" if use_cpu else "cuda").eval(),
             model=model,
             args=arguments,
             train_dataset=_as_dataset(split),
@@ -195,15 +202,18 @@ def train(
 class LengthDropTrainer(Trainer):
     """transformers' Trainer whose step is the sandwich of Kim & Cho 2021."""
 
-    def __init__(self, settings: TrainingSettings, **trainer_arguments: Any) -> None:
+    def __init__(
+        self, settings: TrainingSettings, teacher: LengthAdaptiveModel | None = None, **trainer_arguments: Any
+    ) -> None:
         super().__init__(**trainer_arguments)
         self.settings = settings
+        self.teacher = teacher
         self.generator = np.random.default_rng(settings.seed)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One batch: the full pass learns from the labels, each shortened pass from the full one.
+        """One batch: the full pass learns from the labels and any teacher, each shortened pass from the full one.
 
         Every pass is run backward before the next starts, so that one graph is in memory at a time.
         """
@@ -216,15 +226,28 @@ class LengthDropTrainer(Trainer):
 
         with self.compute_loss_context_manager():
             full = model(**inputs, labels=labels)
-        total = self._learn(full.loss * scale)
-        teacher = full.logits.detach()
+            loss = self._full_loss(full, inputs)
+        total = self._learn(loss * scale)
+        taught = full.logits.detach()
         for short_pass in sandwich:
             with self.compute_loss_context_manager():
                 config, skipped = short_pass.length_config, short_pass.skip_layers
                 short = model(**inputs, labels=labels, length_config=config, skip_layers=skipped)
-                loss = self._short_loss(_unwrapped(model), short, teacher, inputs["attention_mask"])
+                loss = self._short_loss(_unwrapped(model), short, taught, inputs["attention_mask"])
             total = total + self._learn(loss * scale)
         return total
+
+    def _full_loss(self, full: SequenceClassifierOutput, inputs: dict[str, Any]) -> Tensor:
+        assert full.logits is not None
+        assert full.loss is not None
+        if self.teacher is None or not self.settings.teacher_weight:
+            return full.loss
+        settings, weight = self.settings, self.settings.teacher_weight
+        with torch.no_grad():
+            wanted = self.teacher(**inputs).logits
+        how = (settings.temperature, settings.divergence)
+        imitation = imitation_loss(self.teacher, full.logits, wanted, inputs["attention_mask"], *how)
+        return weight * imitation + (1 - weight) * full.loss
 
     def _short_loss(
         self, model: LengthAdaptiveModel, short: SequenceClassifierOutput, teacher: Tensor, attention_mask_BL: Tensor

@@ -1,5 +1,6 @@
 """The sandwich step, LengthDrop's draws, distillation direction, seeds and failures."""
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -12,7 +13,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
+from model.evaluate import score
 from model.length_config import LengthConfig
+from model.tasks import CLASS_METRICS, choose_metric
 from model.train import LengthDropTrainer, TrainingDiverged, TrainingSettings, sample_sandwich, train
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{index}" for index in range(30))]
@@ -60,9 +63,6 @@ SETTINGS = TrainingSettings(
 
 
 def test_training_learns_the_task_at_full_and_at_reduced_length(model, split, tokenizer):
-    from model.evaluate import score
-    from model.tasks import CLASS_METRICS, choose_metric
-
     report = train(model, split, tokenizer, dataclasses.replace(SETTINGS, epochs=12))
     configs = [LengthConfig.full(3), LengthConfig.from_retention((0.8, 0.8, 0.8))]
     assert min(score(model, split, configs, choose_metric(CLASS_METRICS, "accuracy"))) > 0.9
@@ -183,8 +183,6 @@ def test_hooks_see_every_step_and_epoch(model, split, tokenizer):
 
 
 def test_bf16_training_stays_close_to_fp32(model, split, tokenizer):
-    from model.evaluate import score
-    from model.tasks import CLASS_METRICS, choose_metric
 
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this processor has no bf16 products")
@@ -228,3 +226,24 @@ def test_the_trained_model_ranks_tokens_as_it_was_trained_to(model, split, token
     settings = SETTINGS if token_score is None else dataclasses.replace(SETTINGS, token_score=token_score)
     train(model, split, tokenizer, settings)
     assert model.token_score == (token_score or "value_norm")
+
+
+def test_with_a_teacher_the_full_pass_learns_from_it_rather_than_from_wrong_labels(model, split, tokenizer):
+    teacher = copy.deepcopy(model)
+    train(teacher, split, tokenizer, dataclasses.replace(SETTINGS, epochs=12))
+    before = teacher.fingerprint()
+    wrong = dataclasses.replace(split, labels=1 - split.labels)
+    settings = dataclasses.replace(SETTINGS, plain_epochs=13, epochs=0, teacher_weight=1.0)
+    train(model, wrong, tokenizer, settings, teacher=teacher)
+    full = [LengthConfig.full(3)]
+    accuracy = choose_metric(CLASS_METRICS, "accuracy")
+    assert score(model, split, full, accuracy)[0] > 0.9
+    assert teacher.fingerprint() == before, "a teacher does not learn"
+
+
+def test_a_teacher_of_no_weight_changes_nothing(model, split, tokenizer):
+    alone, taught = copy.deepcopy(model), copy.deepcopy(model)
+    settings = dataclasses.replace(SETTINGS, teacher_weight=0.0)
+    train(alone, split, tokenizer, settings)
+    train(taught, split, tokenizer, settings, teacher=copy.deepcopy(model))
+    assert taught.fingerprint() == alone.fingerprint()
