@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Commands import what they run: torch and its company take seconds, and `hpo --help` needs none of it.
 
-FINETUNE, DEMO_FINETUNE, LENGTHS = "finetune", "finetune-demo", "lengths"
+FINETUNE, DEMO_FINETUNE, DISTILL, LENGTHS = "finetune", "finetune-demo", "distill", "lengths"
 
 app = typer.Typer(
     name="hpo",
@@ -62,6 +62,15 @@ Dataset = Annotated[
         show_default=False,
     ),
 ]
+Teacher = Annotated[
+    str | None,
+    typer.Option(metavar="FOLDER|ID", help="Fine-tuned encoder that the full passes learn from.", show_default=False),
+]
+StudentLayers = Annotated[
+    str | None,
+    typer.Option(metavar="0,2,4", help="Cut the student from these layers, counted from 0.", show_default="all layers"),
+]
+Objective = Annotated[str | None, typer.Option(help="area or metric.", show_default="as the study file says")]
 TextColumns = Annotated[
     str | None,
     typer.Option(metavar="NAME[,NAME]", help="Column of the text, or of a pair of texts.", show_default=False),
@@ -144,13 +153,13 @@ def tune_command(
     trials: Annotated[int, typer.Option(min=1, help="Finished trials the study shall have in all.")] = 20,
     model: Model = None,
     dataset: Dataset = None,
+    teacher: Teacher = None,
+    student_layers: StudentLayers = None,
     task: Task = None,
     text_columns: TextColumns = None,
     label_column: LabelColumn = None,
     metric: MetricName = None,
-    objective: Annotated[
-        str | None, typer.Option(help="area or metric.", show_default="as the study file says")
-    ] = None,
+    objective: Objective = None,
     train_limit: TrainLimit = None,
     search_size: SearchSize = None,
     max_length: MaxLength = None,
@@ -163,24 +172,101 @@ def tune_command(
 ) -> None:
     """Search how to train the encoder: a TPE study over training settings. The best model is kept."""
     from hpo.runs import runs_folder
+
+    root = runs_folder(runs)
+    layers = _layers(student_layers)
+    if layers is not None and model is None:
+        model = teacher
+    if (model is None) != (dataset is None):
+        absent = "model" if model is None else "dataset"
+        raise typer.BadParameter(f"give --{absent} too, or neither for the embedded demo task")
+    _quieten_libraries()
+    if model is None and study == FINETUNE:
+        study = DEMO_FINETUNE
+    if model is None:
+        model, dataset = _demo(root)
+    data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
+    workload = _workload(model, data_flags, _workload_flags(task, metric, max_length, stride, windows))
+    _tune(study, workload, trials, objective, teacher, layers, seed, storage, runs, as_json)
+
+
+@app.command("distill")
+def distill_command(
+    teacher: Annotated[
+        str, typer.Option("--teacher", metavar="FOLDER|ID", help="Fine-tuned encoder to learn from.")
+    ],
+    dataset: Annotated[
+        str, typer.Option("--dataset", metavar="DATA", help="Hub id, folder, file, or train=FILE,validation=FILE.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--student", metavar="FOLDER|ID", help="Encoder that learns.", show_default="cut with --student-layers"
+        ),
+    ] = None,
+    student_layers: StudentLayers = None,
+    study: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="Study file: ours by name, or a path ending in .toml.")
+    ] = DISTILL,
+    task: Task = None,
+    text_columns: TextColumns = None,
+    label_column: LabelColumn = None,
+    metric: MetricName = None,
+    objective: Objective = None,
+    train_limit: TrainLimit = None,
+    search_size: SearchSize = None,
+    max_length: MaxLength = None,
+    stride: Stride = None,
+    windows: Windows = None,
+    seed: Seed = 0,
+    storage: Storage = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Distil a teacher into a student that works at any length: the first trial of `hpo tune --study distill`."""
+    layers = _layers(student_layers)
+    if model is None and layers is None:
+        raise typer.BadParameter("give --student, or --student-layers to cut one from the teacher")
+    _quieten_libraries()
+    data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
+    workload = _workload(model or teacher, data_flags, _workload_flags(task, metric, max_length, stride, windows))
+    _tune(study, workload, 1, objective, teacher, layers, seed, storage, runs, as_json)
+
+
+def _tune(
+    study: str,
+    workload: "Workload",
+    trials: int,
+    objective: str | None,
+    teacher: str | None,
+    student_layers: list[int] | None,
+    seed: int,
+    storage: str | None,
+    runs: Path | None,
+    as_json: bool,
+) -> None:
+    """Run or complete a study over training settings, and show its best trial."""
+    from hpo.runs import runs_folder
     from hpo.storage import display_url, storage_url
     from hpo.tune import best_checkpoint, tune
     from studies.loader import load_finetune
 
-    _quieten_libraries()
     url, root = storage_url(storage), runs_folder(runs)
-    if (model is None) != (dataset is None):
-        absent = "model" if model is None else "dataset"
-        raise typer.BadParameter(f"give --{absent} too, or neither for the embedded demo task")
-    definition = load_finetune(DEMO_FINETUNE if model is None and study == FINETUNE else study)
+    definition = load_finetune(study)
     if objective is not None:
         definition = dataclasses.replace(definition, objective=objective)  # type: ignore[arg-type]  # checks itself
-    if model is None:
-        model, dataset = _demo(root)
-    flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
-    workload = _workload(model, flags, _workload_flags(task, metric, max_length, stride, windows))
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
-        finished = tune(definition, workload, trials=trials, storage=url, runs=root, seed=seed, on_progress=on_progress)
+        finished = tune(
+            definition,
+            workload,
+            trials=trials,
+            storage=url,
+            runs=root,
+            teacher=None if teacher is None else _absolute(teacher),
+            student_layers=student_layers,
+            seed=seed,
+            on_progress=on_progress,
+        )
     folder = best_checkpoint(finished, root)
     best = finished.best_trial
     if as_json:
@@ -463,6 +549,16 @@ def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
+
+
+def _layers(given: str | None) -> list[int] | None:
+    """The numbers of `0,2,4`, or wrong usage."""
+    if given is None:
+        return None
+    try:
+        return [int(number) for number in given.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--student-layers {given}: write numbers as in 0,2,4") from error
 
 
 def _data_flags(

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RUNS = "runs"
 FOLDER_ATTRIBUTE = "runs_folder"
+CACHE = "teacher-cache"
+"""What a teacher said of the training split, in a study's folder."""
+STAGE_MARK = ".after-"
+"""In the names of checkpoints of trials that are not through."""
 FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Folder names read from a database, which others may write to, become paths that are deleted."""
 
@@ -121,9 +125,18 @@ class StudyRuns:
             shutil.rmtree(temporary, ignore_errors=True)
         return f"{self.folder.name}/{name}"
 
-    def keep_only(self, place: str | None) -> None:
-        """Remove every checkpoint of this study but the one at `place` (relative to the runs folder)."""
+    def keep_only(self, place: str | None, begun: Collection[str] = ()) -> None:
+        """Remove every checkpoint of this study but the one at `place` (relative to the runs folder).
+
+        Args:
+            place: Of the checkpoint that stays; None where none does.
+            begun: Names of trials whose stages stay too.
+        """
         kept = None if place is None else (self.root / place).name
         for folder in self.folder.glob("*/"):
-            if folder.name != kept:
+            if folder.name not in (kept, CACHE) and folder.name.partition(STAGE_MARK)[0] not in begun:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def stage_place(self, trial: str, stage: str) -> Path:
+        """Where the checkpoint lies that a trial has after one of its stages."""
+        return self.folder / f"{trial}{STAGE_MARK}{stage}"

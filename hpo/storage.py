@@ -140,7 +140,7 @@ def open_study(
         for key, value in attributes.items():
             study.set_user_attr(key, value)
         study.set_user_attr(IDENTITY, dict(identity))  # last: a study cut short before is made anew
-    elif changed := [key for key in identity if recorded.get(key) != identity[key]]:
+    elif changed := [key for key in {**identity, **recorded} if recorded.get(key) != identity.get(key)]:
         raise StudyChanged(
             f"Study {name!r} was made with another {' and another '.join(changed)}, so its trials cannot be compared "
             "with new ones. Go back to what it was made with, or start a new study: copy its .toml file, change `name` "

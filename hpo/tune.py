@@ -1,18 +1,17 @@
 """`hpo tune`: a TPE study over training hyperparameters, whose best model is kept."""
 
-import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-import transformers
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hpo.errors import HpoError
+from hpo.recipe import Recipe, check_settings
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.storage import finished_trials, open_storage, open_study
 from hpo.workload import (
@@ -20,7 +19,6 @@ from hpo.workload import (
     ProgressHook,
     Workload,
     library_versions,
-    load_encoder,
     load_workload,
     require_trials,
 )
@@ -28,13 +26,15 @@ from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.macs import constant_rate_config
-from model.train import TrainingDiverged, TrainingSettings, train
-from studies.loader import Choices, FinetuneStudy, Range, StudyFileError
+from model.train import TrainingDiverged
+from studies.loader import STAGES, Choices, FinetuneStudy, Range
 
 logger = logging.getLogger(__name__)
 
 AREA_COSTS = (1.0, 0.7, 0.5, 0.35)
 """Relative MACs whose constant-rate configs the objective `area` averages over."""
+FIRST_ATTEMPT = "first_attempt"
+"""Attribute of a trial that goes on where another's process died: that other's number."""
 MAX_ATTEMPTS = 3
 """How often the parameters of a trial whose process died are tried, and how many failures in a row end a study."""
 
@@ -46,6 +46,8 @@ def tune(
     trials: int,
     storage: str,
     runs: Path,
+    teacher: str | None = None,
+    student_layers: Sequence[int] | None = None,
     seed: int = 0,
     on_progress: ProgressHook | None = None,
 ) -> optuna.Study:
@@ -60,6 +62,8 @@ def tune(
         trials: Finished trials that the study shall have in all; none is added to a complete one.
         storage: SQLAlchemy URL of the database.
         runs: Folder for checkpoints.
+        teacher: Folder or hub id of a fine-tuned encoder to learn from; a study of kind "distill" needs one.
+        student_layers: Layers of the workload's encoder, from 0, that the student is made of; None takes all.
         seed: Of sampler, heads, dropout and batch order; the dataset's own seed is in `workload.data`.
         on_progress: Told about each step.
     Returns:
@@ -74,7 +78,8 @@ def tune(
     check_settings(definition)
     rdb = open_storage(storage)
     loaded = load_workload(workload, workload.model)
-    probe = load_encoder(workload.model, loaded.corpus)
+    recipe = Recipe.of(definition, loaded, teacher, student_layers)
+    probe = recipe.new_student()
     study = open_study(
         rdb,
         definition.name,
@@ -82,12 +87,14 @@ def tune(
         metric_names=[objective_name(definition, loaded)],
         identity={
             "model": encoder_fingerprint(probe),
+            **recipe.identity(),
             "dataset": loaded.dataset_identity,
             "search space": definition.space_fingerprint(),
             "metric": loaded.metric.name,
         },
         attributes={
-            "kind": "finetune",
+            "kind": definition.kind,
+            **recipe.attributes(),
             "workload": loaded.workload.to_attribute(),
             "objective": definition.objective,
             "seed": seed,
@@ -97,15 +104,15 @@ def tune(
     )
     study_runs = StudyRuns(runs, study)
     with study_runs.locked():
-        _requeue_orphans(study)
-        study_runs.keep_only(_checkpoint_of_best(study))
+        _requeue_orphans(study, study_runs)
+        study_runs.keep_only(_checkpoint_of_best(study), _begun(study))
         already = len(study.get_trials(deepcopy=False))
         study.sampler = _sampler(definition, seed + already)
         study.pruner = _pruner(definition)
         if not already:
             for parameters in definition.first:
                 study.enqueue_trial(dict(parameters))
-        _run_missing(study, definition, loaded, study_runs, trials, seed, on_progress)
+        _run_missing(study, recipe, study_runs, trials, seed, on_progress)
     return study
 
 
@@ -129,25 +136,6 @@ def best_checkpoint(study: optuna.Study, runs: Path) -> Path:
     return folder
 
 
-def check_settings(definition: FinetuneStudy) -> None:
-    """Refuse a definition that names settings training does not have, or gives impossible values.
-
-    Raises:
-        StudyFileError: With the name or the value.
-    """
-    known = {field.name for field in dataclasses.fields(TrainingSettings)} - {"seed"}
-    if unknown := sorted((set(definition.space) | set(definition.fixed)) - known):
-        raise StudyFileError(
-            f"Study {definition.name!r} sets {', '.join(unknown)}, which training does not have; "
-            f"choose from {', '.join(sorted(known))}."
-        )
-    for name, declared in definition.space.items():
-        ends = declared.choices if isinstance(declared, Choices) else (declared.low, declared.high)
-        for value in ends:
-            _check_value(definition, {name: value})
-    _check_value(definition, dict(definition.fixed))
-
-
 def objective_name(definition: FinetuneStudy, loaded: LoadedWorkload) -> str:
     """The objective in words, for the dashboard's axis."""
     return f"mean {loaded.metric.name} over four costs" if definition.objective == "area" else loaded.metric.name
@@ -160,8 +148,7 @@ def encoder_fingerprint(model: LengthAdaptiveModel) -> str:
 
 def _run_missing(
     study: optuna.Study,
-    definition: FinetuneStudy,
-    loaded: LoadedWorkload,
+    recipe: Recipe,
     runs: StudyRuns,
     trials: int,
     seed: int,
@@ -176,7 +163,7 @@ def _run_missing(
                 on_progress(done + share, trials, _best_in_words(study))
 
         report_share(0.0)
-        failure = _run_trial(study, trial, definition, loaded, runs, seed, report_share)
+        failure = _run_trial(study, trial, recipe, runs, seed, report_share)
         failures = 0 if failure is None else failures + 1
         if failure is not None:
             logger.warning("Trial %d failed: %s", trial.number, failure)
@@ -193,48 +180,47 @@ def _run_missing(
 def _run_trial(
     study: optuna.Study,
     trial: Trial,
-    definition: FinetuneStudy,
-    loaded: LoadedWorkload,
+    recipe: Recipe,
     runs: StudyRuns,
     seed: int,
     report_share: Callable[[float], None],
 ) -> str | None:
     """Train, score and tell one trial; returns why it failed, if it did."""
     try:
-        settings = _suggest_settings(trial, definition, seed + trial.number)
-        trial.set_user_attr("seed", settings.seed)
-        model, values = _train_and_score(trial, definition, loaded, settings, report_share)
-        _keep_if_best(study, trial, values[-1], model, loaded, runs)
+        parameters = {name: _suggest(trial, name, declared) for name, declared in recipe.definition.space.items()}
+        trial.set_user_attr("seed", seed + _first_attempt(trial))
+        model, values = _train_and_score(trial, recipe, parameters, runs, report_share)
+        _keep_if_best(study, trial, values[-1], model, recipe.loaded, runs)
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except TrainingDiverged as error:
         _fail(study, trial, str(error))
         return str(error)
     except BaseException as error:
-        _fail(
-            study, trial, "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-        )
+        interrupted = isinstance(error, KeyboardInterrupt)
+        _fail(study, trial, "interrupted" if interrupted else f"{type(error).__name__}: {error}")
+        if interrupted and recipe.definition.kind == "distill":
+            study.enqueue_trial(trial.params, user_attrs={FIRST_ATTEMPT: _first_attempt(trial)})
         raise
     else:
         study.tell(trial, values[-1])
-        runs.keep_only(_checkpoint_of_best(study))
+    runs.keep_only(_checkpoint_of_best(study))
     return None
 
 
 def _train_and_score(
     trial: Trial,
-    definition: FinetuneStudy,
-    loaded: LoadedWorkload,
-    settings: TrainingSettings,
+    recipe: Recipe,
+    parameters: Mapping[str, Any],
+    runs: StudyRuns,
     report_share: Callable[[float], None],
 ) -> tuple[LengthAdaptiveModel, list[float]]:
     """The trained model and the objective after each epoch."""
-    transformers.set_seed(settings.seed)  # the head's weights are drawn when the model is loaded
-    model = load_encoder(loaded.workload.model, loaded.corpus)
-    configs = _scored_configs(definition, model, loaded)
+    loaded = recipe.loaded
     values: list[float] = []
 
-    def on_epoch(epoch: int) -> None:
+    def on_epoch(model: LengthAdaptiveModel, epoch: int) -> None:
+        configs = _scored_configs(recipe.definition, model, loaded)
         scores = score(model, loaded.search, configs, loaded.metric)
         values.append(sum(scores) / len(scores))
         trial.set_user_attr("metric_at_full_length", scores[0])
@@ -242,13 +228,13 @@ def _train_and_score(
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    report = train(
-        model,
-        loaded.train,
-        loaded.tokenizer,
-        settings,
+    model, report = recipe.train(
+        parameters,
+        trial.user_attrs["seed"],
+        runs,
+        f"trial-{_first_attempt(trial)}",
         on_epoch=on_epoch,
-        on_progress=lambda step, steps: report_share(step / steps),
+        on_progress=report_share,
     )
     trial.set_user_attr("steps", report.steps)
     trial.set_user_attr("precision", report.precision)
@@ -280,11 +266,6 @@ def _keep_if_best(
     trial.set_user_attr("checkpoint_sha256", model.fingerprint())
 
 
-def _suggest_settings(trial: Trial, definition: FinetuneStudy, seed: int) -> TrainingSettings:
-    suggested = {name: _suggest(trial, name, declared) for name, declared in definition.space.items()}
-    return TrainingSettings(**{**definition.fixed, **suggested, "seed": seed})
-
-
 def _suggest(trial: Trial, name: str, declared: Range | Choices) -> Any:
     if isinstance(declared, Choices):
         return trial.suggest_categorical(name, declared.choices)
@@ -309,13 +290,30 @@ def _pruner(definition: FinetuneStudy) -> optuna.pruners.BasePruner:
     )
 
 
-def _requeue_orphans(study: optuna.Study) -> None:
-    """Fail trials whose process died, and queue their parameters again, a few times at most."""
+def _requeue_orphans(study: optuna.Study, runs: StudyRuns) -> None:
+    """Fail trials whose process died, and queue their parameters again, a few times at most.
+
+    A trial that got through another stage meanwhile starts counting anew.
+    """
     for orphan in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        attempt = int(orphan.user_attrs.get("attempt", 1))
+        first = _first_attempt(orphan)
+        stages = sum(runs.stage_place(f"trial-{first}", stage).is_dir() for stage in STAGES)
+        attempt = int(orphan.user_attrs.get("attempt", 1)) if stages == orphan.user_attrs.get("stages", 0) else 1
         study.tell(orphan.number, state=TrialState.FAIL)
         if orphan.params and attempt < MAX_ATTEMPTS:
-            study.enqueue_trial(orphan.params, user_attrs={"attempt": attempt + 1, "retry_of": orphan.number})
+            again = {"attempt": attempt + 1, "retry_of": orphan.number, FIRST_ATTEMPT: first, "stages": stages}
+            study.enqueue_trial(orphan.params, user_attrs=again)
+
+
+def _first_attempt(trial: Trial | FrozenTrial) -> int:
+    """The number of the trial whose parameters this one was given; its own where it is the first."""
+    return int(trial.user_attrs.get(FIRST_ATTEMPT, trial.number))
+
+
+def _begun(study: optuna.Study) -> set[str]:
+    """Names of trials that wait to be gone on with."""
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    return {f"trial-{_first_attempt(trial)}" for trial in waiting if FIRST_ATTEMPT in trial.user_attrs}
 
 
 def _fail(study: optuna.Study, trial: Trial, reason: str) -> None:
@@ -340,10 +338,3 @@ def _best_in_words(study: optuna.Study) -> str:
     if best is None:
         return ""
     return f"best {best.value:.4f}"
-
-
-def _check_value(definition: FinetuneStudy, settings: Mapping[str, Any]) -> None:
-    try:
-        TrainingSettings(**settings)
-    except (ValueError, TypeError) as error:
-        raise StudyFileError(f"Study {definition.name!r}: {error}") from error

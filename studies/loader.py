@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 FOLDER = Path(__file__).parent
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OBJECTIVES: tuple[Literal["area"], Literal["metric"]] = ("area", "metric")
+STAGES = ("intermediate", "logits", "lengthdrop")
+"""What a distillation does one after the other."""
 CROSSOVERS = ("uniform", "blxalpha", "sbx", "vsbx", "spx", "undx")
 SAMPLERS = {
     "surrogate": ("population_size", "brood"),
@@ -98,6 +100,7 @@ class FinetuneStudy:
 
     Attributes:
         name: The study's name in the database.
+        kind: "finetune", or "distill", whose settings belong to `STAGES` and are named `stage.setting`.
         objective: "area" (mean metric over four costs) or "metric" (full length only).
         space: What is searched.
         fixed: Settings that are not.
@@ -109,9 +112,10 @@ class FinetuneStudy:
     """
 
     name: str
+    kind: Literal["finetune", "distill"] = "finetune"
     objective: Literal["area", "metric"] = OBJECTIVES[0]
     space: Space
-    fixed: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
+    fixed: Mapping[str, Value | tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))
     first: tuple[Mapping[str, Value], ...] = ()
     multivariate: bool = True
     startup_trials: int = 8
@@ -127,8 +131,8 @@ class FinetuneStudy:
         if both := sorted(set(self.space) & set(self.fixed)):
             raise StudyFileError(f"{', '.join(both)} stands both in [space] and in [fixed]; keep one")
         for key, value in self.fixed.items():
-            if not _is_value(value):
-                raise StudyFileError(f"[fixed] sets {key}={value!r}; write a number or a word")
+            if not _is_value(value) and not (self.kind == "distill" and _is_layer_list(value)):
+                raise StudyFileError(f"[fixed] sets {key}={_shown(value)}; write a number or a word")
         for number, parameters in enumerate(self.first, start=1):
             for key, value in parameters.items():
                 if key not in self.space:
@@ -144,6 +148,11 @@ class FinetuneStudy:
     def space_fingerprint(self) -> str:
         """Hash of what decides the values that trials are compared by: the space, the fixed settings, the objective."""
         return _fingerprint({"space": self.space, "fixed": self.fixed, "objective": self.objective})
+
+    def settings_of(self, stage: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """What the fixed settings and a trial's parameters say of one stage, under the names that training has."""
+        together = {**self.fixed, **parameters}
+        return {key.partition(".")[2]: value for key, value in together.items() if key.partition(".")[0] == stage}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +219,7 @@ Study: TypeAlias = FinetuneStudy | LengthsStudy
 
 
 def load_finetune(name_or_path: str) -> FinetuneStudy:
-    """Read a study file of `kind = "finetune"`: one of ours by its name, or any by its path."""
+    """Read a study file of `kind = "finetune"` or `"distill"`: one of ours by its name, or any by its path."""
     study = load(name_or_path)
     if not isinstance(study, FinetuneStudy):
         raise StudyFileError(
@@ -246,14 +255,14 @@ def load(name_or_path: str) -> Study:
         raise StudyFileError(f"The study file {path} is not valid TOML: {error}.") from error
     try:
         match document.pop("kind", None):
-            case "finetune":
-                return _read_finetune(document, path.stem)
+            case "finetune" | "distill" as kind:
+                return _read_finetune(document, path.stem, kind)
             case "lengths":
                 return _read_lengths(document, path.stem)
             case None:
-                raise StudyFileError('it names no kind; write kind = "finetune" or kind = "lengths"')
+                raise StudyFileError('it names no kind; write kind = "finetune", "distill" or "lengths"')
             case kind:
-                raise StudyFileError(f'kind={kind!r}; write kind = "finetune" or kind = "lengths"')
+                raise StudyFileError(f'kind={kind!r}; write kind = "finetune", "distill" or "lengths"')
     except StudyFileError as error:
         raise StudyFileError(f"The study file {path} cannot be used: {error}.") from error
 
@@ -280,7 +289,9 @@ def _find(name_or_path: str) -> Path:
     return FOLDER / f"{name_or_path}.toml"
 
 
-def _read_finetune(document: dict[str, Any], default_name: str) -> FinetuneStudy:
+def _read_finetune(
+    document: dict[str, Any], default_name: str, kind: Literal["finetune", "distill"]
+) -> FinetuneStudy:
     _check_keys(
         "the file",
         document,
@@ -291,16 +302,29 @@ def _read_finetune(document: dict[str, Any], default_name: str) -> FinetuneStudy
     first = document.get("first", [])
     if not isinstance(first, list) or not all(isinstance(parameters, dict) for parameters in first):
         raise StudyFileError(f"first={_shown(first)}; write one [[first]] table per parameter set")
-    space = {key: _read_parameter(key, value) for key, value in _table(document, "space").items()}
+    space, fixed = _table(document, "space"), _table(document, "fixed")
+    if kind == "distill":
+        space, fixed = _by_stage("space", space), _by_stage("fixed", fixed)
+        first = [_by_stage("first", parameters) for parameters in first]
     return FinetuneStudy(
         name=document.get("name", default_name),
+        kind=kind,
         objective=document.get("objective", OBJECTIVES[0]),
-        space=MappingProxyType(space),
-        fixed=MappingProxyType(_table(document, "fixed")),
+        space=MappingProxyType({key: _read_parameter(key, value) for key, value in space.items()}),
+        fixed=MappingProxyType({key: _without_lists(value, kind) for key, value in fixed.items()}),
         first=tuple(MappingProxyType(parameters) for parameters in first),
         **sampler,
         **{f"pruner_{key}": value for key, value in pruner.items()},
     )
+
+
+def _by_stage(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of tables such as [space.intermediate], named `stage.setting`."""
+    _check_keys(f"[{where}]", table, STAGES)
+    for stage, settings in table.items():
+        if not isinstance(settings, dict):
+            raise StudyFileError(f"{stage}={_shown(settings)}; write it as a table, [{where}.{stage}]")
+    return {f"{stage}.{key}": value for stage, settings in table.items() for key, value in settings.items()}
 
 
 def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
@@ -359,6 +383,14 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 def _is_value(value: object) -> TypeGuard[Value]:
     return isinstance(value, str | bool) or _is_number(value)
+
+
+def _without_lists(value: Any, kind: str) -> Any:
+    return tuple(value) if kind == "distill" and isinstance(value, list) else value
+
+
+def _is_layer_list(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
 
 
 def _check_number(name: str, value: object) -> None:

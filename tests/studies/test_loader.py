@@ -419,3 +419,46 @@ def test_the_longest_name_is_accepted(write):
 
 def test_a_file_name_that_cannot_name_a_study_is_refused_where_the_file_names_none(write):
     assert "name='my study'" in refusal(write(edited(LENGTHS, 'name = "lengths"', ""), "my study.toml"))
+
+
+# Distillation
+
+
+DISTILL = """
+kind = "distill"
+name = "mine"
+[space.logits]
+temperature = { low = 1.0, high = 4.0 }
+[fixed.intermediate]
+epochs = 2
+layer_map = [1, 3]
+[fixed.logits]
+epochs = 1
+[[first]]
+logits = { temperature = 2.0 }
+"""
+
+
+def test_settings_of_a_distillation_belong_to_its_stages(write):
+    study = load_finetune(write(DISTILL))
+    assert study.kind == "distill"
+    assert study.space == {"logits.temperature": Range(low=1.0, high=4.0)}
+    assert study.first == ({"logits.temperature": 2.0},)
+    parameters = {"logits.temperature": 3.0}
+    assert study.settings_of("intermediate", parameters) == {"epochs": 2, "layer_map": (1, 3)}
+    assert study.settings_of("logits", parameters) == {"epochs": 1, "temperature": 3.0}
+    assert study.settings_of("lengthdrop", parameters) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[space.logits]", "[space.last]", r"\[space\] has no setting last; it takes intermediate, logits, lengthdrop"),
+        ("[fixed.logits]\nepochs = 1", "[fixed]\nlogits = 1", r"logits=1; write it as a table, \[fixed.logits\]"),
+        ("layer_map = [1, 3]", 'layer_map = ["a"]', r"sets intermediate.layer_map=\['a'\]; write a number"),
+        ("temperature = 2.0", "temperature = 5.0", "sets logits.temperature=5.0, outside its range"),
+        ('kind = "distill"', 'kind = "distil"', 'write kind = "finetune", "distill" or "lengths"'),
+    ],
+)
+def test_a_distillation_that_declares_something_impossible_is_refused(write, old, new, message):
+    assert re.search(message, refusal(write(edited(DISTILL, old, new))))

@@ -1,0 +1,291 @@
+"""How a trial makes its model: fine-tuning with LengthDrop, or distillation in stages that outlive the process."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from hpo.errors import HpoError
+from hpo.runs import CACHE, StudyRuns
+from hpo.workload import LoadedWorkload, load_encoder, load_tokenizer
+from model.distill import DistillSettings, distil
+from model.encoder import LengthAdaptiveModel
+from model.evaluate import score
+from model.length_config import LengthConfig
+from model.students import cut_student
+from model.train import EpochHook, TrainingReport, TrainingSettings, train
+from studies.loader import STAGES, Choices, FinetuneStudy, StudyFileError
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_OF: Mapping[str, type[TrainingSettings] | type[DistillSettings]] = {
+    "intermediate": DistillSettings,
+    "logits": DistillSettings,
+    "lengthdrop": TrainingSettings,
+}
+DEFAULT_NAME = "LABEL_"
+"""How transformers calls labels that nobody named."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What all trials of a study have in common.
+
+    Attributes:
+        definition: The study.
+        loaded: Its data.
+        teacher: A fine-tuned encoder to learn from; None where there is none.
+        teacher_source: Its folder or hub id.
+        student_layers: Layers of the workload's encoder that the student is made of; None for all.
+    """
+
+    definition: FinetuneStudy
+    loaded: LoadedWorkload
+    teacher: LengthAdaptiveModel | None
+    teacher_source: str | None
+    student_layers: tuple[int, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        definition: FinetuneStudy,
+        loaded: LoadedWorkload,
+        teacher_source: str | None,
+        student_layers: Sequence[int] | None,
+    ) -> "Recipe":
+        """Load the teacher, and see that the student can learn from it.
+
+        Raises:
+            HpoError: A distillation lacks its teacher, or the two do not go together.
+            CheckpointError: The teacher cannot be loaded.
+        """
+        if teacher_source is None and definition.kind == "distill":
+            raise HpoError(f"Study {definition.name!r} distils and has no teacher; name a fine-tuned one with --teacher.")
+        teacher = None
+        if teacher_source is not None:
+            _check_vocabularies(loaded, teacher_source)
+            teacher = load_encoder(teacher_source, loaded.corpus)
+            _check_labels(loaded, teacher_source)
+        layers = None if student_layers is None else tuple(student_layers)
+        return cls(
+            definition=definition,
+            loaded=loaded,
+            teacher=teacher,
+            teacher_source=teacher_source,
+            student_layers=layers,
+        )
+
+    def identity(self) -> dict[str, str]:
+        """What a study may not change, beside what every study may not."""
+        return {} if self.teacher is None else {"teacher": self.teacher.fingerprint()}
+
+    def attributes(self) -> dict[str, Any]:
+        """What is recorded with the study."""
+        if self.teacher is None:
+            return {}
+        return {"teacher": self.teacher_source, "teacher_metric": self._teacher_metric(self.teacher)}
+
+    def new_student(self) -> LengthAdaptiveModel:
+        """The encoder as training begins, its head drawn anew from torch's random state.
+
+        Raises:
+            HpoError: It has no such layers.
+        """
+        whole = load_encoder(self.loaded.workload.model, self.loaded.corpus)
+        if self.student_layers is None:
+            return whole
+        try:
+            return cut_student(whole, self.student_layers)
+        except ValueError as error:
+            raise HpoError(f"--student-layers {','.join(map(str, self.student_layers))}: {error}") from error
+
+    def train(
+        self,
+        parameters: Mapping[str, Any],
+        seed: int,
+        runs: StudyRuns,
+        name: str,
+        *,
+        on_epoch: Callable[[LengthAdaptiveModel, int], None],
+        on_progress: Callable[[float], None],
+    ) -> tuple[LengthAdaptiveModel, TrainingReport]:
+        """Train the model of one trial.
+
+        A distillation writes what it has after each of its stages; called again with the same name it goes on from
+        there, to the result that an unbroken run has.
+
+        Args:
+            parameters: What the trial chose.
+            seed: Of the head, dropout, batch order and length configs.
+            runs: Where stages are kept.
+            name: What the trial's folders are called.
+            on_epoch: Called with the model and the number of epochs done with LengthDrop.
+            on_progress: Called with the share of the work done.
+        """
+        if self.definition.kind == "finetune":
+            transformers.set_seed(seed)
+            model = self.new_student()
+            settings = TrainingSettings(**{**self.definition.fixed, **parameters, "seed": seed})
+            return model, self._drop_lengths(model, settings, on_epoch, on_progress)
+        model, begun = self._last_stage(runs, name, seed)
+        steps = 0
+        report = None
+        for number, stage in enumerate(STAGES):
+            if number < begun:
+                continue
+
+            def report_share(share: float, number: int = number) -> None:
+                on_progress((number + share) / len(STAGES))
+
+            values = {**self.definition.settings_of(stage, parameters), "seed": seed}
+            if stage == STAGES[-1]:
+                report = self._drop_lengths(model, TrainingSettings(**values), on_epoch, report_share)
+            else:
+                report = self._imitate(model, DistillSettings(**values), runs, report_share)
+                self._keep_stage(model, runs, name, stage)
+                logger.info("Stage %s of %s is done.", stage, name)
+            steps += report.steps
+        assert report is not None
+        return model, dataclasses.replace(report, steps=steps)
+
+    def _drop_lengths(
+        self,
+        model: LengthAdaptiveModel,
+        settings: TrainingSettings,
+        on_epoch: Callable[[LengthAdaptiveModel, int], None],
+        on_progress: Callable[[float], None],
+    ) -> TrainingReport:
+        def after_epoch(epoch: int) -> None:
+            on_epoch(model, epoch)
+
+        hook: EpochHook = after_epoch
+        return train(
+            model,
+            self.loaded.train,
+            self.loaded.tokenizer,
+            settings,
+            teacher=self.teacher,
+            on_epoch=hook,
+            on_progress=lambda step, steps: on_progress(step / steps),
+        )
+
+    def _imitate(
+        self,
+        model: LengthAdaptiveModel,
+        settings: DistillSettings,
+        runs: StudyRuns,
+        on_progress: Callable[[float], None],
+    ) -> TrainingReport:
+        assert self.teacher is not None
+        try:
+            return distil(
+                model,
+                self.teacher,
+                self.loaded.train,
+                self.loaded.tokenizer,
+                settings,
+                cache_dir=runs.folder / CACHE,
+                on_progress=lambda step, steps: on_progress(step / steps),
+            )
+        except ValueError as error:  # layers, widths or heads of the two do not go together
+            raise HpoError(f"Study {self.definition.name!r} cannot distil {self.teacher_source}: {error}") from error
+
+    def _last_stage(self, runs: StudyRuns, name: str, seed: int) -> tuple[LengthAdaptiveModel, int]:
+        """The model after the last stage that is kept, and the number of stages done."""
+        for number in reversed(range(len(STAGES) - 1)):
+            place = runs.stage_place(name, STAGES[number])
+            if place.is_dir():
+                logger.info("Going on after stage %s of %s.", STAGES[number], name)
+                return load_encoder(place, self.loaded.corpus), number + 1
+        transformers.set_seed(seed)
+        return self.new_student(), 0
+
+    def _keep_stage(self, model: LengthAdaptiveModel, runs: StudyRuns, name: str, stage: str) -> None:
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder)
+            self.loaded.tokenizer.save_pretrained(folder)
+
+        runs.write_checkpoint(runs.stage_place(name, stage).name, write)
+
+    def _teacher_metric(self, teacher: LengthAdaptiveModel) -> float:
+        """The teacher's quality on the search split, with a warning where it knows nothing."""
+        split, metric = self.loaded.search, self.loaded.metric
+        quality = score(teacher, split, [LengthConfig.full(teacher.num_layers)], metric)[0]
+        chance = 0.0
+        if self.loaded.corpus.kind == "classification":
+            classes = range(len(self.loaded.corpus.label_names))
+            chance = max(split.quality(metric, np.full(len(split), label)) for label in classes)
+        if quality <= chance:
+            logger.warning(
+                "The teacher %s is no better than chance on the search split: %s %.4f, and %.4f without looking.",
+                self.teacher_source, metric.name, quality, chance,
+            )  # fmt: skip
+        return quality
+
+
+def check_settings(definition: FinetuneStudy) -> None:
+    """Refuse a definition that names settings training does not have, or gives impossible values.
+
+    Raises:
+        StudyFileError: With the name or the value.
+    """
+    if definition.kind == "finetune":
+        _check_part(definition, TrainingSettings, definition.space, definition.fixed, "")
+        return
+    for stage in STAGES:
+        space = {key.partition(".")[2]: value for key, value in definition.space.items() if key.startswith(f"{stage}.")}
+        _check_part(definition, SETTINGS_OF[stage], space, definition.settings_of(stage, {}), f"{stage}.")
+
+
+def _check_part(
+    definition: FinetuneStudy,
+    settings: type[TrainingSettings] | type[DistillSettings],
+    space: Mapping[str, Any],
+    fixed: Mapping[str, Any],
+    prefix: str,
+) -> None:
+    def check(values: Mapping[str, Any]) -> None:
+        try:
+            settings(**{**fixed, **values})
+        except (ValueError, TypeError) as error:
+            raise StudyFileError(f"Study {definition.name!r}: {prefix}{error}") from error
+
+    known = {field.name for field in dataclasses.fields(settings)} - {"seed"}
+    if unknown := sorted((set(space) | set(fixed)) - known):
+        raise StudyFileError(
+            f"Study {definition.name!r} sets {', '.join(prefix + name for name in unknown)}, which training does not "
+            f"have; choose from {', '.join(sorted(known))}."
+        )
+    for name, declared in space.items():
+        for value in declared.choices if isinstance(declared, Choices) else (declared.low, declared.high):
+            check({name: value})
+    check({})
+
+
+def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:
+    ours, theirs = loaded.tokenizer.get_vocab(), load_tokenizer(teacher_source).get_vocab()
+    if ours == theirs:
+        return
+    differing = next(iter(sorted(set(ours.items()) ^ set(theirs.items()))))[0]
+    raise HpoError(
+        f"The teacher {teacher_source} and the student {loaded.workload.model} have different vocabularies of "
+        f"{len(theirs)} and {len(ours)} tokens (first difference: {differing!r}); choose two of one tokenizer."
+    )
+
+
+def _check_labels(loaded: LoadedWorkload, teacher_source: str) -> None:
+    from model.encoder import read_config
+
+    names = loaded.corpus.label_names
+    own = read_config(teacher_source).id2label or {}
+    theirs = tuple(str(own[label]) for label in sorted(own))
+    if names and not theirs[0].startswith(DEFAULT_NAME) and theirs != names:
+        raise HpoError(
+            f"The teacher {teacher_source} knows the labels {', '.join(theirs[:8])}, the dataset has "
+            f"{', '.join(names[:8])}; choose a teacher that was fine-tuned on this dataset."
+        )

@@ -1,0 +1,205 @@
+"""Distillation as a study: stages that outlive the process, and teachers that do not suit."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from hpo.storage import open_storage
+from studies.loader import STAGES
+
+DISTILL = """
+kind = "distill"
+name = "distill"
+[space.logits]
+learning_rate = { low = 1e-3, high = 3e-3 }
+[fixed.intermediate]
+epochs = 1
+learning_rate = 1e-3
+precision = "fp32"
+[fixed.logits]
+epochs = 1
+embedding_weight = 0.0
+hidden_weight = 0.0
+attention_weight = 0.0
+logit_weight = 1.0
+label_weight = 0.5
+precision = "fp32"
+[fixed.lengthdrop]
+plain_epochs = 0
+epochs = 1
+learning_rate = 1e-3
+precision = "fp32"
+"""
+KILLED = """
+import os, signal, sys
+import hpo.cli, hpo.recipe
+
+stage, marker = sys.argv.pop(1), sys.argv.pop(1)
+def reported(function):
+    def run(*arguments, on_progress, **named):
+        def on_step(step, steps):
+            on_progress(step, steps)
+            done = [name for name in hpo.recipe.STAGES if list(runs.glob(f"*/trial-0.after-{name}"))]
+            if step == 3 and hpo.recipe.STAGES[len(done)] == stage and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, on_progress=on_step, **named)
+    return run
+import pathlib
+runs = pathlib.Path(os.environ["HPO_RUNS"])
+hpo.recipe.distil, hpo.recipe.train = reported(hpo.recipe.distil), reported(hpo.recipe.train)
+hpo.cli.main()
+"""
+
+
+@pytest.fixture
+def distill_file(tmp_path):
+    path = tmp_path / "distill.toml"
+    path.write_text(DISTILL)
+    return str(path)
+
+
+@pytest.fixture
+def arguments(distill_file, tiny_encoder, tiny_dataset):
+    data = ("--dataset", str(tiny_dataset), "--search-size", "60")
+    return ["--study", distill_file, "--teacher", str(tiny_encoder), "--student-layers", "0,2", *data]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    folder.mkdir(exist_ok=True)
+    places = {"HPO_STORAGE": f"sqlite:///{folder}/hpo.db", "HPO_RUNS": str(folder / "runs")}
+    return {**os.environ, **places, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+
+
+def weights_of(folder: Path) -> dict[str, object]:
+    (model,) = folder.glob("runs/distill-*/trial-*/model.safetensors")
+    return load_file(model)
+
+
+def test_a_distilled_student_is_searched_like_any_model(command, arguments, tmp_path):
+    lengths = tmp_path / "lengths.toml"
+    lengths.write_text('kind = "lengths"\nname = "lengths"\n[retention]\nlow = 0.4\nhigh = 1.0\nstep = 0.1\n')
+    code, out, err = command("distill", *arguments, "--json")
+    assert code == 0, err
+    best = json.loads(out)["best"]
+    assert best["parameters"].keys() == {"logits.learning_rate"}
+    config = json.loads((Path(best["checkpoint"]) / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    runs = Path(best["checkpoint"]).parent
+    assert sorted(folder.name for folder in runs.glob("trial-*")) == ["trial-0"], "stages go when their trial is through"
+    code, out, err = command(
+        "search-lengths", "--study", str(lengths), "--finetune-study", "distill", "--trials", "12", "--json"
+    )
+    assert code == 0, err
+    assert len(json.loads(out)["full"]["shares"]) == 2
+    assert command("distill", *arguments)[0] == 0
+    assert len(optuna.load_study(study_name="distill", storage=os.environ["HPO_STORAGE"]).trials) == 1
+
+
+def test_a_run_killed_in_every_stage_ends_as_an_unbroken_one(arguments, tmp_path):
+    whole = tmp_path / "whole"
+    unbroken = subprocess.run(
+        [sys.executable, "-m", "hpo.cli", "distill", *arguments], env=environment(whole), capture_output=True, text=True
+    )
+    assert unbroken.returncode == 0, unbroken.stderr
+    broken = tmp_path / "broken"
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    for stage in STAGES:
+        marker = str(tmp_path / f"killed-in-{stage}")
+        run = [sys.executable, str(script), stage, marker, "distill", *arguments]
+        killed = subprocess.run(run, env=environment(broken), capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    ended = subprocess.run(
+        [sys.executable, "-m", "hpo.cli", "distill", *arguments],
+        env=environment(broken),
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    study = optuna.load_study(study_name="distill", storage=open_storage(environment(broken)["HPO_STORAGE"]))
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 3 + [TrialState.COMPLETE]
+    there, expected = weights_of(broken), weights_of(whole)
+    assert there.keys() == expected.keys()
+    assert all(bool((there[name] == expected[name]).all()) for name in expected)
+    assert study.best_value == optuna.load_study(
+        study_name="distill", storage=open_storage(environment(whole)["HPO_STORAGE"])
+    ).best_value
+
+
+def another_vocabulary(tiny_encoder, folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(folder)
+    config = BertConfig.from_pretrained(tiny_encoder)
+    config.vocab_size += 1
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def other_labels(tiny_encoder, folder):
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    config = BertConfig.from_pretrained(tiny_encoder, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def more_labels(tiny_encoder, folder):
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    config = BertConfig.from_pretrained(tiny_encoder, num_labels=5)
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (another_vocabulary, "different vocabularies of 25 and 24 tokens.*'unheard'"),
+        (other_labels, "knows the labels cat, dog, the dataset has 0, 1"),
+        (more_labels, "classifies into 5 classes, not 2"),
+    ],
+)
+def test_a_teacher_that_does_not_suit_is_refused(
+    command, distill_file, tiny_encoder, tiny_dataset, tmp_path, make, message
+):
+    make(tiny_encoder, tmp_path / "teacher")
+    data = ("--dataset", str(tiny_dataset), "--search-size", "60", "--student", str(tiny_encoder))
+    code, _, err = command("distill", "--study", distill_file, "--teacher", str(tmp_path / "teacher"), *data)
+    assert code == 1
+    assert re.search(message, " ".join(err.split())), err
+
+
+def test_a_teacher_no_better_than_chance_is_warned_of(command, arguments):
+    _, _, err = command("distill", *arguments)
+    assert "no better than chance" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("layers", ["0,7", "2,0", "0,0", "a"])
+def test_impossible_students_are_refused(command, arguments, layers):
+    arguments[arguments.index("0,2")] = layers
+    code, _, err = command("distill", *arguments)
+    assert code in (1, 2)
+    assert "--student-layers" in err
+
+
+def test_a_layer_map_that_cannot_be_is_refused(command, arguments, distill_file):
+    Path(distill_file).write_text(DISTILL.replace("[fixed.logits]", "layer_map = [1, 9]\n[fixed.logits]"))
+    code, _, err = command("distill", *arguments)
+    assert code == 1
+    assert "layer" in err
+    assert "9" in err
+
+
+def test_a_distillation_without_a_teacher_is_refused(command, distill_file, tiny_encoder, tiny_dataset):
+    code, _, err = command(
+        "tune", "--study", distill_file, "--model", str(tiny_encoder), "--dataset", str(tiny_dataset)
+    )
+    assert code == 1
+    assert "--teacher" in err
