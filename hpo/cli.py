@@ -192,9 +192,7 @@ def tune_command(
 
 @app.command("distill")
 def distill_command(
-    teacher: Annotated[
-        str, typer.Option("--teacher", metavar="FOLDER|ID", help="Fine-tuned encoder to learn from.")
-    ],
+    teacher: Annotated[str, typer.Option("--teacher", metavar="FOLDER|ID", help="Fine-tuned encoder to learn from.")],
     dataset: Annotated[
         str, typer.Option("--dataset", metavar="DATA", help="Hub id, folder, file, or train=FILE,validation=FILE.")
     ],
@@ -327,6 +325,12 @@ def search_lengths_command(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the splits and the sampler.", show_default="the finetune study's")
     ] = None,
+    seed_with: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD", help="power-bert: learn length configs for the first generation.", show_default=False
+        ),
+    ] = None,
     max_drop: MaxDrop = None,
     budget: Budget = None,
     storage: Storage = None,
@@ -343,6 +347,10 @@ def search_lengths_command(
     from studies.loader import load_lengths
 
     _quieten_libraries()
+    from hpo.seeds import METHODS
+
+    if seed_with is not None and seed_with not in METHODS:
+        raise typer.BadParameter(f"--seed-with {seed_with}: choose {' or '.join(METHODS)}")
     url, root = storage_url(storage), runs_folder(runs)
     definition = load_lengths(study)
     flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
@@ -361,6 +369,7 @@ def search_lengths_command(
             storage=url,
             runs=root,
             seed=workload.data.seed,
+            seed_with=seed_with,
             on_progress=on_progress,
         )
     with _database(url):

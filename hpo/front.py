@@ -23,6 +23,10 @@ from hpo.storage import display_url, finished_trials
 BASELINE = "the same model at full length without padding"
 FLOPS_PER_MAC = 2
 RETENTION = "retention_"
+ORIGIN = "origin"
+"""Attribute of a trial whose length config another method found: that method."""
+ORIGINS = {"power-bert": "PoWER-BERT's configs"}
+"""What they are called where people look."""
 DECIMALS = 9  # beyond these, retentions differ only in how a grid's step was added up
 SLACK = 1e-9  # lets a metric of 0.89 pass a bound of 0.9 - 0.01, however the two were rounded
 SHARES_PER_LINE = 6  # keeps the table within 80 columns
@@ -51,6 +55,7 @@ class FrontPoint:
         latency_ms: Measured time of one sequence; None where it was not measured.
         metrics: Every metric that is reported, on the search split, by name; empty where only `metric` was recorded.
         report_metrics: The same on the report split.
+        origin: The method that found it, where that was not this search.
     """
 
     trial: int
@@ -63,6 +68,7 @@ class FrontPoint:
     latency_ms: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     report_metrics: Mapping[str, float] = field(default_factory=dict)
+    origin: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,7 @@ class Front:
         hypervolume: See `hypervolume`.
         points: The non-dominated trials by rising cost and quality; of equals the earliest.
         dominated: The other completed trials, by number.
+        seeds: Completed trials that another method found, by rising cost.
         constant_rate: Trials with one retention for all layers, by rising cost; of equals the earliest.
         median_tokens: Median number of real tokens per sequence of the search split, where known.
         workload: What was searched, as `hpo.workload.Workload` records it; empty where unknown.
@@ -98,6 +105,7 @@ class Front:
     points: tuple[FrontPoint, ...]
     dominated: tuple[FrontPoint, ...] = ()
     constant_rate: tuple[FrontPoint, ...] = ()
+    seeds: tuple[FrontPoint, ...] = ()
     median_tokens: int | None = None
     workload: Mapping[str, Any] = field(default_factory=dict)
 
@@ -144,6 +152,7 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
         points=tuple(on_front),
         dominated=tuple(point for point in points if (point.metric, point.macs) not in scores_on_front),
         constant_rate=_distinct_by_cost([point for point in points if rates[point.trial] is not None]),
+        seeds=_distinct_by_cost([point for point in points if point.origin is not None]),
         median_tokens=attrs.get("median_tokens"),
         workload=attrs.get("workload") or {},
     )
@@ -343,6 +352,7 @@ def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any]) -> Fr
         report_relative_macs=report_macs / report_full_macs if report_macs and report_full_macs else None,
         metrics=trial.user_attrs.get("metrics") or {},
         report_metrics=attrs.get(f"report_metrics:{trial.number}") or {},
+        origin=trial.user_attrs.get(ORIGIN),
     )
 
 

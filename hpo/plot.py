@@ -13,13 +13,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from hpo.front import BASELINE, FLOPS_PER_MAC, SHARES_PER_LINE, Front, FrontPoint, flops_text, percents
+from hpo.front import BASELINE, FLOPS_PER_MAC, ORIGINS, SHARES_PER_LINE, Front, FrontPoint, flops_text, percents
 from model.length_config import LengthConfig
 
 logger = logging.getLogger(__name__)
 
 # Okabe & Ito's colours, told apart by colour-blind readers too; marker shapes say the same without colour.
 BLUE, SKY, ORANGE, GREEN, BLACK, GREY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#222222", "#9A9A9A"
+PURPLE = "#CC79A7"
 FONT = "Inter, 'Segoe UI', 'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 STEP = "hv"  # what a budget buys stays the same until the next point is affordable
 IMAGE_WIDTH, IMAGE_HEIGHT, IMAGE_SCALE = 1000, 620, 2
@@ -53,6 +54,11 @@ def draw_front(front: Front, chosen: FrontPoint | None = None) -> go.Figure:
         figure.add_trace(_search_trace(front, front.constant_rate, name, mode="lines+markers", **style))
     style = {"marker": {"color": BLUE, "size": 8}, "line": {"color": BLUE, "width": 2, "shape": STEP}}
     figure.add_trace(_search_trace(front, front.points, "front, search split", mode="lines+markers", **style))
+    for origin in dict.fromkeys(point.origin for point in front.seeds):
+        seeds = [point for point in front.seeds if point.origin == origin]
+        marker = {"color": PURPLE, "size": 12, "symbol": "star", "line": {"color": "white", "width": 1}}
+        name = ORIGINS.get(str(origin), str(origin))
+        figure.add_trace(_search_trace(front, seeds, name, mode="markers", marker=marker))
     reported = [point for point in front.points if point.report_metric is not None]
     if reported:
         figure.add_trace(_report_trace(front, reported))

@@ -13,8 +13,8 @@ import transformers
 from hpo.errors import HpoError
 from hpo.runs import CACHE, StudyRuns
 from hpo.workload import LoadedWorkload, load_encoder, load_tokenizer
-from model.distill import DistillSettings, distil
-from model.encoder import LengthAdaptiveModel
+from model.distill import DistillError, DistillSettings, distil
+from model.encoder import LengthAdaptiveModel, read_config
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.students import cut_student
@@ -65,7 +65,9 @@ class Recipe:
             CheckpointError: The teacher cannot be loaded.
         """
         if teacher_source is None and definition.kind == "distill":
-            raise HpoError(f"Study {definition.name!r} distils and has no teacher; name a fine-tuned one with --teacher.")
+            raise HpoError(
+                f"Study {definition.name!r} distils and has no teacher; name a fine-tuned one with --teacher."
+            )
         teacher = None
         if teacher_source is not None:
             _check_vocabularies(loaded, teacher_source)
@@ -192,7 +194,7 @@ class Recipe:
                 cache_dir=runs.folder / CACHE,
                 on_progress=lambda step, steps: on_progress(step / steps),
             )
-        except ValueError as error:  # layers, widths or heads of the two do not go together
+        except (ValueError, DistillError) as error:  # layers, widths or heads of the two do not go together
             raise HpoError(f"Study {self.definition.name!r} cannot distil {self.teacher_source}: {error}") from error
 
     def _last_stage(self, runs: StudyRuns, name: str, seed: int) -> tuple[LengthAdaptiveModel, int]:
@@ -279,12 +281,10 @@ def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:
 
 
 def _check_labels(loaded: LoadedWorkload, teacher_source: str) -> None:
-    from model.encoder import read_config
-
     names = loaded.corpus.label_names
     own = read_config(teacher_source).id2label or {}
-    theirs = tuple(str(own[label]) for label in sorted(own))
-    if names and not theirs[0].startswith(DEFAULT_NAME) and theirs != names:
+    theirs = tuple(str(name) for _, name in sorted(own.items(), key=lambda item: int(item[0])))
+    if names and theirs and not theirs[0].startswith(DEFAULT_NAME) and theirs != names:
         raise HpoError(
             f"The teacher {teacher_source} knows the labels {', '.join(theirs[:8])}, the dataset has "
             f"{', '.join(names[:8])}; choose a teacher that was fine-tuned on this dataset."

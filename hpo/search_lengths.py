@@ -30,9 +30,11 @@ from hpo.early_stopping import (
     bits_from_text,
     bits_to_text,
 )
+from hpo.front import ORIGIN
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
-from hpo.samplers import make_sampler
+from hpo.samplers import RetentionSpace, make_sampler
+from hpo.seeds import learn_seeds
 from hpo.staircase import Array
 from hpo.storage import database_reason, finished_trials, open_storage, open_study, uninterrupted
 from hpo.workload import (
@@ -60,6 +62,8 @@ CORRECT = "correct"
 """Attribute of a trial on the front: which examples it gets right."""
 METRICS = "metrics"
 """Attribute of a completed trial: every metric that is reported, by name."""
+SEEDS = "seeds"
+"""Attribute of a study: the length configs of another method that joined its first generation."""
 REUSED_FROM = "reused_from"
 """Attribute of a trial whose lengths had been scored before: the trial that asked for them first."""
 
@@ -116,6 +120,7 @@ def search_lengths(
     storage: str,
     runs: Path,
     seed: int = 0,
+    seed_with: str | None = None,
     on_progress: ProgressHook | None = None,
 ) -> LengthSearch:
     """Run or complete a study over per-layer token retention of one checkpoint.
@@ -128,6 +133,7 @@ def search_lengths(
         storage: SQLAlchemy URL of the database.
         runs: Folder whose lock keeps a second process off the study.
         seed: Of the sampler.
+        seed_with: A method of `hpo.seeds` whose length configs join the first generation.
         on_progress: Told about each batch.
     Raises:
         HpoError: The study was made with something else or cannot be stored.
@@ -137,7 +143,7 @@ def search_lengths(
     require_trials(trials)
     rdb = open_storage(storage)
     loaded = load_workload(workload, checkpoint)
-    return search_loaded(definition, loaded, checkpoint, trials, rdb, runs, seed, on_progress)
+    return search_loaded(definition, loaded, checkpoint, trials, rdb, runs, seed, on_progress, seed_with=seed_with)
 
 
 def search_loaded(
@@ -150,6 +156,7 @@ def search_loaded(
     seed: int = 0,
     on_progress: ProgressHook | None = None,
     evaluator: Evaluator | None = None,
+    seed_with: str | None = None,
 ) -> LengthSearch:
     """`search_lengths` over splits and a storage that are open already.
 
@@ -196,7 +203,8 @@ def search_loaded(
             blocks = definition.blocks if loaded.metric.per_example else 1
             evaluator = Evaluator(model, loaded.search, precision=precision, num_blocks=blocks, seed=seed)
         study.set_user_attr("precision", evaluator.precision)
-        run = _Run(study, mirror, definition, model, loaded, evaluator, trials, on_progress)
+        seeds = _seeds(study, seed_with, checkpoint, loaded, RetentionSpace.of(space), seed, on_progress)
+        run = _Run(study, mirror, definition, model, loaded, evaluator, trials, on_progress, seeds)
         run.complete()
         run.score_front_on_report_split()
     return LengthSearch(study=study, evaluated=run.evaluated, stopped=run.stopped, reused=run.reused, times=run.times)
@@ -233,6 +241,7 @@ class _Run:
     evaluator: Evaluator
     trials: int
     on_progress: ProgressHook | None
+    seeds: Sequence[Mapping[str, float]] = ()
     evaluated: int = 0
     stopped: int = 0
     reused: int = 0
@@ -257,7 +266,7 @@ class _Run:
             try:
                 with self.times.measure("total"):
                     with self.times.measure("storage"), uninterrupted():
-                        asked += self.mirror.ask(wanted - len(asked), _attributes_of)
+                        asked += self.mirror.ask(wanted - len(asked), self._attributes_of)
                     self._evaluate(asked, done)
                     with self.times.measure("storage"), uninterrupted():
                         self._tell(asked)
@@ -406,12 +415,20 @@ class _Run:
             logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", reason)
 
     def _enqueue_first_generation(self, adopted: Sequence[AskedTrial]) -> None:
-        """Queue the constant-rate configs over the whole range, unless they are in the study already."""
+        """Queue the constant-rate configs over the whole range and any seeds, unless they are in the study already."""
         there = [dict(trial.params) for trial in adopted] + [trial.params for trial in finished_trials(self.study)]
-        for rate in constant_rates(self.definition)[: self.trials]:
-            params = dict.fromkeys(self.mirror.distributions, rate)
+        rates = [dict.fromkeys(self.mirror.distributions, rate) for rate in constant_rates(self.definition)]
+        for params in [*rates, *self.seeds][: self.trials]:
             if params not in there:
                 self.mirror.enqueue(params)
+                there.append(dict(params))
+
+    def _attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A new trial's user attributes: its length config, and the method that found it, if another did."""
+        attributes: dict[str, Any] = {"shares": list(config_of(params).shares or ())}
+        if dict(params) in self.seeds:
+            attributes[ORIGIN] = self.study.user_attrs[SEEDS]["method"]
+        return attributes
 
     def _remember(self, trial: FrozenTrial) -> None:
         config = config_of(trial.params)
@@ -430,9 +447,23 @@ class _Run:
         return config.count_table(self._lengths_present).tobytes()
 
 
-def _attributes_of(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A new trial's user attributes: its length config."""
-    return {"shares": list(config_of(params).shares or ())}
+def _seeds(
+    study: optuna.Study,
+    method: str | None,
+    checkpoint: Path,
+    loaded: LoadedWorkload,
+    retentions: RetentionSpace,
+    seed: int,
+    on_progress: ProgressHook | None,
+) -> list[dict[str, float]]:
+    """The parameters nearest to what another method finds; learned once and kept with the study."""
+    if method is not None and SEEDS not in study.user_attrs:
+        configs = learn_seeds(method, checkpoint, loaded, seed, on_progress=on_progress)
+        study.set_user_attr(SEEDS, {"method": method, "shares": [list(config.shares or ()) for config in configs]})
+    shares_CL = np.array(study.user_attrs.get(SEEDS, {}).get("shares", []), dtype=np.float64)
+    if not shares_CL.size:
+        return []
+    return [retentions.params(retention_L) for retention_L in retentions.to_retention(shares_CL)]
 
 
 def search_space(definition: LengthsStudy, num_layers: int) -> dict[str, BaseDistribution]:

@@ -257,7 +257,7 @@ class _Translated:
     def _attribute(self, key: str, value: str) -> tuple[str, str]:
         if PARENTS_KEY.fullmatch(key):
             parents = json.loads(value)
-            if isinstance(parents, list) and all(parent in self.ids for parent in parents):
+            if isinstance(parents, list) and all(isinstance(one, int) and one in self.ids for one in parents):
                 return key, json.dumps([self.ids[parent] for parent in parents])
         elif (named := TRIAL_KEY.fullmatch(key)) and int(named[2]) in self.ids:
             return f"{named[1]}{self.ids[int(named[2])]}{named[3]}", value

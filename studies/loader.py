@@ -289,9 +289,7 @@ def _find(name_or_path: str) -> Path:
     return FOLDER / f"{name_or_path}.toml"
 
 
-def _read_finetune(
-    document: dict[str, Any], default_name: str, kind: Literal["finetune", "distill"]
-) -> FinetuneStudy:
+def _read_finetune(document: dict[str, Any], default_name: str, kind: Literal["finetune", "distill"]) -> FinetuneStudy:
     _check_keys(
         "the file",
         document,

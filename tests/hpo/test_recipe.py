@@ -96,7 +96,9 @@ def test_a_distilled_student_is_searched_like_any_model(command, arguments, tmp_
     config = json.loads((Path(best["checkpoint"]) / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
     runs = Path(best["checkpoint"]).parent
-    assert sorted(folder.name for folder in runs.glob("trial-*")) == ["trial-0"], "stages go when their trial is through"
+    assert sorted(folder.name for folder in runs.glob("trial-*")) == ["trial-0"], (
+        "stages go when their trial is through"
+    )
     code, out, err = command(
         "search-lengths", "--study", str(lengths), "--finetune-study", "distill", "--trials", "12", "--json"
     )
@@ -132,9 +134,10 @@ def test_a_run_killed_in_every_stage_ends_as_an_unbroken_one(arguments, tmp_path
     there, expected = weights_of(broken), weights_of(whole)
     assert there.keys() == expected.keys()
     assert all(bool((there[name] == expected[name]).all()) for name in expected)
-    assert study.best_value == optuna.load_study(
-        study_name="distill", storage=open_storage(environment(whole)["HPO_STORAGE"])
-    ).best_value
+    assert (
+        study.best_value
+        == optuna.load_study(study_name="distill", storage=open_storage(environment(whole)["HPO_STORAGE"])).best_value
+    )
 
 
 def another_vocabulary(tiny_encoder, folder):

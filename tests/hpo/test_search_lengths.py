@@ -17,6 +17,7 @@ from hpo.search_lengths import config_of, constant_rates, search_lengths
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
 from model.evaluate import Evaluator, predict, score, stratified_blocks
+from model.length_config import LengthConfig
 from model.macs import mean_macs
 from studies.loader import SAMPLERS
 
@@ -296,3 +297,53 @@ def test_only_a_share_of_examples_is_stopped_early(run, stopping, workload):
     study = run(30, definition=stopping, workload=by_f1).study
     assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
     assert not any("correct" in trial.user_attrs for trial in study.trials)
+
+
+# Seeds of another method
+
+
+@pytest.fixture
+def seeded(run, monkeypatch):
+    """Run a search whose seeds are three given configs, and count how often they are learned."""
+    calls = []
+
+    def learned(another, split, tokenizer, settings, penalties):
+        calls.append(settings)
+        another()
+        shares = [(0.87, 0.61, 0.33), (0.87, 0.62, 0.31), (0.99, 0.97, 0.05)]
+        return [LengthConfig.from_shares(share) for share in shares]
+
+    monkeypatch.setattr("hpo.seeds.learn_family", learned)
+    return calls, lambda trials: run(trials, seed_with="power-bert").study
+
+
+def test_seeds_join_the_first_trials_on_the_searchs_own_grid(seeded, lengths):
+    calls, search = seeded
+    study = search(12)
+    found = [trial for trial in study.trials if trial.user_attrs.get("origin") == "power-bert"]
+    assert [trial.number for trial in found] == [len(constant_rates(lengths)), len(constant_rates(lengths)) + 1]
+    # 0.87 is nearest to 0.9 of all; 0.61 then to 0.7 of that, and so on; the first two configs are one on this grid
+    assert [list(trial.params.values()) for trial in found] == [[0.9, 0.7, 0.5], [1.0, 1.0, 0.4]]
+    front = compute_front(study, "sqlite:///hpo.db")
+    assert {point.trial for point in front.seeds} == {trial.number for trial in found}
+    search(14)
+    assert len(calls) == 1, "what was learned is kept with the study"
+
+
+def test_seeds_are_learned_from_the_train_split_alone(run, workload, tiny_encoder, monkeypatch):
+    loaded = load_workload(workload, tiny_encoder)
+    given = []
+    monkeypatch.setattr("hpo.seeds.learn_family", lambda another, split, *rest: given.append(split) or [])
+    run(3, seed_with="power-bert")
+    assert given[0].input_ids == loaded.train.input_ids
+
+
+def test_power_bert_seeds_a_search_for_real(run, monkeypatch):
+    monkeypatch.setattr("hpo.seeds.UPDATES", 40)
+    monkeypatch.setattr("hpo.seeds.MASK_LEARNING_RATE", 0.1)
+    monkeypatch.setattr("hpo.seeds.PENALTIES", (0.0, 3.0))
+    study = run(12, seed_with="power-bert").study
+    learned = study.user_attrs["seeds"]["shares"]
+    assert len(learned) == 2
+    assert sum(learned[1]) < sum(learned[0]) == 3
+    assert any("origin" in trial.user_attrs for trial in study.trials)

@@ -602,6 +602,7 @@ def test_a_student_comes_to_agree_with_a_wider_teacher(split, tokenizer):
         pairs = zip(own, live.sequences(range(48)), strict=True)
         return mean(int(mine[LOGITS].argmax() == its[LOGITS].argmax()) for mine, its in pairs)
 
+    assert agreement() < 0.8
     teacher.train()
     report = distil(student, teacher, split, tokenizer, settings)
     assert teacher.training
