@@ -445,6 +445,56 @@ def studies_command(storage: Storage = None, as_json: Json = False) -> None:
     out.print(table)
 
 
+storage_app = typer.Typer(help="Copy studies between databases, upgrade old ones.", no_args_is_help=True)
+app.add_typer(storage_app, name="storage")
+
+
+@storage_app.command("copy")
+def storage_copy_command(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="Database to read; it may be in use.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="Database to write; a SQLite file may be new.")],
+    study: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Study to copy; may be repeated.", show_default="all")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy studies from one database to another: each whole, or not at all."""
+    from hpo.storage import display_url
+    from hpo.storage_admin import copy_studies
+
+    _quieten_libraries()
+    copied = copy_studies(source, target, study or None)
+    if as_json:
+        _print_json(
+            {
+                "from": display_url(source),
+                "to": display_url(target),
+                "studies": [{"study": one.name, "trials": one.trials, "found": one.found} for one in copied],
+            }
+        )
+        return
+    if not copied:
+        out.print(f"No studies in {display_url(source)}.", markup=False, soft_wrap=True)
+    for one in copied:
+        remark = "was there already, from an earlier copy" if one.found else "copied"
+        out.print(f"Study {one.name!r} with {one.trials} trials {remark}.", markup=False, soft_wrap=True)
+
+
+@storage_app.command("upgrade")
+def storage_upgrade_command(storage: Storage = None) -> None:
+    """Bring a database that an older Optuna made up to the installed one."""
+    from hpo.storage import display_url, storage_url
+    from hpo.storage_admin import upgrade
+
+    _quieten_libraries()
+    url = storage_url(storage)
+    before, after = upgrade(url)
+    if before == after:
+        out.print(f"{display_url(url)} is up to date ({after}).", markup=False, soft_wrap=True)
+        return
+    out.print(f"Upgraded {display_url(url)} from {before} to {after}.", markup=False, soft_wrap=True)
+
+
 @app.command("dashboard")
 def dashboard_command(
     storage: Storage = None,

@@ -18,7 +18,8 @@ from model.encoder import LengthAdaptiveModel, read_config
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.students import cut_student
-from model.train import EpochHook, TrainingReport, TrainingSettings, train
+from model.train import TrainingSettings, train
+from model.training import TrainingReport
 from studies.loader import STAGES, Choices, FinetuneStudy, StudyFileError
 
 logger = logging.getLogger(__name__)
@@ -165,14 +166,13 @@ class Recipe:
         def after_epoch(epoch: int) -> None:
             on_epoch(model, epoch)
 
-        hook: EpochHook = after_epoch
         return train(
             model,
             self.loaded.train,
             self.loaded.tokenizer,
             settings,
             teacher=self.teacher,
-            on_epoch=hook,
+            on_epoch=after_epoch,
             on_progress=lambda step, steps: on_progress(step / steps),
         )
 

@@ -242,6 +242,8 @@ def _parse(url: str) -> URL:
         raise StorageError(
             f"The driver for {display_url(url)} is not installed ({error}); install it with pip."
         ) from error
+    if re.search("[{}]", url):  # Optuna takes the URL for a template
+        raise StorageError(f"--storage {display_url(url)} has braces in it; write {{ as %7B and }} as %7D.")
     if parsed.host is not None and "@" in parsed.host:
         raise StorageError(f"--storage {display_url(url)} has a password with an '@' in it; write that one as %40.")
     if parsed.get_backend_name() in ("mysql", "mariadb") and not parsed.database:
@@ -273,13 +275,24 @@ def _make_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
     """Optuna's storage; where another process makes the same new tables at this moment, it is given time to finish."""
     for wait_s in RACE_WAITS_S:
         try:
-            return UninterruptedStorage(url, engine_kwargs=engine_kwargs)
+            return _checked_storage(url, engine_kwargs)
         except SQLAlchemyError as error:
             if not MADE_MEANWHILE.search(str(error)):
                 raise
             logger.debug("Another process is making the tables: %s", database_reason(error))
         time.sleep(wait_s)
-    return UninterruptedStorage(url, engine_kwargs=engine_kwargs)
+    return _checked_storage(url, engine_kwargs)
+
+
+def _checked_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+    """Optuna's storage, which leaves no connection open where it refuses the tables' version."""
+    storage = UninterruptedStorage(url, engine_kwargs=engine_kwargs, skip_compatibility_check=True)
+    try:
+        storage._version_manager.check_table_schema_compatibility()
+    except BaseException:
+        storage.engine.dispose()
+        raise
+    return storage
 
 
 def _relax_sqlite_sync(connection: Any, _record: Any) -> None:
@@ -311,7 +324,7 @@ def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
     if isinstance(error, RuntimeError) and "table schema" in str(error):
         return (
             f"The tables of {shown} were made by another version of optuna than {optuna.__version__}; upgrade them "
-            "with `optuna storage upgrade --storage URL`, or pass another --storage."
+            "with `hpo storage upgrade --storage URL`, or pass another --storage."
         )
     remedy = "name another file" if is_sqlite else "check the URL and that its server answers, or name another database"
     return f"Cannot use the storage {shown}: {database_reason(error)}; {remedy} with --storage."

@@ -132,7 +132,8 @@ def copy_study(source: RDBStorage, target: RDBStorage, name: str) -> int:
         with _failing(target, f"Study {name!r} was not copied"):
             _widen_columns(target, original)
             with target.engine.begin() as writing:
-                copy = _Study(storage=target, connection=writing, study_id=_enter_study(target, writing, name))
+                study_id, ahead = _enter_study(target, writing, name), _ahead_of_utc(writing)
+                copy = _Study(storage=target, connection=writing, study_id=study_id, ahead=ahead)
                 translated = _write(original, copy, name)
                 if difference := _difference(original, copy, translated):
                     raise StorageError(
@@ -184,20 +185,29 @@ def upgrade(url: str) -> tuple[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Study:
-    """A study as an open transaction sees it."""
+    """A study as an open transaction sees it.
+
+    Attributes:
+        storage: Its database.
+        connection: The transaction.
+        study_id: Its id there.
+        ahead: What the database's clock, which heartbeats are in, is ahead of UTC.
+    """
 
     storage: RDBStorage
     connection: Connection
     study_id: int
+    ahead: timedelta
 
     @classmethod
     def find(cls, storage: RDBStorage, connection: Connection, name: str) -> "_Study":
         """The study of exactly this name; MySQL finds others too, such as in lower case."""
         with _failing(storage, f"Study {name!r} cannot be read"):
             rows = connection.execute(select(STUDIES).where(STUDIES.c.study_name == name)).all()
+            ahead = _ahead_of_utc(connection)
         for row in rows:
             if row.study_name == name:
-                return cls(storage=storage, connection=connection, study_id=row.study_id)
+                return cls(storage=storage, connection=connection, study_id=row.study_id, ahead=ahead)
         raise _not_found(storage, name, _study_names(storage))
 
     def trial_ids(self) -> list[int]:
@@ -221,12 +231,6 @@ class _Study:
         if link.references(STUDIES.c.study_id):
             return query.where(link == self.study_id)
         return query.join(TRIALS, link == TRIALS.c.trial_id).where(TRIALS.c.study_id == self.study_id)
-
-    def clock(self) -> timedelta:
-        """What the database's clock, which heartbeats are in, is ahead of UTC."""
-        now = self.connection.execute(select(func.now())).scalar_one()
-        ahead: timedelta = now.replace(tzinfo=None) - datetime.now(UTC).replace(tzinfo=None)
-        return timedelta(minutes=15) * round(ahead / timedelta(minutes=15))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +312,7 @@ def _translation(original: _Study, copy: _Study) -> _Translated:
     return _Translated(
         study_id=copy.study_id,
         ids=dict(zip(original.trial_ids(), copy.trial_ids(), strict=True)),
-        later=copy.clock() - original.clock(),
+        later=copy.ahead - original.ahead,
     )
 
 
@@ -394,8 +398,6 @@ def _wider(column: sqlalchemy.Column[Any], there: Any, study: _Study) -> str | N
 
 @contextmanager
 def _opened(url: str, *, create: bool) -> Iterator[RDBStorage]:
-    if re.search("[{}]", url):
-        raise StorageError(f"--storage {display_url(url)} has braces in it; write {{ as %7B and }} as %7D.")
     with _closed_after(open_storage(url, create=create)) as storage:
         yield storage
 
@@ -421,6 +423,13 @@ def _snapshot(storage: RDBStorage) -> Iterator[Connection]:
             else:
                 connection.execution_options(isolation_level="REPEATABLE READ")
         yield connection
+
+
+def _ahead_of_utc(connection: Connection) -> timedelta:
+    """To a quarter of an hour, as time zones are; asked early, since PostgreSQL tells when the transaction began."""
+    now = connection.execute(select(func.now())).scalar_one()
+    ahead: timedelta = now.replace(tzinfo=None) - datetime.now(UTC).replace(tzinfo=None)
+    return timedelta(minutes=15) * round(ahead / timedelta(minutes=15))
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.macs import constant_rate_config
-from model.train import TrainingDiverged
+from model.training import TrainingDiverged
 from studies.loader import STAGES, Choices, FinetuneStudy, Range
 
 logger = logging.getLogger(__name__)

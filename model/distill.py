@@ -15,29 +15,26 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.families import Places
-from model.hardware import compute_device, computes_in_bf16
+from model.hardware import compute_device
 from model.precision import snapshot
-
-if TYPE_CHECKING:
-    from model.train import EpochHook, Precision, ProgressHook, TrainingReport
+from model.training import EpochHook, Precision, ProgressHook, TrainingReport, fit, require_finite, unwrapped, uses_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +255,7 @@ class DistillSettings:
     warmup_ratio: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    precision: "Precision" = "auto"
+    precision: Precision = "auto"
     seed: int = 0
     embedding_weight: float = 1.0
     hidden_weight: float = 1.0
@@ -420,7 +417,7 @@ def _attention_pieces(
     scores, probabilities, values = (Piece(kind, layer + 1) for kind in ("scores", "probabilities", "values"))
     if not {scores, probabilities, values} & set(pieces):
         return {}
-    query, key, value = model.family._heads(model.network, projected_BLP)
+    query, key, value = model.family.heads(model.network, projected_BLP)
     found = {values: value}
     if scores in pieces or probabilities in pieces:
         places = Places(positions_BL, positions_BL)
@@ -660,9 +657,9 @@ def distil(
     *,
     cache_dir: str | Path | None = None,
     cache_limit_bytes: int = CACHE_LIMIT_BYTES,
-    on_epoch: "EpochHook | None" = None,
-    on_progress: "ProgressHook | None" = None,
-) -> "TrainingReport":
+    on_epoch: EpochHook | None = None,
+    on_progress: ProgressHook | None = None,
+) -> TrainingReport:
     """Train a student in place on what a teacher says of the same sequences.
 
     The teacher does not change, and has no dropout. Its outputs are kept on disk where that pays: they
@@ -685,9 +682,6 @@ def distil(
         ValueError: The split is empty or has a sequence that is too long for the teacher, the two encoders do not fit
             each other, or the layer map does not fit them.
     """
-    # That module needs this one's losses.
-    from model.train import TrainingReport, _as_dataset, _collator, _Hooks, _printer_callback
-
     if not len(split):
         raise ValueError("The training split is empty; give at least one example.")
     check_pair(student, teacher, settings)
@@ -695,50 +689,20 @@ def distil(
     longest, most = int(split.num_tokens.max()), teacher.family.max_tokens(teacher.network.config)
     if longest > most:
         raise ValueError(f"A sequence has {longest} tokens, but the teacher takes {most}; lower the maximum length.")
-    use_cpu = not torch.cuda.is_available()
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16())
+    bf16 = uses_bf16(settings.precision)
     live = LiveTeacher(teacher, split, teacher_pieces(settings, layer_map), bf16=bf16, device=compute_device())
     source = _source(live, cache_dir, cache_limit_bytes, settings.epochs)
-    with tempfile.TemporaryDirectory(prefix="hpo-trainer-") as unused_output:
-        arguments = TrainingArguments(
-            output_dir=unused_output,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            warmup_steps=settings.warmup_ratio,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            train_sampling_strategy="group_by_length",
-            length_column_name="length",
-            remove_unused_columns=False,  # the number of each sequence is for the teacher
-            bf16=bf16,
-            use_cpu=use_cpu,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            save_strategy="no",
-            logging_strategy="steps",
-            logging_steps=10,
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=not use_cpu,
-        )
-        trainer = DistillTrainer(
-            settings,
-            layer_map,
-            source,
-            model=Learner(student, teacher, settings),
-            args=arguments,
-            train_dataset=_as_dataset(split).add_column("sequence", list(range(len(split)))),
-            data_collator=_collator(student.task, tokenizer),
-            callbacks=[_Hooks(on_epoch, on_progress)],
-        )
-        trainer.remove_callback(_printer_callback())
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainingReport(
-        steps=trainer.state.global_step,
-        final_loss=float(losses[-1]) if losses else math.nan,
-        precision="bf16" if bf16 else "fp32",
+    learner = Learner(student, teacher, settings)
+    return fit(
+        partial(DistillTrainer, settings, layer_map, source, model=learner),
+        settings,
+        split,
+        tokenizer,
+        student.task,
+        epochs=settings.epochs,
+        numbered=True,  # for the teacher
+        on_epoch=on_epoch,
+        on_progress=on_progress,
     )
 
 
@@ -821,8 +785,6 @@ class DistillTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One batch; losses are computed in float32 whatever the passes are."""
-        from model.train import TrainingDiverged
-
         model.train()
         inputs = dict(self._prepare_inputs(inputs))
         labels, numbers = inputs.pop("labels"), inputs.pop("sequence").tolist()
@@ -831,13 +793,10 @@ class DistillTrainer(Trainer):
             learned = model(**inputs)
         mask_BL = inputs["attention_mask"].bool()
         taught = self.source.batch(numbers, mask_BL.size(1), mask_BL.device)
-        learner = getattr(model, "module", model)
+        learner = unwrapped(model)
         assert isinstance(learner, Learner)
         loss = combined_loss(learner.student, self.settings, self.layer_map, learned, taught, mask_BL, labels)
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}; lower the learning rate."
-            )
+        require_finite(loss, self.state.global_step)
         loss = loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
@@ -885,7 +844,7 @@ def combined_loss(
     if weight := settings.logit_weight:
         parts.append(weight * imitation_loss(student, learned[LOGITS], taught[LOGITS], mask_BL, settings.temperature))
     if weight := settings.label_weight:
-        parts.append(weight * student._loss(learned[LOGITS], labels))
+        parts.append(weight * student.loss(learned[LOGITS], labels))
     return torch.stack(parts).sum()
 
 

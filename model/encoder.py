@@ -212,7 +212,7 @@ class LengthAdaptiveModel(nn.Module):
         """
         if length_config is not None and length_config.num_layers != self.num_layers:
             raise ValueError(f"The length config has {length_config.num_layers} layers, the model {self.num_layers}.")
-        mask_BL, num_tokens_B = _real_tokens(input_ids, attention_mask)
+        mask_BL, num_tokens_B = real_tokens(input_ids, attention_mask)
         counts_BN = None if length_config is None else length_config.count_table(num_tokens_B)
         positions_BL = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
         hidden = self.family.embed(self.network, input_ids, token_type_ids, positions_BL)
@@ -236,9 +236,10 @@ class LengthAdaptiveModel(nn.Module):
             logits = self.family.classify(self.network, hidden)
         else:
             logits = self.family.read_tokens(self.network, restore(restored, hidden, positions_BL, mask_BL))
-        return SequenceClassifierOutput(loss=None if labels is None else self._loss(logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of logits, both as `forward` has them."""
         logits = logits.float()
         match self.task:
             case "classification" if self.is_multi_label:
@@ -376,7 +377,7 @@ def significance_order(score_BL: Tensor) -> Tensor:
     return score_BL.sort(dim=1, descending=True, stable=True).indices
 
 
-def _real_tokens(
+def real_tokens(
     input_ids_BL: Tensor, attention_mask_BL: Tensor | None
 ) -> tuple[Tensor | None, np.ndarray[Any, np.dtype[np.int64]]]:
     """The boolean mask (None where nothing is padded) and each sequence's number of real tokens."""

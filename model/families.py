@@ -114,7 +114,7 @@ class EncoderFamily(abc.ABC):
         Returns:
             The context (B, L, D), and the float32 scores (B, L) or None.
         """
-        query, key, value = self._heads(network, projected_BLP)
+        query, key, value = self.heads(network, projected_BLP)
         dropout = self.attention_dropout(network.config) if network.training else 0.0
         query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL, positions_BL))
         by_value = token_score(network.config) == "value_norm"
@@ -141,7 +141,7 @@ class EncoderFamily(abc.ABC):
         """The context (B, D) of each sequence's first token alone, whose vector is given; all tokens are real."""
         query_BD = self.query_of_first(network, layer, first_BD).to(projected_BLQ.dtype)
         query = query_BD.view(len(query_BD), network.config.num_attention_heads, 1, -1)
-        key, value = self._heads(network, projected_BLQ)
+        key, value = self.heads(network, projected_BLQ)
         query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL[:, :1], positions_BL))
         return attention(query, key, value, None, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
 
@@ -181,7 +181,7 @@ class EncoderFamily(abc.ABC):
         logits: Tensor = head(hidden_BLD)
         return logits
 
-    def _heads(self, network: Any, projected_BLP: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, network: Any, projected_BLP: Tensor) -> tuple[Tensor, ...]:
         """The parts of width D that were projected together, (B, H, L, d) each."""
         size, length, width = projected_BLP.shape
         parts = width // network.config.hidden_size

@@ -9,34 +9,22 @@ Shape letters: B sequences, L tokens, D hidden size, N layers, P rank positions.
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.encoded import EncodedSplit
-from model.encoder import LengthAdaptiveModel, _real_tokens, significance_order
+from model.encoder import LengthAdaptiveModel, real_tokens, significance_order
 from model.families import attend
-from model.hardware import computes_in_bf16
 from model.length_config import LengthConfig
-from model.train import (
-    EpochHook,
-    Precision,
-    ProgressHook,
-    TrainingDiverged,
-    TrainingReport,
-    TrainingSettings,
-    _as_dataset,
-    _collator,
-    _Hooks,
-    _printer_callback,
-    train,
-)
+from model.train import TrainingSettings, train
+from model.training import EpochHook, Precision, ProgressHook, TrainingReport, fit, require_finite, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +198,7 @@ class SoftExtractModel(nn.Module):
         Args: as `LengthAdaptiveModel.forward` has them; the loss is the task's alone.
         """
         model, network, family = self.encoder, self.encoder.network, self.encoder.family
-        mask_BL, _ = _real_tokens(input_ids, attention_mask)
+        mask_BL, _ = real_tokens(input_ids, attention_mask)
         positions_BL = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
         hidden = family.embed(network, input_ids, token_type_ids, positions_BL)
         read_BLD, passed_BL1 = hidden, hidden.new_ones(())
@@ -223,7 +211,7 @@ class SoftExtractModel(nn.Module):
                 passed_BL1 = torch.minimum(passed_BL1, factor_BL1)
                 read_BLD = torch.lerp(read_BLD, hidden.to(read_BLD.dtype), passed_BL1.to(read_BLD.dtype))
         logits = family.classify(network, hidden) if model.reads_first else family.read_tokens(network, read_BLD)
-        return SequenceClassifierOutput(loss=None if labels is None else model._loss(logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=None if labels is None else model.loss(logits, labels), logits=logits)
 
 
 def learn_retention(
@@ -252,41 +240,18 @@ def learn_retention(
         ValueError: The split is empty.
     Source: Goyal et al. 2020, configuration search.
     """
-    if not len(split):
-        raise ValueError("The training split is empty; give at least one example.")
     softened = SoftExtractModel(model, settings.positions)
-    use_cpu = not torch.cuda.is_available()
-    with tempfile.TemporaryDirectory(prefix="hpo-trainer-") as unused_output:
-        arguments = TrainingArguments(
-            output_dir=unused_output,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            warmup_steps=settings.warmup_ratio,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            train_sampling_strategy="group_by_length",
-            length_column_name="length",
-            bf16=settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16()),
-            use_cpu=use_cpu,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=not use_cpu,
-        )
-        trainer = _RetentionTrainer(
-            settings,
-            model=softened,
-            args=arguments,
-            train_dataset=_as_dataset(split),
-            data_collator=_collator(model.task, tokenizer),
-            callbacks=[_Clamp(softened.extract), _Hooks(on_epoch, on_progress)],
-        )
-        trainer.remove_callback(_printer_callback())
-        trainer.train()
+    fit(
+        partial(_RetentionTrainer, settings, model=softened),
+        settings,
+        split,
+        tokenizer,
+        model.task,
+        epochs=settings.epochs,
+        callbacks=[_Clamp(softened.extract)],
+        on_epoch=on_epoch,
+        on_progress=on_progress,
+    )
     config = softened.extract.length_config(float(split.num_tokens.mean()))
     logger.info("A penalty of %g leaves the shares %s.", settings.penalty, config)
     return config
@@ -400,10 +365,7 @@ class _RetentionTrainer(Trainer):
         """The task's loss and the penalty."""
         outputs = model(**inputs)
         loss = outputs.loss.mean() + self.settings.penalty * _unwrapped(model).extract.penalty()
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}; lower the learning rate."
-            )
+        require_finite(loss, self.state.global_step)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -418,6 +380,6 @@ class _Clamp(TrainerCallback):
 
 
 def _unwrapped(model: nn.Module | None) -> SoftExtractModel:
-    inner = getattr(model, "module", model)
+    inner = unwrapped(model)
     assert isinstance(inner, SoftExtractModel)
     return inner

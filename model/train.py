@@ -6,43 +6,34 @@ shortened passes of the same batch learn from the full pass.
 
 import logging
 import math
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.attention import TOKEN_SCORES
 from model.distill import Divergence, imitation_loss
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
-from model.hardware import computes_in_bf16
+from model.hardware import compute_device
 from model.length_config import LengthConfig
+from model.training import (
+    EpochHook,
+    Precision,
+    ProgressHook,
+    TrainingReport,
+    fit,
+    require_finite,
+    unwrapped,
+)
 
 logger = logging.getLogger(__name__)
-
-EpochHook = Callable[[int], None]
-ProgressHook = Callable[[int, int], None]
-Precision = Literal["auto", "bf16", "fp32"]
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +105,6 @@ class TrainingSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingReport:
-    """What a finished training run says of itself.
-
-    Attributes:
-        steps: Optimizer steps.
-        final_loss: Mean loss of the last steps that were logged, all passes of the sandwich together.
-        precision: "bf16" or "fp32".
-    """
-
-    steps: int
-    final_loss: float
-    precision: str
-
-
 def train(
     model: LengthAdaptiveModel,
     split: EncodedSplit,
@@ -153,50 +129,17 @@ def train(
         TrainingDiverged: A loss is not finite.
         ValueError: The split is empty.
     """
-    if not len(split):
-        raise ValueError("The training split is empty; give at least one example.")
     model.token_score = settings.token_score
-    use_cpu = not torch.cuda.is_available()
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and computes_in_bf16())
-    with tempfile.TemporaryDirectory(prefix="hpo-trainer-") as unused_output:
-        arguments = TrainingArguments(
-            output_dir=unused_output,
-            num_train_epochs=settings.plain_epochs + settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            warmup_steps=settings.warmup_ratio,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            train_sampling_strategy="group_by_length",
-            length_column_name="length",
-            bf16=bf16,
-            use_cpu=use_cpu,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            save_strategy="no",
-            logging_strategy="steps",
-            logging_steps=10,
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=not use_cpu,
-        )
-        trainer = LengthDropTrainer(
-            settings,
-            None if teacher is None else teacher.to("cpu" if use_cpu else "cuda").eval(),
-            model=model,
-            args=arguments,
-            train_dataset=_as_dataset(split),
-            data_collator=_collator(model.task, tokenizer),
-            callbacks=[_Hooks(on_epoch, on_progress)],
-        )
-        trainer.remove_callback(_printer_callback())
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return TrainingReport(
-        steps=trainer.state.global_step,
-        final_loss=float(losses[-1]) if losses else math.nan,
-        precision="bf16" if bf16 else "fp32",
+    make_trainer = partial(LengthDropTrainer, settings, _on_device(teacher), model=model)
+    epochs = settings.plain_epochs + settings.epochs
+    return fit(
+        make_trainer, settings, split, tokenizer, model.task, epochs=epochs, on_epoch=on_epoch, on_progress=on_progress
     )
+
+
+def _on_device(teacher: LengthAdaptiveModel | None) -> LengthAdaptiveModel | None:
+    """The teacher where training runs, without dropout."""
+    return None if teacher is None else teacher.to(compute_device()).eval()
 
 
 class LengthDropTrainer(Trainer):
@@ -220,8 +163,10 @@ class LengthDropTrainer(Trainer):
         model.train()
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
+        encoder = unwrapped(model)
+        assert isinstance(encoder, LengthAdaptiveModel)
         plain = (self.state.epoch or 0.0) < self.settings.plain_epochs
-        sandwich = [] if plain else sample_sandwich(self.settings, _unwrapped(model).num_layers, self.generator)
+        sandwich = [] if plain else sample_sandwich(self.settings, encoder.num_layers, self.generator)
         scale = 1.0 / ((1 + len(sandwich)) * self.current_gradient_accumulation_steps)
 
         with self.compute_loss_context_manager():
@@ -233,7 +178,7 @@ class LengthDropTrainer(Trainer):
             with self.compute_loss_context_manager():
                 config, skipped = short_pass.length_config, short_pass.skip_layers
                 short = model(**inputs, labels=labels, length_config=config, skip_layers=skipped)
-                loss = self._short_loss(_unwrapped(model), short, taught, inputs["attention_mask"])
+                loss = self._short_loss(encoder, short, taught, inputs["attention_mask"])
             total = total + self._learn(loss * scale)
         return total
 
@@ -264,10 +209,7 @@ class LengthDropTrainer(Trainer):
         return loss
 
     def _learn(self, loss: Tensor) -> Tensor:
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}; lower the learning rate."
-            )
+        require_finite(loss, self.state.global_step)
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -295,50 +237,3 @@ def sample_sandwich(settings: TrainingSettings, num_layers: int, generator: np.r
         ShortPass(LengthConfig.from_retention(retention.tolist()), frozenset(np.flatnonzero(skip).tolist()))
         for retention, skip in zip((smallest, *drawn), skipped, strict=True)
     ]
-
-
-class _Hooks(TrainerCallback):
-    """Passes the Trainer's events on to the caller."""
-
-    def __init__(self, on_epoch: EpochHook | None, on_progress: ProgressHook | None) -> None:
-        self.on_epoch = on_epoch
-        self.on_progress = on_progress
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.on_progress is not None:
-            self.on_progress(state.global_step, state.max_steps)
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.on_epoch is not None:
-            self.on_epoch(round(state.epoch or 0.0))
-
-
-def _as_dataset(split: EncodedSplit) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": split.input_ids,
-            "token_type_ids": split.token_type_ids,
-            "attention_mask": [[1] * len(tokens) for tokens in split.input_ids],
-            "labels": split.labels,
-            "length": split.num_tokens,
-        }
-    )
-
-
-def _collator(task: str, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Pads a batch, and its labels where each token has one."""
-    if task == "token-classification":
-        return DataCollatorForTokenClassification(tokenizer)
-    return DataCollatorWithPadding(tokenizer)
-
-
-def _unwrapped(model: nn.Module) -> LengthAdaptiveModel:
-    inner = getattr(model, "module", model)
-    assert isinstance(inner, LengthAdaptiveModel)
-    return inner
-
-
-def _printer_callback() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback

@@ -4,8 +4,8 @@ import logging
 import random
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import datasets
@@ -133,6 +133,13 @@ def throw_away_database(server: str) -> Iterator[str]:
         finally:
             connection.execute(sqlalchemy.text(drop.format(name)))
     engine.dispose()
+
+
+@pytest.fixture
+def new_database() -> Iterator[Callable[[str], str]]:
+    """Makes a new database on a server of a kind, which the test's end drops."""
+    with ExitStack() as stack:
+        yield lambda server: stack.enter_context(throw_away_database(server))
 
 
 @pytest.fixture(params=SERVERS)

@@ -1,6 +1,5 @@
 """Studies arrive in another database with everything they had, or not at all; old tables are brought up to date."""
 
-import gc
 import logging
 import os
 import random
@@ -8,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import uuid
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -50,30 +49,13 @@ PASSWORD = "p@ss/w:rd%{2}'\"\\ #?&=+;"
 
 
 @pytest.fixture
-def new_url(request, tmp_path):
+def new_url(new_database, tmp_path):
     """Makes a new database of a kind, which the test's end drops."""
-    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
-    with ExitStack() as stack:
 
-        def make(kind="sqlite"):
-            if kind == "sqlite":
-                return f"sqlite:///{tmp_path}/{uuid.uuid4().hex}.db"
-            return stack.enter_context(conftest.throw_away_database(kind))
+    def make(kind="sqlite"):
+        return f"sqlite:///{tmp_path}/{uuid.uuid4().hex}.db" if kind == "sqlite" else new_database(kind)
 
-        yield make
-
-
-@pytest.fixture
-def collected():
-    """Ends what a test has left to the garbage collector, within the test's own filters of warnings."""
-    yield
-    gc.collect()
-
-
-def connections_left_open(test):
-    """Optuna leaves its connection to tables that it refuses open, which psycopg warns of."""
-    ignoring = pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
-    return pytest.mark.usefixtures("collected")(ignoring(test))
+    return make
 
 
 @contextmanager
@@ -285,7 +267,7 @@ def test_floats_arrive_to_the_last_bit(any_url, new_url):
     assert list(facts(any_url)["trials"][0]["intermediate_values"].values()) == values
 
 
-def test_heartbeats_stay_the_same_instants(new_url, monkeypatch):
+def test_heartbeats_stay_the_same_instants(new_url):
     source, target = new_url(), new_url("postgresql")
     admin = sqlalchemy.create_engine(target, isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:  # a server whose clock shows another time of day
@@ -594,7 +576,6 @@ def secret_urls(new_url):
         engine.dispose()
 
 
-@connections_left_open
 def test_no_password_is_in_messages_or_logs(secret_urls, new_url, caplog):
     source = new_url()
     with opened(source) as storage:
@@ -667,7 +648,6 @@ def head():
     return version
 
 
-@connections_left_open
 def test_tables_of_an_older_version_are_brought_up_to_date(any_url):
     with opened(any_url) as storage:
         fill(storage)
@@ -713,7 +693,6 @@ def test_a_current_database_is_left_alone(any_url, monkeypatch):
     assert upgrade(any_url) == (head(), head())
 
 
-@connections_left_open
 def test_tables_newer_than_the_installed_optuna_are_left_alone(any_url):
     with opened(any_url) as storage:
         fill(storage)

@@ -15,7 +15,7 @@ from hpo.tune import best_checkpoint, check_settings, tune
 from hpo.workload import load_encoder, load_workload
 from model.evaluate import score
 from model.macs import constant_rate_config
-from model.train import TrainingDiverged
+from model.training import TrainingDiverged
 from studies.loader import Range, StudyFileError
 
 

@@ -1,9 +1,11 @@
 """Losses against sums written out in double precision, what passes give, the teacher's cache, and whole trainings."""
 
 import dataclasses
+import fcntl
 import logging
 import math
 import shutil
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +41,7 @@ from model.distill import (
 from model.encoded import EncodedSplit
 from model.encoder import HEADS, LengthAdaptiveModel
 from model.students import cut_student
-from model.train import TrainingDiverged
+from model.training import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,6 +327,13 @@ def test_pairs_that_a_window_hides_from_the_student_take_no_part(inner, mask, ro
     sum(losses.values()).backward()
     assert narrow.grad.isfinite().all()
     assert not narrow.grad[hidden.expand_as(narrow)].any()
+
+
+def test_scores_that_a_window_hides_from_the_teacher_take_no_part(inner, mask):
+    hidden = (torch.arange(5)[:, None] - torch.arange(5)).abs() > 1
+    narrow = inner.teacher.scores.masked_fill(hidden, UNLIKELY).bfloat16()
+    alike = score_loss(inner.student.scores.masked_fill(hidden, UNLIKELY), narrow, mask)
+    assert score_loss(inner.student.scores, narrow, mask).item() == pytest.approx(alike.item(), rel=1e-6)
 
 
 def test_equal_insides_have_nothing_to_learn(inner, mask):
@@ -864,6 +873,12 @@ def test_what_another_teacher_said_or_of_other_texts_is_never_read(live, split, 
     other_text = dataclasses.replace(split, input_ids=[[*row[:-1], 4] for row in split.input_ids])
     other_types = dataclasses.replace(split, token_type_ids=[[1] * len(row) for row in split.input_ids])
     moved = dataclasses.replace(split, input_ids=split.input_ids[::-1], token_type_ids=split.token_type_ids[::-1])
+    first, second, *rest = split.input_ids
+    regrouped = dataclasses.replace(
+        split,
+        input_ids=[first[:-1], [first[-1], *second], *rest],
+        token_type_ids=[[0] * (len(first) - 1), [0] * (len(second) + 1), *([0] * len(row) for row in rest)],
+    )
     other_labels = dataclasses.replace(split, labels=1 - split.labels)
     other_heads = encoder(2, num_attention_heads=4)
     other_heads.load_state_dict(live.teacher.state_dict())
@@ -875,12 +890,12 @@ def test_what_another_teacher_said_or_of_other_texts_is_never_read(live, split, 
 
     own = folder()
     others = [
-        *(folder(sequences=sequences) for sequences in (other_text, other_types, moved)),
+        *(folder(sequences=sequences) for sequences in (other_text, other_types, moved, regrouped)),
         *(folder(teacher) for teacher in (other_heads, trained)),
         folder(bf16=True),
         folder(alone=False),
     ]
-    assert len({own, *others}) == 8
+    assert len({own, *others}) == 9
     assert folder(copy_of(live.teacher), other_labels) == own
 
 
@@ -909,9 +924,26 @@ def test_a_broken_off_or_cut_cache_is_made_anew(live, tmp_path, monkeypatch):
     assert set(cache.missing()) == ALL_KINDS
     assert [path.name for path in cache.folder.iterdir()] == ["lock"]
     monkeypatch.undo()
-    cache.path(LOGITS).with_suffix(".partial").write_bytes(b"left by a process that was killed")
+    left_behind = cache.path(LOGITS).with_suffix(".partial")
+    left_behind.write_bytes(b"left by a process that was killed")
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: pytest.fail("in the way") if left_behind.exists() else room)
     cache.fill()
     cache.path(EMBEDDINGS).write_bytes(cache.path(EMBEDDINGS).read_bytes()[:-2])
     assert cache.missing() == [EMBEDDINGS]
     cache.fill()
     assert torch.equal(cache.batch([47], 13)[EMBEDDINGS], live.batch([47], 13)[EMBEDDINGS])
+
+
+def test_another_process_that_fills_the_cache_is_waited_for(live, tmp_path):
+    cache = TeacherCache(live, tmp_path)
+    cache.folder.mkdir()
+    waiting = threading.Thread(target=cache.fill)
+    with (cache.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting.start()
+        waiting.join(timeout=0.3)
+        assert waiting.is_alive()
+        assert set(cache.missing()) == ALL_KINDS
+    waiting.join()
+    assert not cache.missing()

@@ -25,7 +25,8 @@ from model.length_config import LengthConfig
 from model.macs import mean_macs
 from model.power_bert import PowerBertSettings, SoftExtract, SoftExtractModel, learn_family, learn_retention, retrain
 from model.tasks import CLASS_METRICS, choose_metric
-from model.train import TrainingDiverged, TrainingSettings, train
+from model.train import TrainingSettings, train
+from model.training import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

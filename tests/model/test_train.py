@@ -16,7 +16,8 @@ from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.tasks import CLASS_METRICS, choose_metric
-from model.train import LengthDropTrainer, TrainingDiverged, TrainingSettings, sample_sandwich, train
+from model.train import LengthDropTrainer, TrainingSettings, sample_sandwich, train
+from model.training import TrainingDiverged, as_dataset
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{index}" for index in range(30))]
 
@@ -120,14 +121,12 @@ def test_gradient_of_a_step_is_the_mean_over_its_passes(model, split, tokenizer)
 def build_trainer(model, split, tokenizer, settings) -> LengthDropTrainer:
     from transformers import DataCollatorWithPadding, TrainingArguments
 
-    from model.train import _as_dataset
-
     arguments = TrainingArguments(per_device_train_batch_size=16, use_cpu=True, report_to=[], disable_tqdm=True)
     return LengthDropTrainer(
         settings,
         model=model,
         args=arguments,
-        train_dataset=_as_dataset(split),
+        train_dataset=as_dataset(split),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
 

@@ -1,0 +1,267 @@
+"""What each way to train buys: the front of every recipe, all with the same number of training examples.
+
+Usage: python benchmarks/recipes.py --teacher DIR --dataset DATA [--student DIR | --student-layers 0,2,4] [--image FILE]
+
+The recipes read the training split `--epochs` times in all:
+
+- `plain`: fine-tuning at full length; its front is that of constant-rate shortening, for which nothing is searched.
+- `lengthdrop`: one plain epoch, then LengthDrop.
+- `distilled`: the teacher's vectors, then its answers, half of the epochs each.
+- `distilled-lengthdrop`: the teacher's vectors, then LengthDrop with the teacher, half of the epochs each.
+- `power-bert`: plain fine-tuning, then the retention of one penalty and re-training with it, a third of the epochs
+  each, and that for every penalty: a model per budget.
+
+Prints a JSON line per recipe and seed: its points on the search and the report split (share of the cost at full length,
+quality), the area (quality above 0.5 against that share) on both, and the least share whose report quality is within
+0.01 of plain fine-tuning at full length. With `--image`, draws the fronts on the report split, one line per seed.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import plotly.graph_objects as go
+import transformers
+from search import above_half, where
+
+from hpo.plot import BLUE, GREEN, GREY, ORANGE, SKY, lay_out, write_image
+from hpo.recipe import Recipe
+from hpo.search_lengths import config_of, constant_rates, search_loaded
+from hpo.storage import open_storage
+from hpo.workload import LoadedWorkload, Workload, load_workload
+from model.data import DataSpec
+from model.distill import DistillSettings, distil
+from model.encoder import LengthAdaptiveModel
+from model.evaluate import Evaluator, choose_precision, predict
+from model.length_config import LengthConfig
+from model.macs import mean_macs
+from model.power_bert import PowerBertSettings, learn_retention, retrain
+from model.train import TrainingSettings, train
+from studies.loader import load_finetune, load_lengths
+
+PENALTIES = (0.03, 0.1, 0.3, 1.0)
+WITHIN = 0.01
+Point = tuple[float, float]
+"""Share of the cost at full length, and quality."""
+STYLE = {
+    "plain": (GREY, "plain fine-tuning, constant rates"),
+    "lengthdrop": (ORANGE, "LengthDrop"),
+    "distilled": (SKY, "distilled"),
+    "distilled-lengthdrop": (BLUE, "distilled + LengthDrop"),
+    "power-bert": (GREEN, "PoWER-BERT, a model per budget"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all recipes share."""
+
+    recipe: Recipe
+    loaded: LoadedWorkload
+    arguments: argparse.Namespace
+
+    def new_student(self, seed: int) -> LengthAdaptiveModel:
+        transformers.set_seed(seed)
+        return self.recipe.new_student()
+
+    def settings(self, seed: int, plain_epochs: int, epochs: int) -> TrainingSettings:
+        rate, size = self.arguments.learning_rate, self.arguments.batch_size
+        return TrainingSettings(
+            learning_rate=rate, batch_size=size, plain_epochs=plain_epochs, epochs=epochs, length_drop=0.25, seed=seed
+        )
+
+    def fine_tune(
+        self, student: LengthAdaptiveModel, settings: TrainingSettings, teacher: LengthAdaptiveModel | None = None
+    ) -> None:
+        train(student, self.loaded.train, self.loaded.tokenizer, settings, teacher=teacher)
+
+    def imitate(self, student: LengthAdaptiveModel, seed: int, epochs: int, **weights: float) -> None:
+        assert self.recipe.teacher is not None
+        rate, size = self.arguments.distill_learning_rate, self.arguments.batch_size
+        settings = DistillSettings(learning_rate=rate, batch_size=size, epochs=epochs, seed=seed, **weights)
+        distil(student, self.recipe.teacher, self.loaded.train, self.loaded.tokenizer, settings)
+
+    def scored(self, model: LengthAdaptiveModel, configs: Sequence[LengthConfig]) -> tuple[list[Point], list[Point]]:
+        """Where configs of a model stand, on the search and on the report split."""
+        points = []
+        for split in (self.loaded.search, self.loaded.report):
+            full = mean_macs(model.shape, split.num_tokens)
+            answers_CX = predict(model, split, configs)
+            points.append(
+                [
+                    (
+                        mean_macs(model.shape, split.num_tokens, config) / full,
+                        split.quality(self.loaded.metric, answers_X),
+                    )
+                    for config, answers_X in zip(configs, answers_CX, strict=True)
+                ]
+            )
+        return points[0], points[1]
+
+    def searched(self, model: LengthAdaptiveModel, seed: int) -> tuple[list[Point], list[Point]]:
+        """Where the front of a search stands, on the search and on the report split."""
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = Path(folder) / "model"
+            model.save_pretrained(checkpoint)
+            self.loaded.tokenizer.save_pretrained(checkpoint)
+            storage = open_storage(f"sqlite:///{folder}/hpo.db")
+            definition = load_lengths("lengths")
+            precision = choose_precision(model, self.loaded.search, self.loaded.metric)
+            blocks = definition.blocks if self.loaded.metric.per_example else 1
+            engine = Evaluator(model, self.loaded.search, precision=precision, num_blocks=blocks, seed=seed)
+            trials = self.arguments.trials
+            study = search_loaded(
+                definition, self.loaded, checkpoint, trials, storage, Path(folder), seed, evaluator=engine
+            ).study
+            configs = [config_of(trial.params) for trial in study.best_trials]
+        return self.scored(model, [LengthConfig.full(model.num_layers), *configs])
+
+
+def plain(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
+    student = bench.new_student(seed)
+    bench.fine_tune(student, bench.settings(seed, bench.arguments.epochs, 0))
+    rates = sorted(constant_rates(load_lengths("lengths"), most=20), reverse=True)
+    return bench.scored(student, [LengthConfig.from_retention([rate] * student.num_layers) for rate in rates])
+
+
+def lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
+    student = bench.new_student(seed)
+    bench.fine_tune(student, bench.settings(seed, 1, bench.arguments.epochs - 1))
+    return bench.searched(student, seed)
+
+
+def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
+    student, half = bench.new_student(seed), bench.arguments.epochs // 2
+    bench.imitate(student, seed, half, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    only = {"embedding_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0}
+    bench.imitate(student, seed, bench.arguments.epochs - half, **only, logit_weight=1.0, label_weight=0.5)
+    return bench.searched(student, seed)
+
+
+def distilled_lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
+    student, half = bench.new_student(seed), bench.arguments.epochs // 2
+    bench.imitate(student, seed, half, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    bench.fine_tune(student, bench.settings(seed, 0, bench.arguments.epochs - half), bench.recipe.teacher)
+    return bench.searched(student, seed)
+
+
+def power_bert(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
+    search: list[Point] = []
+    report: list[Point] = []
+    third = max(1, bench.arguments.epochs // 3)
+    for penalty in PENALTIES:
+        student = bench.new_student(seed)
+        student.token_score = TrainingSettings().token_score
+        bench.fine_tune(student, bench.settings(seed, bench.arguments.epochs - 2 * third, 0))
+        settings = PowerBertSettings(penalty=penalty, mask_learning_rate=1e-2, epochs=third, seed=seed)
+        config = learn_retention(student, bench.loaded.train, bench.loaded.tokenizer, settings)
+        again = bench.settings(seed, third, 0)
+        retrain(student, bench.loaded.train, bench.loaded.tokenizer, again, config)
+        for points, found in zip((search, report), bench.scored(student, [config]), strict=True):
+            points += found
+    return search, report
+
+
+RECIPES = {
+    "plain": plain,
+    "lengthdrop": lengthdrop,
+    "distilled": distilled,
+    "distilled-lengthdrop": distilled_lengthdrop,
+    "power-bert": power_bert,
+}
+
+
+def measure(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A line per recipe and seed; plain fine-tuning comes first, since the others are compared with it."""
+    for seed in map(int, bench.arguments.seeds.split(",")):
+        enough = 0.0
+        for name in ("plain", *(name for name in bench.arguments.recipes.split(",") if name != "plain")):
+            start = time.perf_counter()
+            search, report = RECIPES[name](bench, seed)
+            if name == "plain":
+                enough = max(report)[1] - WITHIN  # the costliest point is full length
+            near = [share for share, quality in report if quality >= enough]
+            yield {
+                "recipe": name,
+                "seed": seed,
+                "epochs": bench.arguments.epochs,
+                "training_examples": len(bench.loaded.train),
+                "area": round(above_half(search), 5),
+                "area_on_report": round(above_half(report), 5),
+                "quality_wanted": round(enough, 5),
+                "least_share_within": round(min(near), 5) if near else None,
+                "front": [(round(share, 5), round(quality, 5)) for share, quality in search],
+                "front_on_report": [(round(share, 5), round(quality, 5)) for share, quality in report],
+                "s": round(time.perf_counter() - start, 1),
+            }
+
+
+def draw(lines: Sequence[dict[str, Any]]) -> go.Figure:
+    """The fronts on the report split; what a point dominates is left out."""
+    figure = go.Figure()
+    for name, (colour, title) in STYLE.items():
+        for number, line in enumerate(line for line in lines if line["recipe"] == name):
+            best, points = -1.0, []
+            for share, quality in sorted(map(tuple, line["front_on_report"])):
+                if quality > best:
+                    best = quality
+                    points.append((share, quality))
+            figure.add_trace(
+                go.Scatter(
+                    x=[share for share, _ in points],
+                    y=[quality for _, quality in points],
+                    name=title,
+                    legendgroup=name,
+                    showlegend=number == 0,
+                    mode="lines+markers",
+                    line={"color": colour, "shape": "hv", "width": 1.5},
+                    marker={"color": colour, "size": 6},
+                )
+            )
+    lay_out(figure, "What each recipe buys", "report split; the same number of training examples, one line per seed")
+    figure.update_xaxes(title_text="FLOPs per sequence, share of full length", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title_text="quality")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="fine-tuned encoder")
+    parser.add_argument("--student", help="encoder that learns; without it, cut from the teacher")
+    parser.add_argument("--student-layers", help="as in 0,2,4")
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--train-limit", type=int)
+    parser.add_argument("--search-size", type=int)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--distill-learning-rate", type=float, default=2e-4)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--image", type=Path)
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    spec = DataSpec(
+        dataset=arguments.dataset, train_limit=arguments.train_limit, search_size=arguments.search_size, seed=0
+    )
+    source = arguments.student or arguments.teacher
+    loaded = load_workload(Workload(model=source, data=spec), source)
+    layers = None if arguments.student_layers is None else [int(part) for part in arguments.student_layers.split(",")]
+    recipe = Recipe.of(load_finetune("finetune"), loaded, arguments.teacher, layers)
+    lines = []
+    for line in measure(Bench(recipe=recipe, loaded=loaded, arguments=arguments)):
+        lines.append(line)
+        print(json.dumps({"benchmark": "recipes", **line, **where()}), flush=True)
+    if arguments.image is not None:
+        write_image(draw(lines), arguments.image)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""What every kind of training here shares: transformers' Trainer, set up for this project's encoders and splits."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from model.encoded import EncodedSplit
+from model.hardware import computes_in_bf16
+
+EpochHook = Callable[[int], None]
+ProgressHook = Callable[[int, int], None]
+Precision = Literal["auto", "bf16", "fp32"]
+MakeTrainer = Callable[..., Trainer]
+
+LOGGED_STEPS = 10
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+class Schedule(Protocol):
+    """What all settings of a training say."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What a finished training run says of itself.
+
+    Attributes:
+        steps: Optimizer steps.
+        final_loss: Mean loss of the last steps that were logged, all passes of a step together; nan where fewer than
+            ten were made.
+        precision: "bf16" or "fp32".
+    """
+
+    steps: int
+    final_loss: float
+    precision: str
+
+
+def uses_bf16(precision: Precision) -> bool:
+    """Whether a training of that precision computes in bf16 on this machine."""
+    return precision == "bf16" or (precision == "auto" and computes_in_bf16())
+
+
+def fit(
+    make_trainer: MakeTrainer,
+    settings: Schedule,
+    split: EncodedSplit,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    *,
+    epochs: int,
+    numbered: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_epoch: EpochHook | None = None,
+    on_progress: ProgressHook | None = None,
+) -> TrainingReport:
+    """Train whatever `make_trainer` makes a Trainer of; a GPU is used where there is one.
+
+    Args:
+        make_trainer: Called with the Trainer's arguments but for the model.
+        settings: Learning rate and what goes with it.
+        split: Tokenised training examples.
+        tokenizer: Pads the batches.
+        task: What the labels are.
+        epochs: How often the split is read.
+        numbered: Whether batches carry each sequence's number in the split, as `sequence`, and its `length`.
+        callbacks: The Trainer's, beside the two hooks.
+        on_epoch: Called after each epoch with the number of epochs done; what it raises ends the training.
+        on_progress: Called after each step with the steps done and the steps in all.
+    Raises:
+        TrainingDiverged: A loss is not finite.
+        ValueError: The split is empty.
+    """
+    if not len(split):
+        raise ValueError("The training split is empty; give at least one example.")
+    use_cpu, bf16 = not torch.cuda.is_available(), uses_bf16(settings.precision)
+    rows = as_dataset(split)
+    if numbered:
+        rows = rows.add_column("sequence", list(range(len(split))))
+    with tempfile.TemporaryDirectory(prefix="hpo-trainer-") as unused_output:
+        arguments = TrainingArguments(
+            output_dir=unused_output,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_ratio,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+            remove_unused_columns=not numbered,
+            bf16=bf16,
+            use_cpu=use_cpu,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            save_strategy="no",
+            logging_strategy="steps",
+            logging_steps=LOGGED_STEPS,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=not use_cpu,
+        )
+        trainer = make_trainer(
+            args=arguments,
+            train_dataset=rows,
+            data_collator=_collator(task, tokenizer),
+            callbacks=[*callbacks, _Hooks(on_epoch, on_progress)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return TrainingReport(
+        steps=trainer.state.global_step,
+        final_loss=float(losses[-1]) if losses else math.nan,
+        precision="bf16" if bf16 else "fp32",
+    )
+
+
+def require_finite(loss: Tensor, steps_done: int) -> None:
+    """Refuse to learn from a loss that is no number.
+
+    Raises:
+        TrainingDiverged: The message names the step.
+    """
+    if not torch.isfinite(loss):
+        raise TrainingDiverged(f"The loss is {loss.item()} at step {steps_done + 1}; lower the learning rate.")
+
+
+def unwrapped(model: nn.Module | None) -> nn.Module | None:
+    """The model itself, where a Trainer holds it in something that spreads it over devices."""
+    return getattr(model, "module", model)
+
+
+def as_dataset(split: EncodedSplit) -> datasets.Dataset:
+    """A split as the Trainer reads it."""
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": split.input_ids,
+            "token_type_ids": split.token_type_ids,
+            "attention_mask": [[1] * len(tokens) for tokens in split.input_ids],
+            "labels": split.labels,
+            "length": split.num_tokens,
+        }
+    )
+
+
+class _Hooks(TrainerCallback):
+    """Passes the Trainer's events on to the caller."""
+
+    def __init__(self, on_epoch: EpochHook | None, on_progress: ProgressHook | None) -> None:
+        self.on_epoch = on_epoch
+        self.on_progress = on_progress
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.on_progress is not None:
+            self.on_progress(state.global_step, state.max_steps)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.on_epoch is not None:
+            self.on_epoch(round(state.epoch or 0.0))
+
+
+def _collator(task: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Pads a batch, and its labels where each token has one."""
+    if task == "token-classification":
+        return DataCollatorForTokenClassification(tokenizer)
+    return DataCollatorWithPadding(tokenizer)
