@@ -48,7 +48,7 @@ from hpo.workload import (
 )
 from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel
-from model.evaluate import Evaluator, choose_precision, predict
+from model.evaluate import Evaluator, choose_precision
 from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.macs import mean_macs, mean_macs_of_shares
@@ -62,6 +62,8 @@ CORRECT = "correct"
 """Attribute of a trial on the front: which examples it gets right."""
 METRICS = "metrics"
 """Attribute of a completed trial: every metric that is reported, by name."""
+REPORTED_TOGETHER = 25
+"""Points that are scored on the report split at a time; what is scored is kept if the run ends in between."""
 SEEDS = "seeds"
 """Attribute of a study: the length configs of another method that joined its first generation."""
 REUSED_FROM = "reused_from"
@@ -285,19 +287,23 @@ class _Run:
         missing = {number: config for number, config in wanted.items() if f"report_metric:{number}" not in known}
         if not missing:
             return
-        precision = self.evaluator.precision
+        engine = Evaluator(self.model, report, precision=self.evaluator.precision, cache_bytes=0)
+        numbers = list(missing)
+        for done in range(0, len(numbers), REPORTED_TOGETHER):
+            part = numbers[done : done + REPORTED_TOGETHER]
 
-        def report_share(share: float) -> None:
-            if self.on_progress is not None:
-                self.on_progress(self.trials, self.trials, f"scoring the front on the report split: {share:.0%}")
+            def report_share(share: float, done: int = done, size: int = len(part)) -> None:
+                if self.on_progress is not None:
+                    percent = (done + share * size) / len(numbers)
+                    self.on_progress(self.trials, self.trials, f"scoring the front on the report split: {percent:.0%}")
 
-        configs = list(missing.values())
-        answers_CX = predict(self.model, report, configs, precision=precision, on_progress=report_share)
-        for (number, config), answers_X in zip(missing.items(), answers_CX, strict=True):
-            qualities = self._qualities(report, answers_X)
-            self.study.set_user_attr(f"report_macs:{number}", mean_macs(self.model.shape, report.num_tokens, config))
-            self.study.set_user_attr(f"report_metrics:{number}", qualities)
-            self.study.set_user_attr(f"report_metric:{number}", qualities[self.loaded.metric.name])
+            answers_CX = engine.predict([missing[number] for number in part], on_progress=report_share)
+            for number, answers_X in zip(part, answers_CX, strict=True):
+                qualities = self._qualities(report, answers_X)
+                macs = mean_macs(self.model.shape, report.num_tokens, missing[number])
+                self.study.set_user_attr(f"report_macs:{number}", macs)
+                self.study.set_user_attr(f"report_metrics:{number}", qualities)
+                self.study.set_user_attr(f"report_metric:{number}", qualities[self.loaded.metric.name])
 
     def _qualities(self, split: EncodedSplit, answers_X: Answers) -> dict[str, float]:
         return {metric.name: split.quality(metric, answers_X) for metric in self.loaded.metrics}

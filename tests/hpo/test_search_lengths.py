@@ -183,7 +183,7 @@ def test_front_and_full_length_are_scored_on_the_report_split_once(run, workload
     def never(*args, **kwargs):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(hpo.search_lengths, "predict", never)
+    monkeypatch.setattr(Evaluator, "predict_block", never)
     run(20)
 
 
