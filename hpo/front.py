@@ -109,6 +109,11 @@ class Front:
     median_tokens: int | None = None
     workload: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def beside(self) -> list[str]:
+        """Names of the metrics that are reported beside the one that was searched for."""
+        return [name for name in self.full.report_metrics if name != self.metric]
+
 
 def compute_front(study: optuna.Study, storage: str) -> Front:
     """The front of a length study, with what a reader compares it with.
@@ -259,7 +264,7 @@ def front_to_json(front: Front, chosen: FrontPoint | None) -> dict[str, Any]:
 
 def front_table(front: Front, chosen: FrontPoint | None) -> Table:
     """The front for a terminal of 80 columns or more: one row per point, then full length for comparison."""
-    beside = [name for name in front.full.report_metrics if name != front.metric]
+    beside = front.beside
     table = Table(
         title=Text(
             f"{front.study}: {len(front.points)} best of {front.trials} trials, hypervolume {front.hypervolume:.4f}"

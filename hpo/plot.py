@@ -136,6 +136,7 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
         history=history_div,
         rows=_rows(front, chosen),
         metric=escape(front.metric),
+        beside="\n".join(f"<th>{escape(name)},<br>report split</th>" for name in front.beside),
         median="" if front.median_tokens is None else f"of {front.median_tokens} tokens, the median",
         flops_per_mac=FLOPS_PER_MAC,
         baseline=BASELINE,
@@ -256,6 +257,8 @@ def _hover(front: Front, point: FrontPoint) -> str:
     if point.report_metric is not None:
         share = "" if point.report_relative_macs is None else f" at {point.report_relative_macs:.1%} of FLOPs"
         lines.insert(2, f"{_text(front.metric)}, report split: {point.report_metric:.4f}{share}")
+        for name in (name for name in reversed(front.beside) if name in point.report_metrics):
+            lines.insert(3, f"{_text(name)}, report split: {point.report_metrics[name]:.4f}")
     if front.median_tokens is not None:
         lengths = "<br>".join(_lines(_lengths(front, point)))
         lines.append(f"of {front.median_tokens} tokens, the median:<br>{lengths}")
@@ -333,6 +336,7 @@ def _row(front: Front, point: FrontPoint, role: str) -> str:
         label,
         f"{point.metric:.4f}",
         "-" if point.report_metric is None else f"{point.report_metric:.4f}",
+        *(f"{point.report_metrics[name]:.4f}" if point.report_metrics else "-" for name in front.beside),
         f"{point.relative_macs:.1%}",
         flops_text(point.macs),
         " ".join(percents(point.shares).split()),
@@ -386,6 +390,7 @@ $facts
 <th>trial</th>
 <th>$metric,<br>search split</th>
 <th>$metric,<br>report split</th>
+$beside
 <th>share of<br>full length</th>
 <th>FLOPs per<br>sequence</th>
 <th>left after each layer,<br>% of the sequence's tokens</th>

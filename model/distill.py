@@ -34,7 +34,17 @@ from model.encoder import LengthAdaptiveModel
 from model.families import Places
 from model.hardware import compute_device
 from model.precision import snapshot
-from model.training import EpochHook, Precision, ProgressHook, TrainingReport, fit, require_finite, unwrapped, uses_bf16
+from model.training import (
+    EpochHook,
+    ProgressHook,
+    Ranges,
+    Schedule,
+    TrainingReport,
+    fit,
+    require_finite,
+    unwrapped,
+    uses_bf16,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -219,20 +229,14 @@ def _distributions(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor) 
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings:
+class DistillSettings(Schedule):
     """How a student learns from its teacher; checks itself.
 
     The loss is the sum of its parts, each times its weight; a part of weight 0 costs nothing. A stage of a recipe is a
     choice of weights: the defaults are TinyBERT's intermediate stage.
 
     Attributes:
-        learning_rate: Peak of the linear schedule.
-        batch_size: Sequences per step.
         epochs: Times that every sequence is read.
-        warmup_ratio: Share of all steps over which the learning rate rises.
-        weight_decay: AdamW's decay, not on biases and LayerNorms.
-        max_grad_norm: Clipping of the gradient's norm.
-        precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
         seed: Of dropout, batch order and the projection between widths.
         embedding_weight: Of the vectors that enter the first layer, see `hidden_loss`.
         hidden_weight: Of the vectors that leave each layer, see `hidden_loss`; the layers' losses add up.
@@ -249,14 +253,7 @@ class DistillSettings:
         ValueError: A value is out of its range.
     """
 
-    learning_rate: float = 5e-5
-    batch_size: int = 32
     epochs: int = 3
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    precision: Precision = "auto"
-    seed: int = 0
     embedding_weight: float = 1.0
     hidden_weight: float = 1.0
     attention_weight: float = 1.0
@@ -269,15 +266,17 @@ class DistillSettings:
     layer_map: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not any(getattr(self, name) for name in self._weights()):
+            names = ", ".join(self._weights())
+            raise ValueError(f"Every weight is 0, so there is nothing to learn; raise one of {names}.")
+
+    def ranges(self) -> Ranges:
         kinds = ("mse", "kl") if self.attention_of == "probabilities" else ("mse",)
-        ranges: dict[str, tuple[bool, str]] = {
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+        return {
+            **super().ranges(),
+            **{name: (0 <= getattr(self, name) < math.inf, "at least 0") for name in self._weights()},
             "epochs": (self.epochs >= 1, "at least 1"),
-            "warmup_ratio": (0 <= self.warmup_ratio < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
-            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
-            "precision": (self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'"),
             "attention_of": (self.attention_of in ("scores", "probabilities"), "'scores' or 'probabilities'"),
             "attention_loss": (self.attention_loss in kinds, "'mse', or 'kl' with attention_of='probabilities'"),
             "temperature": (0 < self.temperature < math.inf, "above 0"),
@@ -286,13 +285,9 @@ class DistillSettings:
                 "that names a layer of the teacher, from 1, for each layer of the student",
             ),
         }
-        weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
-        ranges |= {name: (0 <= getattr(self, name) < math.inf, "at least 0") for name in weights}
-        for name, (holds, wanted) in ranges.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
-        if not any(getattr(self, name) for name in weights):
-            raise ValueError(f"Every weight is 0, so there is nothing to learn; raise one of {', '.join(weights)}.")
+
+    def _weights(self) -> list[str]:
+        return [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
 
 
 class DistillError(RuntimeError):

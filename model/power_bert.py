@@ -9,7 +9,7 @@ Shape letters: B sequences, L tokens, D hidden size, N layers, P rank positions.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from model.encoder import LengthAdaptiveModel, real_tokens, significance_order
 from model.families import attend
 from model.length_config import LengthConfig
 from model.train import TrainingSettings, train
-from model.training import EpochHook, Precision, ProgressHook, TrainingReport, fit, require_finite, unwrapped
+from model.training import EpochHook, ProgressHook, Ranges, Schedule, TrainingReport, fit, require_finite, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ SHARE_UNITS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerBertSettings:
+class PowerBertSettings(Schedule):
     """How one length config is learned; checks itself.
 
     Attributes:
@@ -44,12 +44,9 @@ class PowerBertSettings:
         mask_learning_rate: Peak of the linear schedule for the factors, which start at 1 and have far to go; over
             few steps take more. The authors use 1e-4 to 3e-3.
         learning_rate: Peak of the linear schedule for the encoder.
-        batch_size: Sequences per step.
         epochs: Over the training split.
         warmup_ratio: Share of all steps over which the learning rates rise.
         weight_decay: AdamW's decay on the encoder's weights, not on biases, LayerNorms and factors.
-        max_grad_norm: Clipping of the gradient's norm.
-        precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
         seed: Of dropout and batch order.
         positions: Factors of each layer, at equal distances over the ranks of any sequence.
     Raises:
@@ -59,31 +56,17 @@ class PowerBertSettings:
     penalty: float = 0.1
     mask_learning_rate: float = 3e-3
     learning_rate: float = 3e-5
-    batch_size: int = 32
     epochs: int = 3
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    precision: Precision = "auto"
-    seed: int = 0
     positions: int = 64
 
-    def __post_init__(self) -> None:
-        ranges: Mapping[str, tuple[bool, str]] = {
+    def ranges(self) -> Ranges:
+        return {
+            **super().ranges(),
             "penalty": (0 <= self.penalty < math.inf, "at least 0"),
             "mask_learning_rate": (0 < self.mask_learning_rate < math.inf, "above 0"),
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
             "epochs": (self.epochs >= 1, "at least 1"),
-            "warmup_ratio": (0 <= self.warmup_ratio < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
-            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
-            "precision": (self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'"),
             "positions": (self.positions >= 1, "at least 1"),
         }
-        for name, (holds, wanted) in ranges.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
 
 
 class SoftExtract(nn.Module):

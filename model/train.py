@@ -6,7 +6,6 @@ shortened passes of the same batch learn from the full pass.
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,8 +24,9 @@ from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.training import (
     EpochHook,
-    Precision,
     ProgressHook,
+    Ranges,
+    Schedule,
     TrainingReport,
     fit,
     require_finite,
@@ -37,16 +37,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(Schedule):
     """How one encoder is trained; checks itself.
 
     Attributes:
-        learning_rate: Peak of the linear schedule.
-        batch_size: Sequences per step.
         plain_epochs: First epochs, at full length only.
         epochs: Epochs with LengthDrop after them.
-        warmup_ratio: Share of all steps over which the learning rate rises.
-        weight_decay: AdamW's decay, not on biases and LayerNorms.
         length_drop: p; each layer passes on a share of its tokens drawn from [1 - p, 1].
         layer_drop: Probability that a shortened pass skips a layer; the full pass never does.
         sandwich_size: Randomly shortened passes per step, beside the full and the smallest one.
@@ -56,19 +52,13 @@ class TrainingSettings:
         teacher_weight: Share of a teacher's logits in the full pass's loss, where there is a teacher; the rest is the
             labels'.
         token_score: What tokens are ranked by, "attention" or "value_norm"; the checkpoint keeps it.
-        max_grad_norm: Clipping of the gradient's norm.
-        precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
         seed: Of dropout, batch order and length configs.
     Raises:
         ValueError: A value is out of its range.
     """
 
-    learning_rate: float = 5e-5
-    batch_size: int = 32
     plain_epochs: int = 1
     epochs: int = 2
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
     length_drop: float = 0.2
     layer_drop: float = 0.0
     sandwich_size: int = 2
@@ -77,18 +67,12 @@ class TrainingSettings:
     divergence: Divergence = "forward"
     teacher_weight: float = 0.9
     token_score: str = "value_norm"
-    max_grad_norm: float = 1.0
-    precision: Precision = "auto"
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        ranges: Mapping[str, tuple[bool, str]] = {
-            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+    def ranges(self) -> Ranges:
+        return {
+            **super().ranges(),
             "plain_epochs": (self.plain_epochs >= 0, "at least 0"),
             "epochs": (self.epochs >= 0 and self.epochs + self.plain_epochs >= 1, "at least 0, and one epoch in all"),
-            "warmup_ratio": (0 <= self.warmup_ratio < 1, "in [0, 1)"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "length_drop": (0 <= self.length_drop < 1, "in [0, 1)"),
             "layer_drop": (0 <= self.layer_drop < 1, "in [0, 1)"),
             "sandwich_size": (self.sandwich_size >= 0, "at least 0"),
@@ -97,12 +81,7 @@ class TrainingSettings:
             "teacher_weight": (0 <= self.teacher_weight <= 1, "in [0, 1]"),
             "divergence": (self.divergence in ("forward", "reverse"), "'forward' or 'reverse'"),
             "token_score": (self.token_score in TOKEN_SCORES, " or ".join(map(repr, TOKEN_SCORES))),
-            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
-            "precision": (self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'"),
         }
-        for name, (holds, wanted) in ranges.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
 
 
 def train(

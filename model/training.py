@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -28,6 +28,7 @@ EpochHook = Callable[[int], None]
 ProgressHook = Callable[[int, int], None]
 Precision = Literal["auto", "bf16", "fp32"]
 MakeTrainer = Callable[..., Trainer]
+Ranges = dict[str, tuple[bool, str]]
 
 LOGGED_STEPS = 10
 
@@ -36,23 +37,45 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer a finite number."""
 
 
-class Schedule(Protocol):
-    """What all settings of a training say."""
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What all settings of a training have in common; checks itself.
 
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def warmup_ratio(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def max_grad_norm(self) -> float: ...
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def seed(self) -> int: ...
+    Attributes:
+        learning_rate: Peak of the linear schedule.
+        batch_size: Sequences per step.
+        warmup_ratio: Share of all steps over which the learning rate rises.
+        weight_decay: AdamW's decay, not on biases and LayerNorms.
+        max_grad_norm: Clipping of the gradient's norm.
+        precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
+        seed: Of dropout, batch order and whatever else is drawn.
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (holds, wanted) in self.ranges().items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
+
+    def ranges(self) -> Ranges:
+        """Of each setting, whether its value is possible, and in words what is."""
+        return {
+            "learning_rate": (0 < self.learning_rate < math.inf, "above 0"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "warmup_ratio": (0 <= self.warmup_ratio < 1, "in [0, 1)"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
+            "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
+            "precision": (self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'"),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,3 +282,27 @@ def test_image_is_drawn_where_a_browser_is_installed(front, tmp_path, name, star
 def test_image_of_an_unknown_kind_is_a_value_error(front, tmp_path):
     with pytest.raises(ValueError, match=r"'front\.bmp'.*png"):
         write_image(draw_front(front), tmp_path / "front.bmp")
+
+
+def test_page_and_hover_tell_the_metrics_beside_the_one_searched_for(front, tmp_path):
+    def with_both(point):
+        both = {"accuracy": point.metric, "exact_match": point.metric / 2}
+        return dataclasses.replace(point, report_metric=point.metric, metrics=both, report_metrics=both)
+
+    both = dataclasses.replace(front, full=with_both(front.full), points=tuple(map(with_both, front.points)))
+    trace = next(trace for trace in draw_front(both).data if trace.name == "front, search split")
+    halves = [f"exact_match, report split: {point.metric / 2:.4f}" for point in both.points]
+    assert all(half in text for half, text in zip(halves, trace.hovertext, strict=True))
+    write_page(both, [0.1, 0.2], tmp_path / "front.html")
+    page = (tmp_path / "front.html").read_text(encoding="utf-8")
+    assert page.count("<th>exact_match,<br>report split</th>") == 1
+    assert all(f"<td>{point.metric / 2:.4f}</td>" in page for point in both.points)
+
+
+def test_configs_of_another_method_are_marked(front):
+    seed = dataclasses.replace(front.points[0], origin="power-bert")
+    trace = next(
+        trace for trace in draw_front(dataclasses.replace(front, seeds=(seed,))).data if "PoWER-BERT" in trace.name
+    )
+    assert list(trace.y) == [seed.metric]
+    assert trace.marker.symbol == "star"
