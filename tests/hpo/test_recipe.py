@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+import hpo.recipe
 from hpo.storage import open_storage
 from studies.loader import STAGES
 
@@ -206,3 +207,20 @@ def test_a_distillation_without_a_teacher_is_refused(command, distill_file, tiny
     )
     assert code == 1
     assert "--teacher" in err
+
+
+def test_an_interrupted_run_goes_on_after_the_last_stage_it_kept(command, arguments, monkeypatch):
+    real, calls = hpo.recipe.distil, []
+
+    def interrupted_in_the_second(*given, **named):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(hpo.recipe, "distil", interrupted_in_the_second)
+    code, _, err = command("distill", *arguments)
+    assert code == 130
+    assert "Run the same command again" in " ".join(err.split())
+    assert command("distill", *arguments)[0] == 0
+    assert len(calls) == 3, "the first stage is not run again"
