@@ -44,6 +44,7 @@ from model.training import (
     require_finite,
     unwrapped,
     uses_bf16,
+    with_dropout,
 )
 
 logger = logging.getLogger(__name__)
@@ -688,17 +689,18 @@ def distil(
     live = LiveTeacher(teacher, split, teacher_pieces(settings, layer_map), bf16=bf16, device=compute_device())
     source = _source(live, cache_dir, cache_limit_bytes, settings.epochs)
     learner = Learner(student, teacher, settings)
-    return fit(
-        partial(DistillTrainer, settings, layer_map, source, model=learner),
-        settings,
-        split,
-        tokenizer,
-        student.task,
-        epochs=settings.epochs,
-        numbered=True,  # for the teacher
-        on_epoch=on_epoch,
-        on_progress=on_progress,
-    )
+    with with_dropout(student.network, settings.dropout):
+        return fit(
+            partial(DistillTrainer, settings, layer_map, source, model=learner),
+            settings,
+            split,
+            tokenizer,
+            student.task,
+            epochs=settings.epochs,
+            numbered=True,  # for the teacher
+            on_epoch=on_epoch,
+            on_progress=on_progress,
+        )
 
 
 def check_pair(student: LengthAdaptiveModel, teacher: LengthAdaptiveModel, settings: DistillSettings) -> None:

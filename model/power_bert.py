@@ -24,7 +24,17 @@ from model.encoder import LengthAdaptiveModel, real_tokens, significance_order
 from model.families import attend
 from model.length_config import LengthConfig
 from model.train import TrainingSettings, train
-from model.training import EpochHook, ProgressHook, Ranges, Schedule, TrainingReport, fit, require_finite, unwrapped
+from model.training import (
+    EpochHook,
+    ProgressHook,
+    Ranges,
+    Schedule,
+    TrainingReport,
+    fit,
+    require_finite,
+    unwrapped,
+    with_dropout,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -224,17 +234,18 @@ def learn_retention(
     Source: Goyal et al. 2020, configuration search.
     """
     softened = SoftExtractModel(model, settings.positions)
-    fit(
-        partial(_RetentionTrainer, settings, model=softened),
-        settings,
-        split,
-        tokenizer,
-        model.task,
-        epochs=settings.epochs,
-        callbacks=[_Clamp(softened.extract)],
-        on_epoch=on_epoch,
-        on_progress=on_progress,
-    )
+    with with_dropout(model.network, settings.dropout):
+        fit(
+            partial(_RetentionTrainer, settings, model=softened),
+            settings,
+            split,
+            tokenizer,
+            model.task,
+            epochs=settings.epochs,
+            callbacks=[_Clamp(softened.extract)],
+            on_epoch=on_epoch,
+            on_progress=on_progress,
+        )
     config = softened.extract.length_config(float(split.num_tokens.mean()))
     logger.info("A penalty of %g leaves the shares %s.", settings.penalty, config)
     return config

@@ -31,6 +31,7 @@ from model.training import (
     fit,
     require_finite,
     unwrapped,
+    with_dropout,
 )
 
 logger = logging.getLogger(__name__)
@@ -109,11 +110,17 @@ def train(
         ValueError: The split is empty.
     """
     model.token_score = settings.token_score
-    make_trainer = partial(LengthDropTrainer, settings, _on_device(teacher), model=model)
-    epochs = settings.plain_epochs + settings.epochs
-    return fit(
-        make_trainer, settings, split, tokenizer, model.task, epochs=epochs, on_epoch=on_epoch, on_progress=on_progress
-    )
+    with with_dropout(model.network, settings.dropout):
+        return fit(
+            partial(LengthDropTrainer, settings, _on_device(teacher), model=model),
+            settings,
+            split,
+            tokenizer,
+            model.task,
+            epochs=settings.plain_epochs + settings.epochs,
+            on_epoch=on_epoch,
+            on_progress=on_progress,
+        )
 
 
 def _on_device(teacher: LengthAdaptiveModel | None) -> LengthAdaptiveModel | None:

@@ -2,7 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -31,6 +33,8 @@ MakeTrainer = Callable[..., Trainer]
 Ranges = dict[str, tuple[bool, str]]
 
 LOGGED_STEPS = 10
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
+"""What configs call the dropout of attention weights, which the length-adaptive layers read there."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -48,6 +52,8 @@ class Schedule:
         weight_decay: AdamW's decay, not on biases and LayerNorms.
         max_grad_norm: Clipping of the gradient's norm.
         precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
+        dropout: Probability in all of the encoder's dropout; None leaves it as the checkpoint has it. Without any, a
+            processor trains faster.
         seed: Of dropout, batch order and whatever else is drawn.
     Raises:
         ValueError: A value is out of its range.
@@ -59,6 +65,7 @@ class Schedule:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     precision: Precision = "auto"
+    dropout: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +81,7 @@ class Schedule:
             "warmup_ratio": (0 <= self.warmup_ratio < 1, "in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0"),
             "max_grad_norm": (self.max_grad_norm > 0, "above 0"),
+            "dropout": (self.dropout is None or 0 <= self.dropout < 1, "in [0, 1), or None"),
             "precision": (self.precision in ("auto", "bf16", "fp32"), "'auto', 'bf16' or 'fp32'"),
         }
 
@@ -172,6 +180,27 @@ def fit(
         final_loss=float(losses[-1]) if losses else math.nan,
         precision="bf16" if bf16 else "fp32",
     )
+
+
+@contextmanager
+def with_dropout(network: PreTrainedModel, probability: float | None) -> Iterator[None]:
+    """Give all of a network's dropout one probability while the block runs; None changes nothing."""
+    if probability is None:
+        yield
+        return
+    modules = {module: module.p for module in network.modules() if isinstance(module, nn.Dropout)}
+    config = {name: getattr(network.config, name) for name in ATTENTION_DROPOUT if hasattr(network.config, name)}
+    try:
+        for module in modules:
+            module.p = probability
+        for name in config:
+            setattr(network.config, name, probability)
+        yield
+    finally:
+        for module, before in modules.items():
+            module.p = before
+        for name, value in config.items():
+            setattr(network.config, name, value)
 
 
 def require_finite(loss: Tensor, steps_done: int) -> None:

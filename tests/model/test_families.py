@@ -17,6 +17,7 @@ from model.families import FAMILIES, TOKEN_TASKS
 from model.length_config import LengthConfig
 from model.macs import layer_macs
 from model.train import TrainingSettings, train
+from model.training import with_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -389,6 +390,19 @@ def wide_head(network):
         return wide
     head.out_proj = wide
     return head
+
+
+@torch.no_grad()
+def test_without_dropout_training_sees_what_evaluation_sees(model):
+    batch = batch_of(model.network, LENGTHS)
+    expected = model(**batch, length_config=SHORT).logits
+    before = model.network.config.to_dict()
+    model.train()
+    with with_dropout(model.network, 0.0):
+        torch.testing.assert_close(model(**batch, length_config=SHORT).logits, expected)
+    assert model.network.config.to_dict() == before
+    with with_dropout(model.network, 0.5):
+        assert not torch.allclose(model(**batch, length_config=SHORT).logits, expected)
 
 
 def test_the_engine_in_bf16_rounds_the_layers_of_every_family(model, unpadded):
