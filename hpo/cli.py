@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hpo.front import Front, FrontPoint
     from hpo.workload import Workload
+    from studies.loader import FinetuneStudy
 
 # Commands import what they run: torch and its company take seconds, and `hpo --help` needs none of it.
 
@@ -181,13 +182,12 @@ def tune_command(
         absent = "model" if model is None else "dataset"
         raise typer.BadParameter(f"give --{absent} too, or neither for the embedded demo task")
     _quieten_libraries()
-    if model is None and study == FINETUNE:
-        study = DEMO_FINETUNE
+    definition = _definition(DEMO_FINETUNE if model is None and study == FINETUNE else study, objective)
     if model is None:
         model, dataset = _demo(root)
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model, data_flags, _workload_flags(task, metric, max_length, stride, windows))
-    _tune(study, workload, trials, objective, teacher, layers, seed, storage, runs, as_json)
+    _tune(definition, workload, trials, teacher, layers, seed, storage, runs, as_json)
 
 
 @app.command("distill")
@@ -228,14 +228,23 @@ def distill_command(
     _quieten_libraries()
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model or teacher, data_flags, _workload_flags(task, metric, max_length, stride, windows))
-    _tune(study, workload, 1, objective, teacher, layers, seed, storage, runs, as_json)
+    _tune(_definition(study, objective), workload, 1, teacher, layers, seed, storage, runs, as_json)
+
+
+def _definition(study: str, objective: str | None) -> "FinetuneStudy":
+    """A study file, with the objective that a flag names."""
+    from studies.loader import load_finetune
+
+    definition = load_finetune(study)
+    if objective is None:
+        return definition
+    return dataclasses.replace(definition, objective=objective)  # type: ignore[arg-type]  # checks itself
 
 
 def _tune(
-    study: str,
+    definition: "FinetuneStudy",
     workload: "Workload",
     trials: int,
-    objective: str | None,
     teacher: str | None,
     student_layers: list[int] | None,
     seed: int,
@@ -247,12 +256,8 @@ def _tune(
     from hpo.runs import runs_folder
     from hpo.storage import display_url, storage_url
     from hpo.tune import best_checkpoint, tune
-    from studies.loader import load_finetune
 
     url, root = storage_url(storage), runs_folder(runs)
-    definition = load_finetune(study)
-    if objective is not None:
-        definition = dataclasses.replace(definition, objective=objective)  # type: ignore[arg-type]  # checks itself
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         finished = tune(
             definition,

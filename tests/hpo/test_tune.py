@@ -8,6 +8,7 @@ import pytest
 from optuna.trial import TrialState
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import hpo.recipe
 import hpo.tune
 from hpo.errors import HpoError, StudyChanged
 from hpo.storage import open_storage
@@ -70,8 +71,8 @@ def test_known_good_settings_are_tried_first(run):
 def test_resumed_study_runs_only_missing_trials(run, monkeypatch):
     run(2)
     trained = []
-    train = hpo.tune.train
-    monkeypatch.setattr(hpo.tune, "train", lambda *args, **kwargs: (trained.append(1), train(*args, **kwargs))[1])
+    train = hpo.recipe.train
+    monkeypatch.setattr(hpo.recipe, "train", lambda *args, **kwargs: (trained.append(1), train(*args, **kwargs))[1])
     assert len(run(3).trials) == 3
     assert len(trained) == 1
     assert len(run(3).trials) == 3
@@ -86,7 +87,7 @@ def test_same_seed_gives_the_same_study(run, tmp_path):
 
 
 def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeypatch):
-    train, calls = hpo.tune.train, []
+    train, calls = hpo.recipe.train, []
 
     def diverge_once(*args, **kwargs):
         calls.append(1)
@@ -94,7 +95,7 @@ def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeyp
             raise TrainingDiverged("The loss is nan at step 3; lower the learning rate.")
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(hpo.tune, "train", diverge_once)
+    monkeypatch.setattr(hpo.recipe, "train", diverge_once)
     study = run(2)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert "nan at step 3" in study.trials[0].user_attrs["failure"]
@@ -104,7 +105,7 @@ def test_study_whose_trials_keep_failing_stops(run, monkeypatch):
     def diverge(*args, **kwargs):
         raise TrainingDiverged("The loss is inf at step 1; lower the learning rate.")
 
-    monkeypatch.setattr(hpo.tune, "train", diverge)
+    monkeypatch.setattr(hpo.recipe, "train", diverge)
     with pytest.raises(HpoError, match=r"3 trials .* failed in a row"):
         run(10)
 
@@ -114,7 +115,7 @@ def test_interrupted_trial_fails_and_a_rerun_completes(run, storage, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hpo.tune, "train", interrupt)
+        patch.setattr(hpo.recipe, "train", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(2)
     study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
