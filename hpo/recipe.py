@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,9 +89,7 @@ class Recipe:
 
     def attributes(self) -> dict[str, Any]:
         """What is recorded with the study."""
-        if self.teacher is None:
-            return {}
-        return {"teacher": self.teacher_source, "teacher_metric": self._teacher_metric(self.teacher)}
+        return {} if self.teacher is None else {"teacher": self.teacher_source}
 
     def new_student(self) -> LengthAdaptiveModel:
         """The encoder as training begins, its head drawn anew from torch's random state.
@@ -150,7 +148,7 @@ class Recipe:
                 report = self._drop_lengths(model, TrainingSettings(**values), on_epoch, report_share)
             else:
                 report = self._imitate(model, DistillSettings(**values), runs, report_share)
-                self._keep_stage(model, runs, name, stage)
+                runs.write_model(runs.stage_place(name, stage).name, model, self.loaded.tokenizer)
                 logger.info("Stage %s of %s is done.", stage, name)
             steps += report.steps
         assert report is not None
@@ -163,16 +161,13 @@ class Recipe:
         on_epoch: Callable[[LengthAdaptiveModel, int], None],
         on_progress: Callable[[float], None],
     ) -> TrainingReport:
-        def after_epoch(epoch: int) -> None:
-            on_epoch(model, epoch)
-
         return train(
             model,
             self.loaded.train,
             self.loaded.tokenizer,
             settings,
             teacher=self.teacher,
-            on_epoch=after_epoch,
+            on_epoch=partial(on_epoch, model),
             on_progress=lambda step, steps: on_progress(step / steps),
         )
 
@@ -207,14 +202,7 @@ class Recipe:
         transformers.set_seed(seed)
         return self.new_student(), 0
 
-    def _keep_stage(self, model: LengthAdaptiveModel, runs: StudyRuns, name: str, stage: str) -> None:
-        def write(folder: Path) -> None:
-            model.save_pretrained(folder)
-            self.loaded.tokenizer.save_pretrained(folder)
-
-        runs.write_checkpoint(runs.stage_place(name, stage).name, write)
-
-    def _teacher_metric(self, teacher: LengthAdaptiveModel) -> float:
+    def score_teacher(self, teacher: LengthAdaptiveModel) -> float:
         """The teacher's quality on the search split, with a warning where it knows nothing."""
         split, metric = self.loaded.search, self.loaded.metric
         quality = score(teacher, split, [LengthConfig.full(teacher.num_layers)], metric)[0]

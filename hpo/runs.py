@@ -13,10 +13,16 @@ import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import optuna
 
 from hpo.errors import HpoError
+
+if TYPE_CHECKING:  # listing and drawing studies needs no torch
+    from transformers import PreTrainedTokenizerBase
+
+    from model.encoder import LengthAdaptiveModel
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +130,15 @@ class StudyRuns:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return f"{self.folder.name}/{name}"
+
+    def write_model(self, name: str, model: "LengthAdaptiveModel", tokenizer: "PreTrainedTokenizerBase") -> str:
+        """`write_checkpoint` for a model and its tokenizer."""
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        return self.write_checkpoint(name, write)
 
     def keep_only(self, place: str | None, begun: Collection[str] = ()) -> None:
         """Remove every checkpoint of this study but the one at `place` (relative to the runs folder).

@@ -3,10 +3,12 @@
 import logging
 from pathlib import Path
 
+from hpo.errors import HpoError
 from hpo.workload import LoadedWorkload, ProgressHook, load_encoder
 from model.encoder import LengthAdaptiveModel
 from model.length_config import LengthConfig
 from model.power_bert import PowerBertSettings, learn_family
+from model.training import TrainingDiverged
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ def learn_seeds(
     settings = PowerBertSettings(
         epochs=max(1, round(UPDATES / steps_per_epoch)), mask_learning_rate=MASK_LEARNING_RATE, seed=seed
     )
-    configs = learn_family(another, loaded.train, loaded.tokenizer, settings, PENALTIES)
+    try:
+        configs = learn_family(another, loaded.train, loaded.tokenizer, settings, PENALTIES)
+    except TrainingDiverged as error:
+        raise HpoError(
+            f"PoWER-BERT cannot learn from {checkpoint} ({str(error).split(';')[0]}); search without --seed-with."
+        ) from error
     logger.info("PoWER-BERT gave %d configs for %d penalties.", len(configs), len(PENALTIES))
     return configs

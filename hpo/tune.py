@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 AREA_COSTS = (1.0, 0.7, 0.5, 0.35)
 """Relative MACs whose constant-rate configs the objective `area` averages over."""
+TEACHER_METRIC = "teacher_metric"
+"""Attribute of a study: its teacher's quality on the search split."""
 FIRST_ATTEMPT = "first_attempt"
 """Attribute of a trial that goes on where another's process died: that other's number."""
 MAX_ATTEMPTS = 3
@@ -104,6 +106,8 @@ def tune(
     )
     study_runs = StudyRuns(runs, study)
     with study_runs.locked():
+        if recipe.teacher is not None and TEACHER_METRIC not in study.user_attrs:
+            study.set_user_attr(TEACHER_METRIC, recipe.score_teacher(recipe.teacher))
         _requeue_orphans(study, study_runs)
         study_runs.keep_only(_checkpoint_of_best(study), _begun(study))
         already = len(study.get_trials(deepcopy=False))
@@ -257,11 +261,7 @@ def _keep_if_best(
     if best is not None and value <= float(best.value or 0.0):
         return
 
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-
-    place = runs.write_checkpoint(f"trial-{trial.number}", write)
+    place = runs.write_model(f"trial-{trial.number}", model, loaded.tokenizer)
     trial.set_user_attr("checkpoint", place)
     trial.set_user_attr("checkpoint_sha256", model.fingerprint())
 

@@ -11,10 +11,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
-from model.data import DEFAULT_STRIDE, KINDS, Corpus, DataSpec, encode, load_corpus
+from model.data import KINDS, Corpus, DataSpec, encode, load_corpus
 from model.encoded import EncodedSplit
 from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, explain_load_failure, max_tokens
 from model.hub import only_local_files
+from model.question_answering import DEFAULT_STRIDE
 from model.rows import DataError
 from model.tasks import Metric, choose_metric
 

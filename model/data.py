@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.dataset_files import REPORT_SPLITS, TRAIN_SPLIT, read_splits
 from model.encoded import EncodedSplit
-from model.question_answering import QuestionData, unfold
+from model.question_answering import DEFAULT_STRIDE, QuestionData, unfold
 from model.rows import Columns, DataError, Rows, TaskData, column_of, require_columns
 from model.sentences import VALUE_NAMES, ClassData, LabelSetData, ValueData, is_list
 from model.token_classification import TagData
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 CARVED = "carved from train"
 MAX_CARVED_ROWS = 2_000
 CARVED_PART = 10  # one row in ten, where that is fewer
-DEFAULT_STRIDE = 128
 QUESTION_COLUMNS = ("question", "context", "answers")
 WORD_COLUMNS = ("tokens", "words")
 LABELS = ("label", "answers", "tags")

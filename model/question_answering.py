@@ -42,6 +42,7 @@ from model.tasks import Metric
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_STRIDE = 128
 MAX_ANSWER_TOKENS = 30  # as in BERT's own SQuAD code
 TEXTS_FLAG, ANSWERS_FLAG = "--text-columns QUESTION,CONTEXT", "--label-column ANSWERS"
 ANSWERS_TYPE = pa.struct([("text", pa.list_(pa.string())), ("answer_start", pa.list_(pa.int64()))])
@@ -289,7 +290,7 @@ class QuestionData(TaskData):
     metrics: ClassVar[tuple[Metric, ...]] = METRICS
     shown: ClassVar[tuple[str, ...]] = tuple(metric.name for metric in METRICS)
 
-    stride: int | None = 128
+    stride: int | None = DEFAULT_STRIDE
 
     def __post_init__(self) -> None:
         if self.stride is not None and self.stride < 0:

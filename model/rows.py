@@ -1,13 +1,14 @@
 """Checked rows of a dataset, and what each task has to say about them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -160,3 +161,25 @@ def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, *, pai
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if not special < max_length <= tokenizer.model_max_length:
         raise DataError(f"max_length={max_length}; choose {special + 1}..{tokenizer.model_max_length} tokens.")
+
+
+def number_labels(
+    values: pa.Array, order: Callable[[Any], Any] | None = None
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The names of labels, sorted or in another order, and each one's position among them, (M,), -1 where missing."""
+    encoded = pc.dictionary_encode(values)
+    codes = np.asarray(pc.fill_null(encoded.indices, -1), dtype=np.int64)
+    found = [label_value(value) for value in encoded.dictionary.to_pylist()]
+    names = tuple(sorted({value for value in found if value is not None}, key=order))
+    rank = {value: position for position, value in enumerate(names)}
+    position_of_code = np.array([*(rank.get(value, -1) for value in found), -1], dtype=np.int64)  # [-1] is missing
+    return tuple(str(value) for value in names), position_of_code[codes]
+
+
+def label_value(value: Any) -> Any:
+    """A label as it is sorted and named: whole floats as integers, blank strings and NaN as missing."""
+    if isinstance(value, float):
+        return None if np.isnan(value) else int(value) if value.is_integer() else value
+    if isinstance(value, str):
+        return value if value.strip() else None
+    return value

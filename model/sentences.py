@@ -24,7 +24,9 @@ from model.rows import (
     check_max_length,
     column_of,
     is_text,
+    label_value,
     listed,
+    number_labels,
     refuse_rows,
     require_columns,
 )
@@ -149,7 +151,7 @@ class LabelSetData(ClassData):
             names = tuple(feature.feature.names)
             label_M = np.asarray(pc.fill_null(values, -1), dtype=np.int64)
         else:
-            names, label_M = _number(values)
+            names, label_M = number_labels(values)
         if not names:
             raise DataError(
                 f"No {name} row has a label in column {label_column!r}; choose another column with {LABEL_FLAG}."
@@ -202,7 +204,7 @@ class ValueData(ClassData):
         numbers = [
             name
             for name in columns
-            if name not in text_columns and is_number(train.features[name]) and not ID_NAME.search(name.lower())
+            if name not in text_columns and isnumber_labels(train.features[name]) and not ID_NAME.search(name.lower())
         ]
         usual = sorted(
             (name for name in numbers if name.lower() in VALUE_NAMES), key=lambda name: VALUE_NAMES.index(name.lower())
@@ -216,7 +218,7 @@ class ValueData(ClassData):
     def with_labels(
         self, split: datasets.Dataset, name: str, label_column: str, texts: dict[str, pa.ChunkedArray]
     ) -> Rows:
-        if not is_number(split.features[label_column]):
+        if not isnumber_labels(split.features[label_column]):
             raise DataError(
                 f"Column {label_column!r} of the {name} split holds no numbers, which a regression needs; choose with "
                 f"{LABEL_FLAG}, or another task with {TASK_FLAG}."
@@ -229,7 +231,7 @@ class ValueData(ClassData):
     def has_labels(self, split: datasets.Dataset, columns: Columns) -> bool:
         feature, values = split.features[columns.label], pc.unique(column_of(split, columns.label)).to_pylist()
         present = [value for value in values if value is not None]
-        return bool(present) and not (is_number(feature) and present == [-1])
+        return bool(present) and not (isnumber_labels(feature) and present == [-1])
 
     def check_train(self, train: Rows, columns: Columns) -> None:
         values_N = np.asarray(train.table.column("label"))
@@ -273,7 +275,7 @@ def is_list(feature: object) -> bool:
     return isinstance(feature, datasets.List | datasets.LargeList)
 
 
-def is_number(feature: object) -> bool:
+def isnumber_labels(feature: object) -> bool:
     """Whether a feature holds integers or fractions."""
     return isinstance(feature, datasets.Value) and bool(re.match(r"u?int|float", feature.dtype))
 
@@ -338,22 +340,13 @@ def _read_classes(split: datasets.Dataset, name: str, label_column: str) -> tupl
             f"The label column {label_column!r} holds {getattr(feature, 'dtype', type(feature).__name__)}; one class "
             f"per row is supported: choose another with {LABEL_FLAG}."
         )
-    fractions = [value for value in pc.unique(column).to_pylist() if isinstance(_label_value(value), float)]
+    fractions = [value for value in pc.unique(column).to_pylist() if isinstance(label_value(value), float)]
     if fractions:
         raise DataError(
             f"The label column {label_column!r} of the {name} split holds fractions such as {fractions[0]}, which are "
             f"no classes; choose --task regression, or a column of classes with {LABEL_FLAG}."
         )
-    return _number(column.combine_chunks())
-
-
-def _label_value(value: Any) -> Any:
-    """A label as it is sorted and named: whole floats as integers, blank strings and NaN as missing."""
-    if isinstance(value, float):
-        return None if np.isnan(value) else int(value) if value.is_integer() else value
-    if isinstance(value, str):
-        return value if value.strip() else None
-    return value
+    return number_labels(column.combine_chunks())
 
 
 def _count_truncated(
@@ -381,17 +374,6 @@ def _positions(in_train: dict[str, int], names: Sequence[str], split: str) -> li
             f"{', '.join(map(repr, list(in_train)[:10]))}; make the two agree."
         )
     return [in_train[name] for name in names]
-
-
-def _number(values: pa.Array) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The sorted names of labels, and each one's position among them, (M,), -1 where one is missing."""
-    encoded = pc.dictionary_encode(values)
-    codes = np.asarray(pc.fill_null(encoded.indices, -1), dtype=np.int64)
-    found = [_label_value(value) for value in encoded.dictionary.to_pylist()]
-    names = tuple(sorted({value for value in found if value is not None}))
-    rank = {value: position for position, value in enumerate(names)}
-    position_of_code = np.array([*(rank.get(value, -1) for value in found), -1], dtype=np.int64)  # [-1] is missing
-    return tuple(str(value) for value in names), position_of_code[codes]
 
 
 def _label_sets(split: str, texts: pa.Table, names: tuple[str, ...], applies_NC: NDArray[np.int64]) -> Rows:

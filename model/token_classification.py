@@ -27,6 +27,7 @@ from model.rows import (
     column_of,
     is_text,
     listed,
+    number_labels,
     refuse_rows,
     require_columns,
 )
@@ -395,7 +396,7 @@ def _read_tags(split: datasets.Dataset, name: str, column: str) -> tuple[tuple[s
         names, tags = tuple(element.names), lists.cast(pa.list_(pa.int64())).combine_chunks()
     elif is_text(element):
         strings = lists.cast(pa.list_(pa.string())).combine_chunks()
-        names, codes_M = _number(pc.list_flatten(strings))
+        names, codes_M = number_labels(pc.list_flatten(strings), order=lambda tag: (tag != OUTSIDE, tag))
         tags = _as_lists(_sizes(strings), codes_M, missing=np.asarray(pc.is_null(strings)))
     elif _is_integer(element):
         raise DataError(
@@ -414,16 +415,6 @@ def _read_tags(split: datasets.Dataset, name: str, column: str) -> tuple[tuple[s
                 f"tags to BIO, for example from BIOES or BILOU, or choose another column with {LABEL_FLAG}."
             )
     return names, tags
-
-
-def _number(strings: pa.Array) -> tuple[tuple[str, ...], Ints]:
-    """The sorted different tags, "O" first, and each one's position among them, (M,), -1 where it is missing."""
-    encoded = pc.dictionary_encode(strings)
-    found: list[str | None] = encoded.dictionary.to_pylist()
-    names = tuple(sorted({tag for tag in found if tag and tag.strip()}, key=lambda tag: (tag != OUTSIDE, tag)))
-    rank = {tag: position for position, tag in enumerate(names)}
-    position_of_code = np.array([*(rank.get(tag or "", -1) for tag in found), -1], dtype=np.int64)  # [-1]: a null
-    return names, position_of_code[np.asarray(pc.fill_null(encoded.indices, -1), dtype=np.int64)]
 
 
 def _refuse_uneven(words_N: Ints, tags_N: Ints, columns: Columns, split: str) -> None:
