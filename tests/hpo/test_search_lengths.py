@@ -19,6 +19,7 @@ from hpo.workload import load_encoder, load_workload
 from model.evaluate import Evaluator, predict, score, stratified_blocks
 from model.length_config import LengthConfig
 from model.macs import mean_macs
+from model.training import TrainingDiverged
 from studies.loader import SAMPLERS
 
 
@@ -347,3 +348,12 @@ def test_power_bert_seeds_a_search_for_real(run, monkeypatch):
     assert len(learned) == 2
     assert sum(learned[1]) < sum(learned[0]) == 3
     assert any("origin" in trial.user_attrs for trial in study.trials)
+
+
+def test_seeds_that_cannot_be_learned_end_in_a_sentence(run, monkeypatch):
+    def diverges(*_):
+        raise TrainingDiverged("The loss is nan at step 3; lower the learning rate.")
+
+    monkeypatch.setattr("hpo.seeds.learn_family", diverges)
+    with pytest.raises(HpoError, match=r"The loss is nan at step 3\); search without --seed-with\.$"):
+        run(3, seed_with="power-bert")
