@@ -15,6 +15,8 @@ TOKEN_SCORES = ("attention", "value_norm")
 
 WEIGHT_BYTES = 3 * 2**20
 """Attention weights that are worked on together where a processor has to write them out."""
+SUMS_IN_RANGE = (1e-20, 1e30)
+"""Sums of exponentials, between which float32 has room for each of them."""
 
 
 def token_score(config: PreTrainedConfig) -> str:
@@ -53,6 +55,10 @@ def attention(
     Source: the score is from Goyal et al. 2020 (PoWER-BERT), "Word-vector Selection".
     """
     together = _sequences_in_cache(query_BHLd, key_BHLd)
+    if with_scores and mask_BL is None and bias_BHLL is None and _infers_on_processor(query_BHLd):
+        scored = _attention_written_once(query_BHLd, key_BHLd, value_BHLd, by_value, together)
+        if scored is not None:
+            return scored
     if with_scores and together < len(query_BHLd):
         arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL, bias_BHLL)
         parts = zip(*(_parts(argument, together, len(query_BHLd)) for argument in arguments), strict=True)
@@ -78,6 +84,44 @@ def attention(
         received_BHL = received_BHL * value_BHLd.detach().float().norm(dim=-1)
     score_BL = received_BHL.sum(dim=1)
     return F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd, score_BL
+
+
+def _infers_on_processor(query_BHLd: Tensor) -> bool:
+    """Whether a processor computes in float32 what needs no gradient, and is not being traced."""
+    needs_gradient = torch.is_grad_enabled() and query_BHLd.requires_grad
+    is_float = query_BHLd.device.type == "cpu" and query_BHLd.dtype == torch.float32
+    return is_float and not needs_gradient and not torch.compiler.is_compiling()
+
+
+def _attention_written_once(
+    query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor, by_value: bool, together: int
+) -> tuple[Tensor, Tensor] | None:
+    """Context and scores of unpadded sequences, with the weights in one buffer that stays in the cache.
+
+    Exponentials are not shifted by the greatest product first, which saves a pass over them.
+
+    Returns:
+        As `attention`; None where the exponentials leave the range of float32.
+    """
+    size, heads, length, width = query_BHLd.shape
+    context_BLHd = value_BHLd.new_empty(size, length, heads, value_BHLd.size(3))
+    received_BHL = query_BHLd.new_empty(size, heads, length)
+    buffer = query_BHLd.new_empty(min(together, size) * heads, length, length)
+    for first in range(0, size, together):
+        part = slice(first, min(first + together, size))
+        query_GLd, key_GLd, value_GLd = (tensor[part].flatten(0, 1) for tensor in (query_BHLd, key_BHLd, value_BHLd))
+        weights_GLL = buffer[: len(query_GLd)]
+        torch.baddbmm(weights_GLL, query_GLd, key_GLd.mT, beta=0, alpha=width**-0.5, out=weights_GLL)
+        sum_GL1 = weights_GLL.exp_().sum(dim=2, keepdim=True)
+        least, most = torch.aminmax(sum_GL1)
+        if not (least > SUMS_IN_RANGE[0] and most < SUMS_IN_RANGE[1]):
+            return None
+        weights_GLL *= sum_GL1.reciprocal_()
+        context_BLHd[part] = (weights_GLL @ value_GLd).view(-1, heads, *value_GLd.shape[1:]).transpose(1, 2)
+        received_BHL[part] = weights_GLL.sum(dim=1).view(-1, heads, length)
+    if by_value:
+        received_BHL *= value_BHLd.norm(dim=-1)
+    return context_BLHd.transpose(1, 2), received_BHL.sum(dim=1)
 
 
 def _mask_or_bias(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | None:

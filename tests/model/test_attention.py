@@ -90,8 +90,32 @@ def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(heads, mask, by_va
     whole = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
     monkeypatch.setattr("model.attention.WEIGHT_BYTES", together * H * L * L * 4)
     sizes = []
-    softmax = torch.Tensor.softmax
-    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: sizes.append(len(self)) or softmax(self, dim))
+    name = "exp_" if mask is None else "softmax"
+    method = getattr(torch.Tensor, name)
+    monkeypatch.setattr(torch.Tensor, name, lambda self, *dim: sizes.append(self.numel()) or method(self, *dim))
     parts = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
-    assert sizes == ([1, 1, 1] if together == 1 else [2, 1])
+    assert sizes == [size * H * L * L for size in ([1, 1, 1] if together == 1 else [2, 1])]
     torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e-6])
+@pytest.mark.parametrize("shift", [0.0, 200.0, -200.0], ids=["", "all high", "all low"])
+def test_inference_gives_what_training_gives_however_large_the_products_are(heads, scale, shift):
+    query, key, value = heads
+    query, key = scale * query, scale * key
+    query[..., 0], key[..., 0] = abs(shift) ** 0.5, shift / max(1.0, abs(shift) ** 0.5) * HEAD**0.5
+    query.requires_grad_()
+    learning = attention(query, key, value, None, 0.0, with_scores=True, by_value=True)
+    with torch.no_grad():
+        inferring = attention(query, key, value, None, 0.0, with_scores=True, by_value=True)
+    torch.testing.assert_close(inferring, tuple(part.detach() for part in learning), rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(inferring[1]).all()
+
+
+def test_inference_carries_what_is_not_a_number(heads):
+    query, key, value = heads
+    query[0, 0, 0, 0] = torch.nan
+    context, score = attention(query, key, value, None, 0.0, with_scores=True)
+    assert context[0, 0, 0].isnan().all()
+    assert score[0].isnan().all()
+    assert score[1:].isfinite().all()
