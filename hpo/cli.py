@@ -4,8 +4,10 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 FINETUNE, DEMO_FINETUNE, DISTILL, LENGTHS = "finetune", "finetune-demo", "distill", "lengths"
 
+STORAGE_TIMEOUT_S = 600.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
 app = typer.Typer(
     name="hpo",
     help="Train an encoder once with LengthDrop, search how many tokens each layer keeps, serve it at any budget.",
@@ -44,6 +49,12 @@ Storage = Annotated[
     str | None,
     typer.Option(
         "--storage", metavar="URL", help="Database; else HPO_STORAGE, else sqlite:///hpo.db.", show_default=False
+    ),
+]
+StorageTimeout = Annotated[
+    float,
+    typer.Option(
+        "--storage-timeout", metavar="SECONDS", min=0.0, help="Wait for a database that goes away; 0 for not at all."
     ),
 ]
 Runs = Annotated[
@@ -117,6 +128,9 @@ Windows = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of the splits, the sampler and the training.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes of this machine that share the study; other machines may join it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 MaxDrop = Annotated[
     float | None,
@@ -167,7 +181,9 @@ def tune_command(
     stride: Stride = None,
     windows: Windows = None,
     seed: Seed = 0,
+    workers: Workers = 1,
     storage: Storage = None,
+    storage_timeout: StorageTimeout = STORAGE_TIMEOUT_S,
     runs: Runs = None,
     as_json: Json = False,
 ) -> None:
@@ -187,7 +203,7 @@ def tune_command(
         model, dataset = _demo(root)
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model, data_flags, _workload_flags(task, metric, max_length, stride, windows))
-    _tune(definition, workload, trials, teacher, layers, seed, storage, runs, as_json)
+    _tune(definition, workload, trials, teacher, layers, seed, workers, storage, storage_timeout, runs, as_json)
 
 
 @app.command("distill")
@@ -218,6 +234,7 @@ def distill_command(
     windows: Windows = None,
     seed: Seed = 0,
     storage: Storage = None,
+    storage_timeout: StorageTimeout = STORAGE_TIMEOUT_S,
     runs: Runs = None,
     as_json: Json = False,
 ) -> None:
@@ -228,7 +245,8 @@ def distill_command(
     _quieten_libraries()
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model or teacher, data_flags, _workload_flags(task, metric, max_length, stride, windows))
-    _tune(_definition(study, objective), workload, 1, teacher, layers, seed, storage, runs, as_json)
+    definition = _definition(study, objective)
+    _tune(definition, workload, 1, teacher, layers, seed, 1, storage, storage_timeout, runs, as_json)
 
 
 def _definition(study: str, objective: str | None) -> "FinetuneStudy":
@@ -248,28 +266,33 @@ def _tune(
     teacher: str | None,
     student_layers: list[int] | None,
     seed: int,
+    workers: int,
     storage: str | None,
+    storage_timeout: float,
     runs: Path | None,
     as_json: bool,
 ) -> None:
     """Run or complete a study over training settings, and show its best trial."""
     from hpo.runs import runs_folder
     from hpo.storage import display_url, storage_url
-    from hpo.tune import best_checkpoint, tune
+    from hpo.tune import best_checkpoint
+    from hpo.workers import TuneJob, complete
 
     url, root = storage_url(storage), runs_folder(runs)
+    job = TuneJob(
+        definition=definition,
+        workload=workload,
+        trials=trials,
+        storage=url,
+        runs=root,
+        teacher=None if teacher is None else _absolute(teacher),
+        student_layers=student_layers,
+        seed=seed,
+        workers=workers,
+        storage_timeout_s=storage_timeout,
+    )
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
-        finished = tune(
-            definition,
-            workload,
-            trials=trials,
-            storage=url,
-            runs=root,
-            teacher=None if teacher is None else _absolute(teacher),
-            student_layers=student_layers,
-            seed=seed,
-            on_progress=on_progress,
-        )
+        finished = complete(job, on_progress=on_progress, prepare=_quieten_libraries)
     folder = best_checkpoint(finished, root)
     best = finished.best_trial
     if as_json:
@@ -336,9 +359,11 @@ def search_lengths_command(
             metavar="METHOD", help="power-bert: learn length configs for the first generation.", show_default=False
         ),
     ] = None,
+    workers: Workers = 1,
     max_drop: MaxDrop = None,
     budget: Budget = None,
     storage: Storage = None,
+    storage_timeout: StorageTimeout = STORAGE_TIMEOUT_S,
     runs: Runs = None,
     as_json: Json = False,
 ) -> None:
@@ -346,9 +371,9 @@ def search_lengths_command(
     _check_choice(max_drop, budget)
     from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
-    from hpo.search_lengths import search_lengths
     from hpo.storage import storage_url
     from hpo.tune import best_checkpoint
+    from hpo.workers import SearchJob, complete
     from studies.loader import load_lengths
 
     _quieten_libraries()
@@ -365,18 +390,20 @@ def search_lengths_command(
     else:
         trained, workload = _trained_by(finetune_study, url, flags, workload_flags)
         checkpoint = checkpoint or best_checkpoint(trained, root)
+    job = SearchJob(
+        definition=definition,
+        workload=workload,
+        checkpoint=checkpoint,
+        trials=trials,
+        storage=url,
+        runs=root,
+        seed=workload.data.seed,
+        seed_with=seed_with,
+        workers=workers,
+        storage_timeout_s=storage_timeout,
+    )
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
-        search = search_lengths(
-            definition,
-            workload,
-            checkpoint,
-            trials=trials,
-            storage=url,
-            runs=root,
-            seed=workload.data.seed,
-            seed_with=seed_with,
-            on_progress=on_progress,
-        )
+        search = complete(job, on_progress=on_progress, prepare=_quieten_libraries)
     with _database(url):
         front, history = compute_front(search.study, url), hypervolume_history(search.study)
     chosen = _choose(front, max_drop, budget)
@@ -431,6 +458,7 @@ def pareto_command(
 def studies_command(storage: Storage = None, as_json: Json = False) -> None:
     """List the studies of a database, their states and best values."""
     from rich.table import Table
+    from rich.text import Text
 
     from hpo.storage import describe_studies, display_url, open_storage, storage_url
 
@@ -446,11 +474,12 @@ def studies_command(storage: Storage = None, as_json: Json = False) -> None:
         return
     table = Table("study", "kind", "finished", "running", "failed", "best")
     for entry in described:
-        table.add_row(*(str(entry[key]) for key in ("study", "kind", "finished", "running", "failed", "best_text")))
+        keys = ("study", "kind", "finished", "running", "failed", "best_text")
+        table.add_row(*(Text(_printable(str(entry[key]))) for key in keys))
     out.print(table)
 
 
-storage_app = typer.Typer(help="Copy studies between databases, upgrade old ones.", no_args_is_help=True)
+storage_app = typer.Typer(help="Serve databases, copy studies between them, upgrade old ones.", no_args_is_help=True)
 app.add_typer(storage_app, name="storage")
 
 
@@ -485,6 +514,57 @@ def storage_copy_command(
         out.print(f"Study {one.name!r} with {one.trials} trials {remark}.", markup=False, soft_wrap=True)
 
 
+@storage_app.command("serve")
+def storage_serve_command(
+    storage: Storage = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 13000,
+) -> None:
+    """Let many workers reach a database through one server, as --storage grpc://host:port."""
+    from hpo.storage import display_url, storage_url
+
+    try:
+        from hpo.proxy_server import served
+    except ImportError as error:
+        raise HpoError(
+            f"Serving needs grpcio and protobuf ({error}); install them with `pip install 'hpo[grpc]'`."
+        ) from error
+
+    _quieten_libraries()
+    url = storage_url(storage)
+    _check_address(host, port)
+    with served(url, host, port) as bound, _ended_by_signals():
+        if host not in LOOPBACK:
+            err.print(f"Whoever reaches {host}:{bound} may read and change every study.", markup=False, soft_wrap=True)
+        err.print(
+            f"Serving {display_url(url)} on grpc://{host}:{bound} (Ctrl-C ends it).", markup=False, soft_wrap=True
+        )
+        threading.Event().wait()
+    err.print("Ended.")
+
+
+@storage_app.command("replay")
+def storage_replay_command(storage: Storage = None, runs: Runs = None) -> None:
+    """Tell a database the results that were kept on disk while it was away."""
+    from hpo.runs import runs_folder
+    from hpo.spool import replay_all
+    from hpo.storage import display_url, open_storage, storage_url
+
+    _quieten_libraries()
+    url, root = storage_url(storage), runs_folder(runs)
+    with _database(url):
+        replayed, others = replay_all(open_storage(url, create=False), root)
+    remarks = [f"{replayed.known} were there already"] * bool(replayed.known)
+    remarks += [f"{replayed.lost} had been given up and are run again"] * bool(replayed.lost)
+    out.print(
+        f"Told {display_url(url)} the results of {replayed.told} trials{''.join(f'; {one}' for one in remarks)}.",
+        markup=False,
+        soft_wrap=True,
+    )
+    for folder in others:
+        err.print(f"Left {root / folder}: its study is in another database.", markup=False, soft_wrap=True)
+
+
 @storage_app.command("upgrade")
 def storage_upgrade_command(storage: Storage = None) -> None:
     """Bring a database that an older Optuna made up to the installed one."""
@@ -507,16 +587,12 @@ def dashboard_command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
 ) -> None:
     """Open optuna-dashboard on the database."""
-    from hpo.storage import display_url, open_storage, storage_url
+    from hpo.storage import display_url, open_database, storage_url
 
     _quieten_libraries()
     url = storage_url(storage)
-    opened = open_storage(url, create=False)
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except OSError as error:
-        raise HpoError(f"Cannot listen on {host}:{port} ({error.strerror}); choose another --port.") from error
+    opened = open_database(url, create=False)
+    _check_address(host, port)
     from optuna_dashboard import run_server
 
     err.print(f"Studies of {display_url(url)} on http://{host}:{port}/ (Ctrl-C ends it).", markup=False)
@@ -563,6 +639,7 @@ def _quieten_libraries() -> None:
     datasets.disable_progress_bars()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)  # shows SQL when a connection is lost
     logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)  # reports a Ctrl-C within a query as a traceback
 
 
@@ -585,14 +662,12 @@ def _progress(unit: str) -> Iterator[Any]:
 @contextmanager
 def _database(url: str) -> Iterator[None]:
     """Name the database that fails in the middle of a command, in one sentence."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
+    from hpo.outage import DATABASE_ERRORS
     from hpo.storage import explain_database_error
 
     try:
         yield
-    except (SQLAlchemyError, StorageInternalError) as error:
+    except DATABASE_ERRORS as error:
         raise explain_database_error(error, url) from error
 
 
@@ -613,6 +688,31 @@ def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
+
+
+def _check_address(host: str, port: int) -> None:
+    """Whether a server may listen there, in one sentence where not."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host.strip("[]"), port), family=family):
+            pass
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not an address"
+        raise HpoError(
+            f"Cannot listen on {host!r}, port {port} ({reason}); choose another --host or --port."
+        ) from error
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Leave the block at Ctrl-C or SIGTERM."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _layers(given: str | None) -> list[int] | None:
@@ -756,6 +856,11 @@ def _absolute(place: str) -> str:
         split, equals, path = part.rpartition("=")
         parts.append(f"{split}{equals}{Path(path).resolve()}" if Path(path).exists() else part)
     return ",".join(parts)
+
+
+def _printable(text: str) -> str:
+    """What others wrote into a database, without what would steer the terminal."""
+    return text if text.isprintable() else repr(text)
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -1,25 +1,61 @@
-"""Asking a sampler in memory and keeping its trials in the database, a transaction per generation.
+"""Asking a sampler in memory and keeping its trials in the database, a transaction per batch.
 
 Optuna's `ask` commits once per parameter and attribute and re-reads the running trials in between, which for a whole
 generation costs more than evaluating a small model. Here the sampler works on an in-memory copy of the study, and
 trials enter the database whole: running, with their parameters and attributes. What stands in the database is the same.
+
+Several workers share a study, each with a copy of its own. `sync` takes in what the others finished, and learns what
+they have running; it reads new trials alone, so that it costs no more in a long study than in a short one.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseGASampler, BaseSampler
-from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from hpo.bulk import Outcome, enter_trials, finish_trials
-from hpo.storage import FINISHED
+from hpo.bulk import (
+    ENDED,
+    FAILURE,
+    KEY,
+    MAX_ATTEMPTS,
+    WORK,
+    Batch,
+    Known,
+    Outcome,
+    Stale,
+    claim_trials,
+    enter_trials,
+    finish_trials,
+    glance,
+    load_trials,
+    queue_again,
+    states_of,
+)
+from hpo.heartbeats import Heartbeats, is_dead
+from hpo.spool import Result, Spool
+from hpo.staircase import Array, Staircase
+from hpo.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+MOST_TRIALS = 1000
+"""Trials in the sampler's copy of the study at most; what it takes to ask grows with them."""
+KEPT_TRIALS = 750
+"""Trials that are left there when those that matter least are taken out."""
+REDRAWS = 4
+"""How many times as many trials are drawn as asked for, where others have those running that were drawn."""
+DIED = "its process ended"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +67,14 @@ class AskedTrial:
         trial_id: Its id in the database.
         params: What the sampler chose.
         system_attrs: What the sampler remembers about it, such as its generation.
-        copy_id: Its id in the sampler's copy of the study; None where another process asked for it.
+        user_attrs: What is recorded with it.
     """
 
     number: int
     trial_id: int
     params: Mapping[str, Any]
-    system_attrs: Mapping[str, Any]
-    copy_id: int | None = None
+    system_attrs: Mapping[str, Any] = field(default_factory=dict)
+    user_attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +83,30 @@ class Told:
 
     Attributes:
         trial: The trial.
-        values: Its objectives; None where it was stopped early.
+        values: Its objectives; None where it was stopped early and has none.
         attributes: User attributes to add.
+        stopped: Whether it was stopped early.
     """
 
     trial: AskedTrial
     values: Sequence[float] | None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    stopped: bool = False
 
     @property
     def state(self) -> TrialState:
         """As Optuna calls it."""
-        return TrialState.PRUNED if self.values is None else TrialState.COMPLETE
+        return TrialState.PRUNED if self.stopped or self.values is None else TrialState.COMPLETE
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A trial that another worker has running: its worker, and the key of what it evaluates."""
+
+    number: int
+    worker: str | None
+    key: str | None
+    params: Mapping[str, Any]
 
 
 class MirroredStudy:
@@ -69,88 +117,372 @@ class MirroredStudy:
         storage: The database.
         distributions: The search space, the same for all trials.
         memory: Where the copy is.
-        copy: The study that the sampler sees.
+        copy: The study that the sampler sees: all trials of a short study, and of a long one those that matter to it.
+        heartbeats: This worker's; None where the process is the only one.
+        newest_number: The greatest number of a trial that it knows; -1 where there is none.
     """
 
     def __init__(
         self,
         study: optuna.Study,
-        storage: RDBStorage,
+        storage: Storage,
         sampler: BaseSampler,
         distributions: Mapping[str, BaseDistribution],
+        *,
+        pruner: optuna.pruners.BasePruner | None = None,
+        heartbeats: Heartbeats | None = None,
+        spool: Spool | None = None,
     ) -> None:
         self.study = study
         self.storage = storage
         self.distributions = dict(distributions)
-        self.memory = InMemoryStorage()
-        self.copy = optuna.create_study(storage=self.memory, directions=study.directions, sampler=sampler)
-        self.copy.add_trials(study.get_trials(deepcopy=False, states=FINISHED))
+        self.heartbeats = heartbeats
+        self.spool = spool
+        self._kept: set[int] = set()
+        self._make_copy(sampler, pruner or optuna.pruners.NopPruner())
+        self.newest_number = -1
+        self._newest = 0
+        self._ended = 0
+        self._copy_of: dict[int, int] = {}
+        self._mine: dict[int, AskedTrial] = {}
+        self._told: set[int] = set()
+        self._elsewhere: dict[int, _Elsewhere] = {}
+        self._waiting: dict[int, FrozenTrial] = {}
+        self._news: list[FrozenTrial] = []
+        self.sync()
+        if isinstance(sampler, BaseGASampler):
+            self._find_parents(sampler)
+
+    @property
+    def ended(self) -> int:
+        """Trials that were completed or stopped early, as far as this worker knows."""
+        return self._ended + len(self._told)
+
+    @property
+    def workers(self) -> int:
+        """Workers that have trials running, this one counted."""
+        return 1 + len({trial.worker for trial in self._elsewhere.values()})
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Ids of the trials that are running or waiting."""
+        return [*self._mine, *self._elsewhere, *self._waiting]
+
+    def unfinished_numbers(self) -> list[int]:
+        """Numbers of the trials that are running or waiting."""
+        return [trial.number for trials in (self._mine, self._elsewhere, self._waiting) for trial in trials.values()]
+
+    def keys(self) -> set[str]:
+        """The keys of all trials in the sampler's copy that have one: those finished, and those under way."""
+        trials = self.memory.get_all_trials(self.copy._study_id, deepcopy=False)
+        return {trial.system_attrs[KEY] for trial in trials if KEY in trial.system_attrs}
+
+    def under_way(self) -> list[Mapping[str, Any]]:
+        """The parameters of the trials that others have running or that wait to be begun again."""
+        running = [trial.params for trial in self._elsewhere.values()]
+        return running + [trial.params for trial in self._waiting.values()]
+
+    def take_news(self) -> list[FrozenTrial]:
+        """Trials that others finished, and that have not been taken before."""
+        news, self._news = self._news, []
+        return news
+
+    def sync(self) -> None:
+        """Take in what others did, and put trials of dead workers back into the queue."""
+        self._read()
+        dead = [
+            Stale(trial_id=trial_id, worker=trial.worker)
+            for trial_id, trial in self._elsewhere.items()
+            if trial.worker is None or is_dead(trial.worker)
+        ]
+        if self.heartbeats is not None:
+            dead += [one for one in self.heartbeats.stale() if one.trial_id in self._elsewhere]
+        if dead:
+            queue_again(self.storage, self.study._study_id, dead, DIED)
+            for one in dead:
+                self._forget(one.trial_id)  # whoever has it now is read anew
+            self._read(reread={one.trial_id for one in dead})
+        if self.heartbeats is not None:
+            others = {number: trial.worker for number, trial in self._elsewhere.items() if trial.worker is not None}
+            self.heartbeats.watch(self._mine, others)
 
     def enqueue(self, params: Mapping[str, Any]) -> None:
         """Have the next ask return these parameters."""
         self.copy.enqueue_trial(dict(params))
 
     def ask(
-        self, count: int, attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda params: {}
+        self,
+        count: int,
+        attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda params: {},
+        *,
+        key_of: Callable[[Mapping[str, Any]], str | None] = lambda params: None,
+        first: Sequence[Mapping[str, Any]] = (),
+        limit: int | None = None,
     ) -> list[AskedTrial]:
-        """Draw the parameters of several trials and put them into the database, running.
+        """Put several trials into the database, running: those that dead workers left, else newly drawn ones.
 
         Args:
-            count: Trials to draw.
+            count: Trials wanted. Fewer are returned where the limit is reached or others have the same running.
             attributes_of: Gives a trial's user attributes for its parameters.
+            key_of: Equal for parameters that one evaluation answers; None where there is no such thing.
+            first: Parameters that come before any that the sampler chooses, as many as are wanted.
+            limit: Finished and running trials that the study shall have in all.
         """
-        drawn = [self._draw(attributes_of) for _ in range(count)]
-        entered = enter_trials(self.storage, self.study._study_id, drawn)
-        return [
-            AskedTrial(
-                number=number,
-                trial_id=trial_id,
-                params=trial.params,
-                system_attrs=trial.system_attrs,
-                copy_id=trial._trial_id,
+        asked = self._claim(count, limit)
+        drawn = []
+        if not asked:
+            for params in first[:count]:
+                self.enqueue(params)
+            drawn = self._draw_distinct(count, attributes_of, key_of)
+        if drawn:
+            worker = None if self.heartbeats is None else self.heartbeats.worker
+            batch = None if worker is None else Batch(worker=worker, token=uuid.uuid4().hex)
+            entered = enter_trials(
+                self.storage, self.study._study_id, drawn, limit=limit, known=self._known(), batch=batch
             )
-            for (number, trial_id), trial in zip(entered, drawn, strict=True)
-        ]
+            for place, trial in zip(entered, drawn, strict=True):
+                if place is None:
+                    self.memory.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                    continue
+                number, trial_id = place
+                asked.append(_asked(trial, number, trial_id))
+                self._copy_of[trial_id] = trial._trial_id
+        self._mine.update({trial.trial_id: trial for trial in asked})
+        self.newest_number = max([self.newest_number, *(trial.number for trial in asked)])
+        if self.heartbeats is not None:
+            others = {number: trial.worker for number, trial in self._elsewhere.items() if trial.worker is not None}
+            self.heartbeats.watch(self._mine, others)
+        self._thin_out()
+        return asked
 
     def tell(self, told: Sequence[Told]) -> None:
-        """Finish trials in the database and let the sampler learn from them."""
-        finish_trials(
-            self.storage,
-            [
-                Outcome(trial_id=one.trial.trial_id, state=one.state, values=one.values, attributes=one.attributes)
-                for one in told
-            ],
-        )
+        """Finish trials in the database and let the sampler learn from them.
+
+        One that somebody else has finished meanwhile, having taken this worker for dead, stays as it is. Until the
+        database has them, the results are on disk.
+
+        Raises:
+            ResultsKept: The database did not take them.
+        """
+        results = [
+            Result(number=one.trial.number, state=one.state, values=one.values, attributes=one.attributes)
+            for one in told
+        ]
+        self._kept.update(one.trial.trial_id for one in told if self.spool is not None)
+        with nullcontext() if self.spool is None else self.spool.kept(results, self.storage.patience):
+            lost = self._finish(told)
+        self._kept.clear()
         for one in told:
-            self._learn(one)
+            del self._mine[one.trial.trial_id]
+            if one.trial.trial_id in lost:
+                logger.warning("Trial %d was finished by another worker.", one.trial.number)
+                self._elsewhere[one.trial.trial_id] = _Elsewhere(one.trial.number, None, None, one.trial.params)
+            else:
+                self._learn(one)
+                self._told.add(one.trial.trial_id)
+
+    def _finish(self, told: Sequence[Told]) -> set[int]:
+        """Finish trials in the database; returns the ids of those that somebody else has finished."""
+        outcomes = [
+            Outcome(trial_id=one.trial.trial_id, state=one.state, values=one.values, attributes=one.attributes)
+            for one in told
+        ]
+        lost: set[int] = set()
+        while True:
+            try:
+                finish_trials(self.storage, [outcome for outcome in outcomes if outcome.trial_id not in lost])
+                return lost
+            except UpdateFinishedTrialError:
+                before = len(lost)
+                states = states_of(self.storage, [outcome.trial_id for outcome in outcomes])
+                lost |= {trial_id for trial_id, state in states.items() if state.is_finished()}
+                if len(lost) == before:
+                    raise
 
     def fail(self, asked: Sequence[AskedTrial], reason: str) -> None:
         """Fail trials that are still running, and record why; those that are finished stay as they are."""
-        running = self.running()
+        states = states_of(self.storage, [trial.trial_id for trial in asked])
+        running = [
+            trial.trial_id
+            for trial in asked
+            if self._may_give_up(trial) and states[trial.trial_id] == TrialState.RUNNING
+        ]
         finish_trials(
             self.storage,
-            [
-                Outcome(trial_id=trial.trial_id, state=TrialState.FAIL, attributes={"failure": reason})
-                for trial in asked
-                if trial.number in running
-            ],
+            [Outcome(trial_id=trial_id, state=TrialState.FAIL, attributes={FAILURE: reason}) for trial_id in running],
+        )
+        for trial_id in running:
+            del self._mine[trial_id]
+            self._forget(trial_id)
+
+    def put_back(self, asked: Sequence[AskedTrial], reason: str, *, counts: bool = True) -> None:
+        """Put trials of this worker back into the queue, for any worker to begin again; see `queue_again`."""
+        worker = None if self.heartbeats is None else self.heartbeats.worker
+        mine = [trial.trial_id for trial in asked if self._may_give_up(trial)]
+        stale = [Stale(trial_id=trial_id, worker=worker) for trial_id in mine]
+        queue_again(self.storage, self.study._study_id, stale, reason, counts=counts)
+        for trial_id in mine:
+            del self._mine[trial_id]
+            self._forget(trial_id)
+        self._read(reread=set(mine))
+
+    def _may_give_up(self, trial: AskedTrial) -> bool:
+        """Whether it is this worker's, and has no result that waits on disk for the database."""
+        return trial.trial_id in self._mine and trial.trial_id not in self._kept
+
+    def count_anew(self, trial: AskedTrial, attributes: Mapping[str, Any]) -> None:
+        """Count the attempts at a trial from this one on, since those before have got somewhere; say where to."""
+        for key, value in attributes.items():
+            self.storage.set_trial_user_attr(trial.trial_id, key, value)
+        work = self.storage.get_trial_system_attrs(trial.trial_id).get(WORK, {})
+        self.storage.set_trial_system_attr(trial.trial_id, WORK, {**work, "attempt": 1})
+
+    def clear_queue(self, reason: str) -> None:
+        """Fail trials that wait to be begun again; what a user has queued stays."""
+        begun = [trial_id for trial_id, trial in self._waiting.items() if WORK in trial.system_attrs]
+        fail = {FAILURE: reason}
+        finish_trials(
+            self.storage,
+            [Outcome(trial_id=trial_id, state=TrialState.FAIL, attributes=fail) for trial_id in begun],
         )
 
-    def orphans(self) -> list[AskedTrial]:
-        """Running trials of a process that died, with all their parameters; any other running trial is failed."""
-        running = [
-            AskedTrial(
-                number=trial.number, trial_id=trial._trial_id, params=trial.params, system_attrs=trial.system_attrs
-            )
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        ]
-        whole = [trial for trial in running if set(trial.params) == set(self.distributions)]
-        self.fail([trial for trial in running if trial not in whole], "the process ended while asking")
-        return whole
+    def report(self, trial: AskedTrial, value: float, step: int) -> bool:
+        """Record an intermediate value; returns whether the pruner would stop the trial."""
+        self.storage.set_trial_intermediate_value(trial.trial_id, step, value)
+        copy_id = self._copy_of[trial.trial_id]
+        self.memory.set_trial_intermediate_value(copy_id, step, value)
+        return self.copy.pruner.prune(self.copy, self.memory.get_trial(copy_id))
 
-    def running(self) -> set[int]:
-        """Numbers of the trials that are running."""
-        return {trial.number for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))}
+    def _known(self) -> Known:
+        return Known(newest=self._newest, ended=self._ended, unfinished=self._unfinished_up_to_newest())
+
+    def _unfinished_up_to_newest(self) -> list[int]:
+        unfinished = [*self.unfinished, *self._told]
+        return [trial_id for trial_id in unfinished if trial_id <= self._newest]
+
+    def _read(self, reread: Collection[int] = ()) -> None:
+        """Look at new trials and those that were unfinished."""
+        known = Known(newest=self._newest, unfinished=[*self._unfinished_up_to_newest(), *reread])
+        rows = glance(self.storage, self.study._study_id, known)
+        changed = {trial_id for trial_id, state in rows if self._concerns(trial_id, state)}
+        whole = {trial._trial_id: trial for trial in load_trials(self.storage, changed)}
+        for trial_id, _ in rows:
+            self._newest = max(self._newest, trial_id)
+            if trial_id in self._told:
+                self._told.remove(trial_id)
+                self._ended += 1
+            elif trial_id in whole:
+                self._take_in(whole[trial_id])
+
+    def _concerns(self, trial_id: int, state: TrialState) -> bool:
+        """Whether a trial is another's, and not as it was."""
+        if trial_id in self._mine or trial_id in self._told:
+            return False
+        if state == TrialState.RUNNING:
+            return trial_id not in self._elsewhere
+        return state != TrialState.WAITING or trial_id not in self._waiting
+
+    def _take_in(self, trial: FrozenTrial) -> None:
+        """A trial of another worker, as it stands in the database now."""
+        trial_id = trial._trial_id
+        self._waiting.pop(trial_id, None)
+        self._elsewhere.pop(trial_id, None)
+        self.newest_number = max(self.newest_number, trial.number)
+        if trial.state in ENDED:
+            self._ended += 1
+            self._news.append(trial)
+            if trial_id in self._copy_of:
+                copy_id = self._copy_of.pop(trial_id)
+                for step, value in trial.intermediate_values.items():
+                    self.memory.set_trial_intermediate_value(copy_id, step, value)
+                for key, value in trial.user_attrs.items():
+                    self.memory.set_trial_user_attr(copy_id, key, value)
+                self.memory.set_trial_state_values(copy_id, trial.state, trial.values)
+            elif set(trial.params) == set(self.distributions):
+                self._add(trial)
+            return
+        self._forget(trial_id)
+        if trial.state == TrialState.WAITING:
+            self._waiting[trial_id] = trial
+        elif trial.state == TrialState.RUNNING:
+            attrs = trial.system_attrs
+            worker = attrs.get(WORK, {}).get("worker")
+            self._elsewhere[trial_id] = _Elsewhere(trial.number, worker, attrs.get(KEY), trial.params)
+            if set(trial.params) == set(self.distributions):
+                self._copy_of[trial_id] = self._add(trial)
+
+    def _forget(self, trial_id: int) -> None:
+        """A trial that does not run any more, and may run again."""
+        self._elsewhere.pop(trial_id, None)
+        self._waiting.pop(trial_id, None)
+        copy_id = self._copy_of.pop(trial_id, None)
+        if copy_id is not None:
+            self.memory.set_trial_state_values(copy_id, TrialState.FAIL)
+
+    def _add(self, trial: FrozenTrial) -> int:
+        """Put a trial into the copy; returns its id there."""
+        copy_id: int = self.memory.create_new_trial(self.copy._study_id, template_trial=trial)
+        return copy_id
+
+    def _claim(self, count: int, limit: int | None) -> list[AskedTrial]:
+        """Trials out of the queue; one alone that has its last attempt, lest it take others with it once more."""
+        if not self._waiting:
+            return []
+        chosen = sorted(self._waiting)[:count]
+        last = [
+            number
+            for number in chosen
+            if self._waiting[number].system_attrs.get(WORK, {}).get("attempt") == MAX_ATTEMPTS
+        ]
+        worker = None if self.heartbeats is None else self.heartbeats.worker
+        claimed = claim_trials(
+            self.storage, self.study._study_id, last[:1] or chosen, worker, limit=limit, known=self._known()
+        )
+        asked = []
+        for trial_id in claimed:
+            trial = self._waiting.pop(trial_id)
+            if set(trial.params) != set(self.distributions):
+                trial = self._complete(trial)
+            else:
+                self._copy_of[trial_id] = self._add(_running(trial))
+            asked.append(_asked(trial, trial.number, trial_id))
+        return asked
+
+    def _complete(self, trial: FrozenTrial) -> FrozenTrial:
+        """Draw the parameters that a user's queued trial leaves open."""
+        self.enqueue({**trial.system_attrs.get("fixed_params", {}), **trial.params})
+        drawn = self._draw(lambda params: trial.user_attrs)
+        for name, distribution in self.distributions.items():
+            if name in trial.params:
+                continue
+            internal = distribution.to_internal_repr(drawn.params[name])
+            self.storage.set_trial_param(trial._trial_id, name, internal, distribution)
+        self._copy_of[trial._trial_id] = drawn._trial_id
+        trial.params, trial.distributions = drawn.params, drawn.distributions
+        return trial
+
+    def _draw_distinct(
+        self,
+        count: int,
+        attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        key_of: Callable[[Mapping[str, Any]], str | None],
+    ) -> list[FrozenTrial]:
+        """Trials that nobody else has running."""
+        taken = {trial.key for trial in self._elsewhere.values()} - {None}
+        drawn: list[FrozenTrial] = []
+        for _ in range(REDRAWS * count):
+            if len(drawn) == count:
+                break
+            trial = self._draw(attributes_of)
+            key = key_of(trial.params)
+            if key in taken:
+                self.memory.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                continue
+            if key is not None:
+                self.memory.set_trial_system_attr(trial._trial_id, KEY, key)
+                trial = self.memory.get_trial(trial._trial_id)
+            drawn.append(trial)
+        return drawn
 
     def _draw(self, attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> FrozenTrial:
         """A trial that runs in the copy and is not in the database yet."""
@@ -164,19 +496,102 @@ class MirroredStudy:
 
     def _learn(self, told: Told) -> None:
         """Finish the trial in the sampler's copy."""
-        trial = told.trial
-        if trial.copy_id is None:
-            self.copy.add_trial(
-                create_trial(
-                    state=told.state,
-                    params=dict(trial.params),
-                    distributions=self.distributions,
-                    values=None if told.values is None else list(told.values),
-                    user_attrs=dict(told.attributes),
-                    system_attrs=dict(trial.system_attrs),
-                )
-            )
-            return
+        copy_id = self._copy_of.pop(told.trial.trial_id)
         for key, value in told.attributes.items():
-            self.memory.set_trial_user_attr(trial.copy_id, key, value)
-        self.memory.set_trial_state_values(trial.copy_id, told.state, told.values)
+            self.memory.set_trial_user_attr(copy_id, key, value)
+        self.memory.set_trial_state_values(copy_id, told.state, told.values)
+
+    # The copy of a long study
+
+    def _make_copy(self, sampler: BaseSampler, pruner: optuna.pruners.BasePruner) -> None:
+        self.memory = InMemoryStorage()
+        self.copy = optuna.create_study(
+            storage=self.memory, directions=self.study.directions, sampler=sampler, pruner=pruner
+        )
+
+    def _find_parents(self, sampler: BaseGASampler) -> None:
+        """Choose the parents of each generation, the first first: Optuna would recurse from the last."""
+        trials = self.memory.get_all_trials(self.copy._study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        generations = [trial.system_attrs.get(sampler._get_generation_key(), 0) for trial in trials]
+        for generation in range(1, max(generations, default=0) + 1):
+            sampler.get_parent_population(self.copy, generation)
+
+    def _thin_out(self) -> None:
+        """Take those trials out of the copy that matter least, once it has grown long.
+
+        This follows an ask, so a sampler has seen each trial at least once.
+        """
+        trials = self.memory.get_all_trials(self.copy._study_id, deepcopy=False)
+        if len(trials) <= MOST_TRIALS:
+            return
+        sampler, before = self.copy.sampler, self.memory.get_study_system_attrs(self.copy._study_id)
+        parents: dict[str, list[int]] = {}
+        if isinstance(sampler, BaseGASampler):
+            prefix = sampler._get_parent_cache_key_prefix()
+            named = [key for key in before if key.startswith(prefix)]
+            last = sorted(named, key=lambda key: int(key.removeprefix(prefix)))[-2:]
+            parents = {key: before[key] for key in last}
+        needed = {copy_id for ids in parents.values() for copy_id in ids} | set(self._copy_of.values())
+        kept = _that_matter(trials, needed, sampler, self.study.directions)
+        self._make_copy(sampler, self.copy.pruner)
+        new_id_of = {trial._trial_id: self._add(trial) for trial in kept}
+        self._copy_of = {trial_id: new_id_of[copy_id] for trial_id, copy_id in self._copy_of.items()}
+        for key, ids in parents.items():
+            self.memory.set_study_system_attr(self.copy._study_id, key, [new_id_of[copy_id] for copy_id in ids])
+
+
+def _that_matter(
+    trials: Sequence[FrozenTrial], needed: set[int], sampler: BaseSampler, directions: Sequence[StudyDirection]
+) -> list[FrozenTrial]:
+    """`KEPT_TRIALS` or a few more: the unfinished, the last generations, the best and the latest."""
+    key = sampler._get_generation_key() if isinstance(sampler, BaseGASampler) else ""
+    newest = max((trial.system_attrs.get(key, 0) for trial in trials), default=0)
+    kept = {
+        trial.number
+        for trial in trials
+        if trial._trial_id in needed
+        or trial.state in (TrialState.RUNNING, TrialState.WAITING)
+        or (key and trial.system_attrs.get(key, -1) >= newest - 1)
+    }
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    behind_T = _behind(complete, directions)
+    best = [complete[place].number for place in np.argsort(behind_T, kind="stable")]
+    latest = [trial.number for trial in reversed(trials) if trial.state in ENDED]
+    for numbers, most in ((best, (KEPT_TRIALS + len(kept)) // 2), (latest, KEPT_TRIALS)):
+        for number in numbers:
+            if len(kept) >= most:
+                break
+            kept.add(number)
+    return [trial for trial in trials if trial.number in kept]
+
+
+def _behind(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> Array:
+    """How far each trial is from the best of one objective, or from the front of two."""
+    signs = np.array([1.0 if direction == StudyDirection.MAXIMIZE else -1.0 for direction in directions])
+    values_TO = np.array([trial.values for trial in trials], dtype=np.float64).reshape(len(trials), len(signs)) * signs
+    if len(signs) == 1:
+        best_first_T: Array = -values_TO[:, 0]
+        return best_first_T
+    quality_T, cost_T = values_TO[:, 0], -values_TO[:, 1]
+    behind_T: Array = Staircase.of(cost_T, quality_T).height(cost_T) - quality_T
+    return behind_T
+
+
+def _running(trial: FrozenTrial) -> FrozenTrial:
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+    )
+
+
+def _asked(trial: FrozenTrial, number: int, trial_id: int) -> AskedTrial:
+    return AskedTrial(
+        number=number,
+        trial_id=trial_id,
+        params=trial.params,
+        system_attrs=trial.system_attrs,
+        user_attrs=trial.user_attrs,
+    )

@@ -1,17 +1,16 @@
-"""The runs folder: checkpoints of trials, and the lock that keeps two processes off one study.
+"""The runs folder: checkpoints of trials, which the workers of a study share where they reach the same disk.
 
 A study's files lie in `<runs>/<study name>-<id>/`, the id being drawn when the study is made, so that studies
 of one name in different databases never share a folder.
 """
 
-import fcntl
 import logging
 import os
 import re
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +29,12 @@ DEFAULT_RUNS = "runs"
 FOLDER_ATTRIBUTE = "runs_folder"
 CACHE = "teacher-cache"
 """What a teacher said of the training split, in a study's folder."""
+SPOOL = "spool"
+"""Results that the database has not been told yet, in a study's folder."""
 STAGE_MARK = ".after-"
 """In the names of checkpoints of trials that are not through."""
+TRIAL_FOLDER = re.compile(r"\.?(?P<name>trial-(?P<number>\d+))(?!\d)")
+"""A trial's checkpoint, its stages, or one of them that is being written."""
 FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Folder names read from a database, which others may write to, become paths that are deleted."""
 
@@ -68,36 +71,20 @@ class StudyRuns:
             )
         self.folder = root / folder
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the study's lock; the system frees it when the process ends, however it ends.
+    def prepare(self) -> None:
+        """Make the folder, and see that it can be written to.
 
         Raises:
-            HpoError: Another process runs the study, or the folder cannot be written.
+            HpoError: It cannot be.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("a+b", buffering=0)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
         except OSError as error:
             raise HpoError(
                 f"Cannot write to {self.folder} ({error.strerror}); choose another folder with --runs."
             ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.truncate(0)
-                lock.write(str(os.getpid()).encode())
-            except BlockingIOError as error:
-                lock.seek(0)
-                holder = lock.read().decode(errors="replace").strip() or "unknown"
-                raise HpoError(
-                    f"Study {self.study_name!r} is being run by process {holder}; wait for it, or use another study."
-                ) from error
-            except OSError as error:  # a full disk, or a network folder without locks
-                raise HpoError(
-                    f"Cannot lock {self.folder} ({error.strerror}); make room or choose another folder with --runs."
-                ) from error
-            yield
 
     def write_checkpoint(self, name: str, write: Callable[[Path], None]) -> str:
         """Write a checkpoint folder beside its place and rename it into it.
@@ -140,16 +127,22 @@ class StudyRuns:
 
         return self.write_checkpoint(name, write)
 
-    def keep_only(self, place: str | None, begun: Collection[str] = ()) -> None:
+    def keep_only(self, place: str | None, begun: Collection[str] = (), newer: int | None = None) -> None:
         """Remove every checkpoint of this study but the one at `place` (relative to the runs folder).
 
         Args:
             place: Of the checkpoint that stays; None where none does.
-            begun: Names of trials whose stages stay too.
+            begun: Names of trials whose checkpoints and stages stay too: those that are not through.
+            newer: Number of a trial; of this one and later ones everything stays, since other workers may have begun
+                them after `begun` was read. None where there are none.
         """
         kept = None if place is None else (self.root / place).name
         for folder in self.folder.glob("*/"):
-            if folder.name not in (kept, CACHE) and folder.name.partition(STAGE_MARK)[0] not in begun:
+            trial = TRIAL_FOLDER.match(folder.name)
+            stays = trial is not None and (
+                trial["name"] in begun or (newer is not None and int(trial["number"]) >= newer)
+            )
+            if folder.name not in (kept, CACHE, SPOOL) and not stays:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def stage_place(self, trial: str, stage: str) -> Path:

@@ -50,7 +50,12 @@ SCREENED = 250
 
 
 def make_sampler(
-    definition: LengthsStudy, space: Mapping[str, BaseDistribution], cost_of: CostOf, seed: int, reads_first: bool
+    definition: LengthsStudy,
+    space: Mapping[str, BaseDistribution],
+    cost_of: CostOf,
+    seed: int,
+    reads_first: bool,
+    alone: bool = True,
 ) -> BaseSampler:
     """The sampler that a study file names.
 
@@ -61,6 +66,8 @@ def make_sampler(
         seed: Of all draws.
         reads_first: Whether the head reads the first token alone, so that quality does not depend on what the last
             layer keeps.
+        alone: Whether one worker asks for all trials; where several do, the surrogate chooses a generation's children
+            together as ever, though other trials are finished while they are asked one part after the other.
     """
     retentions = RetentionSpace.of(space)
     with warnings.catch_warnings():
@@ -89,6 +96,7 @@ def make_sampler(
                     brood=definition.brood,
                     reads_first=reads_first,
                     generator=np.random.default_rng(seed),
+                    patience=1 if alone else definition.population_size,
                 )
                 return optuna.samplers.NSGAIISampler(
                     population_size=definition.population_size, child_generation_strategy=screening, seed=seed
@@ -206,7 +214,9 @@ class SurrogateScreening:
         brood: Candidates bred per child.
         reads_first: Whether the last layer's count costs without deciding anything; it is then the least possible.
         generator: Source of randomness.
+        patience: Trials that must have been finished since children were chosen for the rest of them to be given up.
         surrogate: The predictor.
+        tried: Keys of the costs that were tried, also of trials that the study shows no more.
         waiting: Children chosen and not yet asked for.
         known: How many trials were finished when they were chosen.
     """
@@ -217,7 +227,9 @@ class SurrogateScreening:
     brood: int
     reads_first: bool
     generator: np.random.Generator
+    patience: int = 1
     surrogate: Surrogate = field(default_factory=Surrogate)
+    tried: set[float] = field(default_factory=set)
     waiting: list[dict[str, float]] = field(default_factory=list)
     known: int = -1
 
@@ -226,18 +238,27 @@ class SurrogateScreening:
     ) -> dict[str, Any]:
         """The parameters of one child."""
         count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
-        if not self.waiting or count != self.known:
+        if not self.waiting or abs(count - self.known) >= self.patience:
             self.known = count
             scored, stopped = _Scored.of(study, self.retentions), _Stopped.of(study, self.retentions)
-            self.waiting = self._choose(scored, stopped, self.retentions.shares_of(parents))
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            under_way_TN = self.retentions.shares_of(
+                [trial for trial in running if len(trial.params) == len(search_space)]
+            )
+            self.waiting = self._choose(scored, stopped, under_way_TN, self.retentions.shares_of(parents))
         return self.waiting.pop(0)
 
-    def _choose(self, scored: "_Scored", stopped: "_Stopped", parents_TN: Array) -> list[dict[str, float]]:
+    def _choose(
+        self, scored: "_Scored", stopped: "_Stopped", under_way_TN: Array, parents_TN: Array
+    ) -> list[dict[str, float]]:
         front = Staircase.of(scored.cost_T, scored.quality_T)
         tried_TN = np.concatenate([scored.shares_TN, stopped.shares_TN])
         tried_cost_T = self.cost_of(tried_TN)
         self._learn(front, scored, stopped, tried_TN, tried_cost_T)
-        retention_CN, cost_C = self._breed(scored, tried_cost_T, parents_TN)
+        self.tried.update(_keys(tried_cost_T))
+        under_way_cost_T = self.cost_of(under_way_TN) if len(under_way_TN) else np.empty(0)
+        retention_CN, cost_C = self._breed(scored, set(_keys(under_way_cost_T)), parents_TN)
+        front = self._expected(front, under_way_TN, under_way_cost_T)
         shares_CN = np.cumprod(retention_CN, axis=1)
         mean_C, deviation_C = self.surrogate.predict(self._inputs(shares_CN))
         prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
@@ -247,8 +268,16 @@ class SurrogateScreening:
         picked = choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation, effort)
         return [self.retentions.params(retention_CN[best[number]]) for number in picked]
 
-    def _breed(self, scored: "_Scored", tried_cost_T: Array, parents_TN: Array) -> tuple[Array, Array]:
-        """Distinct retentions that nobody has tried, (C, N), and their costs.
+    def _expected(self, front: Staircase, under_way_TN: Array, cost_T: Array) -> Staircase:
+        """The front once the trials that other workers have running turn out as predicted."""
+        if not len(cost_T):
+            return front
+        for cost, quality in zip(cost_T, self.surrogate.predict(self._inputs(under_way_TN))[0], strict=True):
+            front = front.with_point(float(cost), float(quality))
+        return front
+
+    def _breed(self, scored: "_Scored", under_way: set[float], parents_TN: Array) -> tuple[Array, Array]:
+        """Distinct retentions that nobody has tried or is trying, (C, N), and their costs.
 
         Retentions of one cost keep the same counts, as good as always: such a candidate was tried too.
         """
@@ -269,7 +298,7 @@ class SurrogateScreening:
             shares_CN[:, -1] = 0.0
         retention_CN = np.round(self.retentions.to_retention(shares_CN), 10)
         cost_C = self.cost_of(np.cumprod(retention_CN, axis=1))
-        tried = set(_keys(tried_cost_T))
+        tried = self.tried | under_way
         distinct = {key: number for number, key in enumerate(_keys(cost_C)) if key not in tried}
         new = sorted(distinct.values()) or list(range(len(cost_C)))
         return retention_CN[new], cost_C[new]

@@ -1,9 +1,9 @@
 """`hpo search-lengths`: a multi-objective study over how many tokens each layer keeps."""
 
+import hashlib
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,9 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
+from hpo.bulk import record_once
 from hpo.early_stopping import (
     ESTIMATE,
     ESTIMATE_ERROR,
@@ -31,14 +29,19 @@ from hpo.early_stopping import (
     bits_to_text,
 )
 from hpo.front import ORIGIN
+from hpo.heartbeats import Heartbeats
 from hpo.mirror import AskedTrial, MirroredStudy, Told
+from hpo.outage import DEFAULT_TIMEOUT_S
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.samplers import RetentionSpace, make_sampler
 from hpo.seeds import learn_seeds
+from hpo.sharing import SearchTimes, complete_study, part_of, worker_seed
+from hpo.spool import Spool
 from hpo.staircase import Array
-from hpo.storage import database_reason, finished_trials, open_storage, open_study, uninterrupted
+from hpo.storage import Storage, open_storage, open_study
 from hpo.workload import (
     LoadedWorkload,
+    Progress,
     ProgressHook,
     Workload,
     library_versions,
@@ -49,7 +52,7 @@ from hpo.workload import (
 from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision
-from model.hardware import compute_device
+from model.hardware import compute_device, is_out_of_memory
 from model.length_config import LengthConfig
 from model.macs import mean_macs, mean_macs_of_shares
 from studies.loader import LengthsStudy
@@ -68,30 +71,6 @@ SEEDS = "seeds"
 """Attribute of a study: the length configs of another method that joined its first generation."""
 REUSED_FROM = "reused_from"
 """Attribute of a trial whose lengths had been scored before: the trial that asked for them first."""
-
-
-@dataclass
-class SearchTimes:
-    """Where the wall time of a search went, in seconds.
-
-    Attributes:
-        total: The generations: asking, evaluating and telling.
-        model: In the encoder and its metric.
-        storage: Asking and telling: the sampler and the database.
-    """
-
-    total: float = 0.0
-    model: float = 0.0
-    storage: float = 0.0
-
-    @contextmanager
-    def measure(self, part: str) -> Iterator[None]:
-        """Add the time of the block to one of the attributes."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, part, getattr(self, part) + time.perf_counter() - start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +102,11 @@ def search_lengths(
     runs: Path,
     seed: int = 0,
     seed_with: str | None = None,
+    workers: int = 1,
     on_progress: ProgressHook | None = None,
+    storage_timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> LengthSearch:
-    """Run or complete a study over per-layer token retention of one checkpoint.
+    """Run or complete a study over per-layer token retention of one checkpoint, alone or as one of several workers.
 
     Args:
         definition: Range and sampler.
@@ -133,19 +114,24 @@ def search_lengths(
         checkpoint: Folder of the trained encoder with its tokenizer.
         trials: Finished trials that the study shall have in all; none is added to a complete one.
         storage: SQLAlchemy URL of the database.
-        runs: Folder whose lock keeps a second process off the study.
-        seed: Of the sampler.
+        runs: Folder for what belongs to the study.
+        seed: Of the sampler; with several workers, whose order is left to chance, results differ all the same.
         seed_with: A method of `hpo.seeds` whose length configs join the first generation.
+        workers: How many are started together, each of which asks for its part of a generation.
         on_progress: Told about each batch.
+        storage_timeout_s: How long the database is waited for if it goes away in between.
     Raises:
         HpoError: The study was made with something else or cannot be stored.
         DataError: The dataset cannot be used.
         CheckpointError: The encoder cannot be loaded.
     """
     require_trials(trials)
-    rdb = open_storage(storage)
+    progress = Progress(on_progress)
+    rdb = open_storage(storage, timeout_s=storage_timeout_s, on_state=progress.remark)
     loaded = load_workload(workload, checkpoint)
-    return search_loaded(definition, loaded, checkpoint, trials, rdb, runs, seed, on_progress, seed_with=seed_with)
+    return search_loaded(
+        definition, loaded, checkpoint, trials, rdb, runs, seed, progress, seed_with=seed_with, workers=workers
+    )
 
 
 def search_loaded(
@@ -153,12 +139,13 @@ def search_loaded(
     loaded: LoadedWorkload,
     checkpoint: Path,
     trials: int,
-    rdb: RDBStorage,
+    rdb: Storage,
     runs: Path,
     seed: int = 0,
     on_progress: ProgressHook | None = None,
     evaluator: Evaluator | None = None,
     seed_with: str | None = None,
+    workers: int = 1,
 ) -> LengthSearch:
     """`search_lengths` over splits and a storage that are open already.
 
@@ -190,24 +177,32 @@ def search_loaded(
             FOLDER_ATTRIBUTE: new_folder_name(definition.name),
         },
     )
-    with StudyRuns(runs, study).locked():
-        space = search_space(definition, model.num_layers)
-        full_macs = mean_macs(model.shape, loaded.search.num_tokens)
+    study_runs = StudyRuns(runs, study)
+    study_runs.prepare()
+    spool = Spool(study_runs.folder, study.study_name)
+    spool.replay(rdb, study)
+    space = search_space(definition, model.num_layers)
+    full_macs = mean_macs(model.shape, loaded.search.num_tokens)
 
-        def cost_of(shares_CL: Array) -> Array:
-            return mean_macs_of_shares(model.shape, loaded.search.num_tokens, shares_CL) / full_macs
+    def cost_of(shares_CL: Array) -> Array:
+        return mean_macs_of_shares(model.shape, loaded.search.num_tokens, shares_CL) / full_macs
 
-        sampler_seed = seed + len(study.get_trials(deepcopy=False))
-        sampler = make_sampler(definition, space, cost_of, sampler_seed, reads_first=model.reads_first)
-        mirror = MirroredStudy(study, rdb, sampler, space)
+    with Heartbeats(rdb) as heartbeats:
+        sampler_seed = worker_seed(study, seed, workers)
+        sampler = make_sampler(
+            definition, space, cost_of, sampler_seed, reads_first=model.reads_first, alone=workers == 1
+        )
+        mirror = MirroredStudy(study, rdb, sampler, space, heartbeats=heartbeats, spool=spool)
         if evaluator is None:
             precision = study.user_attrs.get("precision") or choose_precision(model, loaded.search, loaded.metric)
+            precision = record_once(rdb, study._study_id, {"precision": precision})["precision"]
             blocks = definition.blocks if loaded.metric.per_example else 1
             evaluator = Evaluator(model, loaded.search, precision=precision, num_blocks=blocks, seed=seed)
-        study.set_user_attr("precision", evaluator.precision)
-        seeds = _seeds(study, seed_with, checkpoint, loaded, RetentionSpace.of(space), seed, on_progress)
-        run = _Run(study, mirror, definition, model, loaded, evaluator, trials, on_progress, seeds)
-        run.complete()
+        else:
+            record_once(rdb, study._study_id, {"precision": evaluator.precision})
+        seeds = _seeds(study, rdb, seed_with, checkpoint, loaded, RetentionSpace.of(space), seed, on_progress)
+        run = _Run(study, mirror, definition, model, loaded, evaluator, trials, on_progress, seeds, workers)
+        complete_study(mirror, run, trials, run.times)
         run.score_front_on_report_split()
     return LengthSearch(study=study, evaluated=run.evaluated, stopped=run.stopped, reused=run.reused, times=run.times)
 
@@ -233,7 +228,7 @@ class _Result:
 
 @dataclass
 class _Run:
-    """One process's work on the study."""
+    """One worker's part in the study: the plan of its trials, and what it knows of those that were scored."""
 
     study: optuna.Study
     mirror: MirroredStudy
@@ -244,76 +239,99 @@ class _Run:
     trials: int
     on_progress: ProgressHook | None
     seeds: Sequence[Mapping[str, float]] = ()
+    workers: int = 1
     evaluated: int = 0
     stopped: int = 0
     reused: int = 0
     times: SearchTimes = field(default_factory=SearchTimes)
     _result_of: dict[bytes, _Result] = field(default_factory=dict)
+    _seen: set[tuple[Any, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._lengths_present: NDArray[np.int64] = np.unique(self.loaded.search.num_tokens)
         self._stops_early = self.loaded.metric.per_example and self.definition.blocks > 1
 
-    def complete(self) -> None:
-        """Ask, evaluate and tell generations until the study has its trials."""
-        for trial in finished_trials(self.study):
+    def learn(self, trials: Sequence[FrozenTrial]) -> None:
+        """Remember what others scored."""
+        for trial in trials:
+            self._seen.add(_frozen(trial.params))
             self._remember(trial)
-        adopted = self.mirror.orphans()
-        self._enqueue_first_generation(adopted)
-        while (done := self._count_finished()) < self.trials:
-            size = self.definition.population_size
-            wanted = min(size - done % size, self.trials - done)
-            logger.info("%d of %d trials are done; the next generation is %d.", done, self.trials, wanted)
-            asked, adopted = adopted[:wanted], adopted[wanted:]
-            try:
-                with self.times.measure("total"):
-                    with self.times.measure("storage"), uninterrupted():
-                        asked += self.mirror.ask(wanted - len(asked), self._attributes_of)
-                    self._evaluate(asked, done)
-                    with self.times.measure("storage"), uninterrupted():
-                        self._tell(asked)
-            except BaseException as error:
-                self._abandon([*asked, *adopted], "interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
-                raise
-        self._abandon(adopted, "not needed: the study was complete without it")
+
+    def first(self) -> list[Mapping[str, Any]]:
+        """The constant-rate configs over the whole range and any seeds, unless they are in the study already."""
+        there = self._seen | {_frozen(params) for params in self.mirror.under_way()}
+        rates = [dict.fromkeys(self.mirror.distributions, rate) for rate in constant_rates(self.definition)]
+        missing = []
+        for params in [*rates, *self.seeds][: self.trials]:
+            if _frozen(params) not in there:
+                there.add(_frozen(params))
+                missing.append(params)
+        return missing
+
+    def part(self, done: int) -> int:
+        """What is missing of a generation, or this worker's share of one."""
+        size, workers = self.definition.population_size, max(self.workers, self.mirror.workers)
+        return size - done % size if workers == 1 else part_of(size, workers)
+
+    def evaluate(self, asked: Sequence[AskedTrial]) -> list[Told]:
+        """Score trials, and say what became of each."""
+        self._score_new(asked)
+        return self._outcomes(asked)
+
+    def passes(self, error: Exception) -> bool:
+        """Whether memory ran out, which other processes may have taken."""
+        return is_out_of_memory(error)
 
     def score_front_on_report_split(self) -> None:
-        """Score the front and the full length once on the report split, and record both metric and cost."""
-        report = self.loaded.report
-        known = self.study.user_attrs
+        """Score the front and the full length once on the report split, and record both metric and cost.
+
+        Several workers begin at different points, and leave out what others have recorded meanwhile.
+        """
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         full = [trial for trial in complete if set(trial.params.values()) == {1.0}][:1]
         wanted = {trial.number: config_of(trial.params) for trial in (*full, *self.study.best_trials)}
-        missing = {number: config for number, config in wanted.items() if f"report_metric:{number}" not in known}
-        if not missing:
+        numbers = self._not_reported(wanted)
+        if not numbers:
             return
-        engine = Evaluator(self.model, report, precision=self.evaluator.precision, cache_bytes=0)
-        numbers = list(missing)
-        for done in range(0, len(numbers), REPORTED_TOGETHER):
-            part = numbers[done : done + REPORTED_TOGETHER]
+        if self.workers > 1:
+            first = random.SystemRandom().randrange(len(numbers))
+            numbers = numbers[first:] + numbers[:first]
+        engine = Evaluator(self.model, self.loaded.report, precision=self.evaluator.precision, cache_bytes=0)
+        together = min(REPORTED_TOGETHER, part_of(len(numbers), self.workers))
+        for done in range(0, len(numbers), together):
+            part = self._not_reported(numbers[done : done + together])
 
             def report_share(share: float, done: int = done, size: int = len(part)) -> None:
                 if self.on_progress is not None:
                     percent = (done + share * size) / len(numbers)
                     self.on_progress(self.trials, self.trials, f"scoring the front on the report split: {percent:.0%}")
 
-            answers_CX = engine.predict([missing[number] for number in part], on_progress=report_share)
+            answers_CX = engine.predict([wanted[number] for number in part], on_progress=report_share)
             for number, answers_X in zip(part, answers_CX, strict=True):
-                qualities = self._qualities(report, answers_X)
-                macs = mean_macs(self.model.shape, report.num_tokens, missing[number])
-                self.study.set_user_attr(f"report_macs:{number}", macs)
-                self.study.set_user_attr(f"report_metrics:{number}", qualities)
-                self.study.set_user_attr(f"report_metric:{number}", qualities[self.loaded.metric.name])
+                record_once(
+                    self.mirror.storage, self.study._study_id, self._reported(number, wanted[number], answers_X)
+                )
+
+    def _not_reported(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some trials that nobody has scored on the report split yet."""
+        known = self.study.user_attrs
+        return [number for number in numbers if f"report_metric:{number}" not in known]
+
+    def _reported(self, number: int, config: LengthConfig, answers_X: Answers) -> dict[str, Any]:
+        """What is recorded of a trial that was scored on the report split."""
+        qualities = self._qualities(self.loaded.report, answers_X)
+        return {
+            f"report_macs:{number}": mean_macs(self.model.shape, self.loaded.report.num_tokens, config),
+            f"report_metrics:{number}": qualities,
+            f"report_metric:{number}": qualities[self.loaded.metric.name],
+        }
 
     def _qualities(self, split: EncodedSplit, answers_X: Answers) -> dict[str, float]:
         return {metric.name: split.quality(metric, answers_X) for metric in self.loaded.metrics}
 
-    def _count_finished(self) -> int:
-        with uninterrupted():
-            return len(finished_trials(self.study))
-
-    def _evaluate(self, asked: Sequence[AskedTrial], done: int) -> None:
+    def _score_new(self, asked: Sequence[AskedTrial]) -> None:
         """Score the trials whose lengths were not scored before, each distinct one once."""
+        done = self.mirror.ended
         new: dict[bytes, AskedTrial] = {}
         for trial in asked:
             key = self._key(config_of(trial.params))
@@ -394,7 +412,7 @@ class _Run:
             np.array([result.correct_N for result in scored]),
         )
 
-    def _tell(self, asked: Sequence[AskedTrial]) -> None:
+    def _outcomes(self, asked: Sequence[AskedTrial]) -> list[Told]:
         rivals = self._rivals()
         on_front = set() if rivals is None else set(rivals.trial_F.tolist())
         told = []
@@ -407,29 +425,10 @@ class _Run:
             if trial.number in on_front and result.correct_N is not None:
                 attributes[CORRECT] = bits_to_text(result.correct_N)  # later runs compare with the front alone
             told.append(Told(trial=trial, values=values, attributes=attributes))
-        self.mirror.tell(told)
+        self._seen.update(_frozen(trial.params) for trial in asked)
+        return told
 
-    def _abandon(self, asked: Sequence[AskedTrial], reason: str) -> None:
-        """Fail trials that this process asked for and will not tell, as far as the database still answers."""
-        if not asked:
-            return
-        try:
-            with uninterrupted():
-                self.mirror.fail(asked, reason)
-        except (SQLAlchemyError, StorageInternalError) as error:
-            reason = database_reason(error)
-            logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", reason)
-
-    def _enqueue_first_generation(self, adopted: Sequence[AskedTrial]) -> None:
-        """Queue the constant-rate configs over the whole range and any seeds, unless they are in the study already."""
-        there = [dict(trial.params) for trial in adopted] + [trial.params for trial in finished_trials(self.study)]
-        rates = [dict.fromkeys(self.mirror.distributions, rate) for rate in constant_rates(self.definition)]
-        for params in [*rates, *self.seeds][: self.trials]:
-            if params not in there:
-                self.mirror.enqueue(params)
-                there.append(dict(params))
-
-    def _attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """A new trial's user attributes: its length config, and the method that found it, if another did."""
         attributes: dict[str, Any] = {"shares": list(config_of(params).shares or ())}
         if dict(params) in self.seeds:
@@ -448,13 +447,21 @@ class _Run:
         macs = mean_macs(self.model.shape, self.loaded.search.num_tokens, config)
         self._result_of[key] = _Result(trial.number, metric, macs, bits, kept)
 
+    def key_of(self, params: Mapping[str, Any]) -> str:
+        """Equal for parameters that keep equal counts in every sequence of the search split."""
+        return self._key(config_of(params)).hex()
+
     def _key(self, config: LengthConfig) -> bytes:
-        """Equal for configs that keep equal counts in every sequence of the search split."""
-        return config.count_table(self._lengths_present).tobytes()
+        return hashlib.blake2b(config.count_table(self._lengths_present).tobytes(), digest_size=16).digest()
+
+
+def _frozen(params: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(sorted(params.items()))
 
 
 def _seeds(
     study: optuna.Study,
+    rdb: Storage,
     method: str | None,
     checkpoint: Path,
     loaded: LoadedWorkload,
@@ -465,7 +472,8 @@ def _seeds(
     """The parameters nearest to what another method finds; learned once and kept with the study."""
     if method is not None and SEEDS not in study.user_attrs:
         configs = learn_seeds(method, checkpoint, loaded, seed, on_progress=on_progress)
-        study.set_user_attr(SEEDS, {"method": method, "shares": [list(config.shares or ()) for config in configs]})
+        learned = {"method": method, "shares": [list(config.shares or ()) for config in configs]}
+        record_once(rdb, study._study_id, {SEEDS: learned})
     shares_CL = np.array(study.user_attrs.get(SEEDS, {}).get("shares", []), dtype=np.float64)
     if not shares_CL.size:
         return []

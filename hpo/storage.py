@@ -7,37 +7,58 @@ import functools
 import logging
 import os
 import re
-import signal
 import sqlite3
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote_plus
 
 import optuna
 import sqlalchemy
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb import models
+from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
+from hpo.bulk import ENDED, found_study
 from hpo.errors import HpoError, StorageError, StudyChanged, StudyNotFound
+from hpo.interrupts import uninterrupted
+from hpo.once import TOKEN, claim_trial, finish_once, new_token, trial_of_token, with_token
+from hpo.outage import DATABASE_ERRORS, DatabaseAway, Patience, database_reason, is_passing
+from hpo.proxy import GRPC_SCHEME, RemoteStorage, connect
+from hpo.transactions import FUNCTIONS, READERS
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 DEFAULT_URL = "sqlite:///hpo.db"
 SERVER_EXAMPLE = "postgresql+psycopg://user@host/database"
 BUSY_TIMEOUT_S = 60
+PATIENT_BUSY_TIMEOUT_S = 2
+"""Where a call is repeated anyway: SQLite's own wait for a lock heeds no Ctrl-C."""
+CONNECT_TIMEOUT_S = 10
+CONNECT_OPTIONS: dict[str, dict[str, int]] = {
+    "psycopg": {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,
+    },
+    "pymysql": {"connect_timeout": CONNECT_TIMEOUT_S},
+}
+"""By driver: so that a server whose machine vanished is found to be away. A URL's own options come first."""
 RACE_WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 MADE_MEANWHILE = re.compile(r"already exists|unique constraint|duplicate", re.IGNORECASE)
 """What SQLite, PostgreSQL and MySQL say where Optuna's tables appear between its look and its CREATE TABLE."""
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+FINISHED = ENDED
 IDENTITY = "identity"
 """Study attribute: fingerprints of what a study may not change while it runs."""
 
@@ -51,6 +72,96 @@ OPTUNA_COLUMNS = {
     "version_info": {"schema_version"},
 }
 """Columns that tell Optuna's tables from others of the same names."""
+
+
+BEHIND_CACHE = ("_get_trials", "_set_trial_param", "_get_best_trial_id")
+"""What the cache that Optuna puts before a database calls of it, besides the public methods."""
+BESIDE = ("record_heartbeat", "get_trial_param", "get_trial_user_attrs", "get_trial_system_attrs")
+"""Public methods that need not be written for every storage, and are for databases."""
+
+
+def _patiently(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def through(self: "PatientStorage", *args: Any, **kwargs: Any) -> Any:
+        return self.through(lambda: call(self, *args, **kwargs))
+
+    return through
+
+
+class PatientStorage(RDBStorage):
+    """Optuna's SQL storage, each of whose calls a Ctrl-C waits for, and which repeats them while the database is away.
+
+    Attributes:
+        patience: How long they wait.
+    """
+
+    patience = Patience("the database")
+
+    def through(self, call: Callable[[], Result]) -> Result:
+        """Run what may be repeated: again while the database is away, and to its end where Ctrl-C is pressed."""
+        with uninterrupted():
+            return self.patience.through(call, self._probe)
+
+    def run_transaction(self, name: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """Run a function of `hpo.transactions` in a transaction."""
+        (result,) = self.run_together([(name, arguments, named)])
+        return result
+
+    def run_together(self, calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> list[Any]:
+        """Run several functions, given by name and arguments, in one transaction: all of them or none."""
+
+        begins_writing = self.engine.dialect.name == "sqlite" and any(name not in READERS for name, _, _ in calls)
+
+        def call() -> list[Any]:
+            with Session(self.engine) as session, session.begin():
+                if begins_writing:  # one that began as a reader may not become a writer any more
+                    session.execute(sqlalchemy.text("BEGIN IMMEDIATE"))
+                return [FUNCTIONS[name](session, *arguments, **named) for name, arguments, named in calls]
+
+        return self.through(call)
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Enter a trial; entering it again, where a connection was lost, gives the same one."""
+        return self._create_new_trial(study_id, template_trial)._trial_id
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        marked = with_token(template_trial)
+        return self.through(lambda: RDBStorage._create_new_trial(self, study_id, marked))
+
+    def _get_prepared_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None, session: Session
+    ) -> models.TrialModel:
+        """Optuna calls this within the transaction, once it is this process's turn to enter trials."""
+        assert template_trial is not None
+        there = trial_of_token(session, study_id, template_trial.system_attrs[TOKEN])
+        return there or super()._get_prepared_new_trial(study_id, template_trial, session)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """Start a waiting trial or finish a running one; again, where a connection was lost, with the same answer."""
+        if state == TrialState.RUNNING:
+            return claim_trial(self, trial_id, new_token())
+        return finish_once(self, trial_id, state, values, RDBStorage.set_trial_state_values)
+
+    def _probe(self) -> None:
+        self.engine.connect().close()
+
+
+for _name in (*BaseStorage.__abstractmethods__, *BEHIND_CACHE, *BESIDE):
+    if _name not in vars(PatientStorage):
+        setattr(PatientStorage, _name, _patiently(getattr(RDBStorage, _name)))
+
+
+Storage = PatientStorage | RemoteStorage
+"""A database, or a server in front of one."""
+
+
+def close(storage: Storage) -> None:
+    """Close the connections that a storage holds."""
+    if isinstance(storage, RemoteStorage):
+        storage.close()
+        return
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def storage_url(given: str | None) -> str:
@@ -72,25 +183,50 @@ def display_url(url: str) -> str:
     return shown.replace(quote_plus(HIDDEN), HIDDEN)
 
 
-def open_storage(url: str, *, create: bool = True) -> RDBStorage:
-    """Open the database, and create Optuna's tables where it is empty.
+def open_storage(
+    url: str, *, create: bool = True, timeout_s: float = 0.0, on_state: Callable[[str], None] | None = None
+) -> Storage:
+    """Open the database, and create Optuna's tables where it is empty; or reach one through `hpo storage serve`.
 
     SQLite runs in write-ahead mode with a busy timeout, so that optuna-dashboard may read while a study writes.
 
     Args:
-        url: An SQLAlchemy URL.
+        url: An SQLAlchemy URL, or grpc://host:port.
         create: Whether a SQLite file that does not exist may be made; other servers' databases must exist.
+        timeout_s: How long calls are repeated if the database goes away once it is open; 0 for not at all.
+        on_state: Told in words that the database is away, and "" when it is back.
     Raises:
         StorageError: The URL is malformed, the database cannot be reached, or it is somebody else's.
     """
+    if url.startswith(GRPC_SCHEME):
+        return connect(url, timeout_s, on_state)
+    return open_database(url, create=create, timeout_s=timeout_s, on_state=on_state)
+
+
+def open_database(
+    url: str,
+    *,
+    create: bool = True,
+    timeout_s: float = 0.0,
+    on_state: Callable[[str], None] | None = None,
+    connections: int = 5,
+) -> PatientStorage:
+    """`open_storage` for what needs the SQL database itself, over as many connections to a server as threads need.
+
+    Raises:
+        StorageError: As `open_storage`, or the URL is that of a server of `hpo storage serve`.
+    """
+    if url.startswith(GRPC_SCHEME):
+        raise StorageError(
+            f"{display_url(url)} is a server of `hpo storage serve`, and this needs the SQL database behind it; pass "
+            "that one's URL."
+        )
     parsed = _parse(url)
     shown = display_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite:
         _check_sqlite_file(parsed, shown, create)
-    engine_kwargs: dict[str, Any] = (
-        {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if is_sqlite else {"pool_pre_ping": True}
-    )
+    engine_kwargs = _engine_options(parsed, is_sqlite, timeout_s, connections)
     try:
         _refuse_foreign_tables(parsed, shown, engine_kwargs)
         if is_sqlite:
@@ -103,11 +239,24 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     if is_sqlite:
         sqlalchemy.event.listen(storage.engine, "connect", _relax_sqlite_sync)
         storage.engine.dispose()  # connections made before the listener
+    storage.patience = Patience(shown, timeout_s, on_state)
     return storage
 
 
+def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: int) -> dict[str, Any]:
+    if is_sqlite:
+        timeout = PATIENT_BUSY_TIMEOUT_S if timeout_s else BUSY_TIMEOUT_S
+        return {"pool_size": connections, "connect_args": {"timeout": timeout}}
+    ours = CONNECT_OPTIONS.get(url.get_driver_name(), {})
+    return {
+        "pool_size": connections,
+        "pool_pre_ping": True,
+        "connect_args": {option: value for option, value in ours.items() if option not in url.query},
+    }
+
+
 def open_study(
-    storage: RDBStorage,
+    storage: Storage,
     name: str,
     *,
     directions: Sequence[Literal["maximize", "minimize"]],
@@ -128,19 +277,15 @@ def open_study(
         StudyChanged: A study of that name has another identity; the message names what differs.
     """
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
-    recorded = study.user_attrs.get(IDENTITY)
-    if recorded is None:
-        if study.get_trials(deepcopy=False):
+    if IDENTITY not in study.user_attrs:
+        if study.get_trials(deepcopy=False) and IDENTITY not in study.user_attrs:  # nobody else made it meanwhile
             raise StudyChanged(f"Study {name!r} holds trials that this tool did not make; choose another name.")
         if [direction.name.lower() for direction in study.directions] != list(directions):
             raise StudyChanged(f"Study {name!r} was made by another tool, for other objectives; choose another name.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(list(metric_names))
-        for key, value in attributes.items():
-            study.set_user_attr(key, value)
-        study.set_user_attr(IDENTITY, dict(identity))  # last: a study cut short before is made anew
-    elif changed := [key for key in {**identity, **recorded} if recorded.get(key) != identity.get(key)]:
+        named = {_SYSTEM_ATTR_METRIC_NAMES: list(metric_names)}
+        found_study(storage, study._study_id, IDENTITY, {**attributes, IDENTITY: dict(identity)}, named)
+    recorded = study.user_attrs[IDENTITY]
+    if changed := [key for key in {**identity, **recorded} if recorded.get(key) != identity.get(key)]:
         raise StudyChanged(
             f"Study {name!r} was made with another {' and another '.join(changed)}, so its trials cannot be compared "
             "with new ones. Go back to what it was made with, or start a new study: copy its .toml file, change `name` "
@@ -149,7 +294,7 @@ def open_study(
     return study
 
 
-def find_study(storage: RDBStorage, name: str, start_with: str) -> optuna.Study:
+def find_study(storage: Storage, name: str, start_with: str) -> optuna.Study:
     """Load an existing study.
 
     Args:
@@ -161,7 +306,7 @@ def find_study(storage: RDBStorage, name: str, start_with: str) -> optuna.Study:
     """
     try:
         return optuna.load_study(study_name=name, storage=storage)
-    except KeyError as error:
+    except (KeyError, UnicodeError) as error:  # what is no text is no study's name
         there = ", ".join(repr(summary.study_name) for summary in optuna.get_all_study_summaries(storage)) or "none"
         raise StudyNotFound(
             f"No study {name!r} in {display_url(storage.url)} (studies there: {there}); start it with `{start_with}`."
@@ -173,57 +318,10 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=FINISHED)
 
 
-class _Waiting:
-    """A handler for Ctrl-C that only remembers it."""
-
-    def __init__(self) -> None:
-        self.pressed = False
-
-    def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        self.pressed = True
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let a Ctrl-C wait until the block, a few transactions, is through; a driver cut short leaves a broken connection.
-
-    Blocks may be nested: it is raised at the end of the outermost. Outside the main thread, which alone receives
-    signals, and where Ctrl-C is ignored, as in a job that a shell put into the background, this does nothing.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    if not in_main_thread or handler in (signal.SIG_IGN, None) or isinstance(handler, _Waiting):
-        yield
-        return
-    waiting = _Waiting()
-    before = signal.signal(signal.SIGINT, waiting)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting.pressed:
-        raise KeyboardInterrupt
-
-
-def _in_one_go(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def through(*args: Any, **kwargs: Any) -> Any:
-        with uninterrupted():
-            return call(*args, **kwargs)
-
-    return through
-
-
-class UninterruptedStorage(RDBStorage):
-    """Optuna's SQL storage, each of whose calls a Ctrl-C waits for."""
-
-
-for _name in BaseStorage.__abstractmethods__:
-    setattr(UninterruptedStorage, _name, _in_one_go(getattr(RDBStorage, _name)))
-
-
 def explain_database_error(error: BaseException, url: str) -> HpoError:
     """One sentence for a database that fails in the middle of a run."""
+    if isinstance(error, DatabaseAway):
+        return error
     return StorageError(
         f"The database {display_url(url)} failed ({database_reason(error)}); finished trials are safe in it, so put it "
         "right and run the same command again to continue."
@@ -231,6 +329,11 @@ def explain_database_error(error: BaseException, url: str) -> HpoError:
 
 
 def _parse(url: str) -> URL:
+    if not url.isprintable():
+        raise StorageError(
+            "--storage has a line break or another character in it that cannot be shown; write for example "
+            f"{DEFAULT_URL} or {SERVER_EXAMPLE}."
+        )
     try:
         parsed = make_url(url)
         parsed.get_dialect().import_dbapi()
@@ -271,22 +374,22 @@ def _switch_to_write_ahead(path: Path) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
 
 
-def _make_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+def _make_storage(url: str, engine_kwargs: dict[str, Any]) -> PatientStorage:
     """Optuna's storage; where another process makes the same new tables at this moment, it is given time to finish."""
     for wait_s in RACE_WAITS_S:
         try:
             return _checked_storage(url, engine_kwargs)
-        except SQLAlchemyError as error:
-            if not MADE_MEANWHILE.search(str(error)):
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            if not MADE_MEANWHILE.search(str(error)) and not is_passing(error):
                 raise
-            logger.debug("Another process is making the tables: %s", database_reason(error))
+            logger.debug("Another process is making the tables, or the connection is lost: %s", database_reason(error))
         time.sleep(wait_s)
     return _checked_storage(url, engine_kwargs)
 
 
-def _checked_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+def _checked_storage(url: str, engine_kwargs: dict[str, Any]) -> PatientStorage:
     """Optuna's storage, which leaves no connection open where it refuses the tables' version."""
-    storage = UninterruptedStorage(url, engine_kwargs=engine_kwargs, skip_compatibility_check=True)
+    storage = PatientStorage(url, engine_kwargs=engine_kwargs, skip_compatibility_check=True)
     try:
         storage._version_manager.check_table_schema_compatibility()
     except BaseException:
@@ -330,20 +433,6 @@ def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
     return f"Cannot use the storage {shown}: {database_reason(error)}; {remedy} with --storage."
 
 
-def database_reason(error: BaseException) -> str:
-    """The driver's own words, without SQL, parameters, links or a full stop."""
-    cause: BaseException = error
-    while (inner := getattr(cause, "orig", None) or cause.__cause__) is not None:
-        cause = inner
-    match cause.args:
-        case (int(), str(words)):  # MySQL's drivers give their number first
-            pass
-        case _:
-            words = str(cause)
-    lines = words.strip().splitlines()
-    return (lines[0] if lines else type(cause).__name__).rstrip(".")
-
-
 def count_finished(url: str, name: str) -> int:
     """Finished trials of a study; 0 where there is none or the database does not answer."""
     try:
@@ -352,14 +441,13 @@ def count_finished(url: str, name: str) -> int:
         return 0
     try:
         return len(finished_trials(find_study(storage, name, start_with="hpo tune")))
-    except (StudyNotFound, SQLAlchemyError, optuna.exceptions.StorageInternalError):
+    except (StudyNotFound, *DATABASE_ERRORS):
         return 0
     finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        close(storage)
 
 
-def describe_studies(storage: RDBStorage) -> list[dict[str, Any]]:
+def describe_studies(storage: Storage) -> list[dict[str, Any]]:
     """Every study of the database: its kind, the states of its trials, and its best values in words."""
     return [
         _describe(optuna.load_study(study_name=summary.study_name, storage=storage))

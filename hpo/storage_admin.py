@@ -26,7 +26,9 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from hpo.errors import HpoError, StorageError, StudyNotFound
-from hpo.storage import BUSY_TIMEOUT_S, database_reason, display_url, open_storage, uninterrupted
+from hpo.interrupts import uninterrupted
+from hpo.outage import database_reason
+from hpo.storage import BUSY_TIMEOUT_S, display_url, open_database
 
 logger = logging.getLogger(__name__)
 
@@ -398,7 +400,7 @@ def _wider(column: sqlalchemy.Column[Any], there: Any, study: _Study) -> str | N
 
 @contextmanager
 def _opened(url: str, *, create: bool) -> Iterator[RDBStorage]:
-    with _closed_after(open_storage(url, create=create)) as storage:
+    with _closed_after(open_database(url, create=create)) as storage:
         yield storage
 
 

@@ -1,21 +1,32 @@
 """`hpo tune`: a TPE study over training hyperparameters, whose best model is kept."""
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 
+from hpo.bulk import MAX_ATTEMPTS, record_once
 from hpo.errors import HpoError
+from hpo.heartbeats import Heartbeats
+from hpo.mirror import AskedTrial, MirroredStudy, Told
+from hpo.outage import DEFAULT_TIMEOUT_S, DatabaseAway
 from hpo.recipe import Recipe, check_settings
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
-from hpo.storage import finished_trials, open_storage, open_study
+from hpo.sharing import complete_study, worker_seed
+from hpo.spool import Spool
+from hpo.storage import open_storage, open_study
 from hpo.workload import (
     LoadedWorkload,
+    Progress,
     ProgressHook,
     Workload,
     library_versions,
@@ -24,6 +35,7 @@ from hpo.workload import (
 )
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
+from model.hardware import is_out_of_memory
 from model.length_config import LengthConfig
 from model.macs import constant_rate_config
 from model.training import TrainingDiverged
@@ -35,10 +47,8 @@ AREA_COSTS = (1.0, 0.7, 0.5, 0.35)
 """Relative MACs whose constant-rate configs the objective `area` averages over."""
 TEACHER_METRIC = "teacher_metric"
 """Attribute of a study: its teacher's quality on the search split."""
-FIRST_ATTEMPT = "first_attempt"
-"""Attribute of a trial that goes on where another's process died: that other's number."""
-MAX_ATTEMPTS = 3
-"""How often the parameters of a trial whose process died are tried, and how many failures in a row end a study."""
+STAGES_DONE = "stages"
+"""Attribute of a trial that was begun again: stages of its distillation that were there already."""
 
 
 def tune(
@@ -51,9 +61,11 @@ def tune(
     teacher: str | None = None,
     student_layers: Sequence[int] | None = None,
     seed: int = 0,
+    workers: int = 1,
     on_progress: ProgressHook | None = None,
+    storage_timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> optuna.Study:
-    """Run or complete a study over training settings.
+    """Run or complete a study over training settings, alone or as one of several workers.
 
     Each trial trains the encoder anew and is scored on the search split. The best trial's checkpoint lies in the runs
     folder as a transformers folder; those it beats are removed.
@@ -67,7 +79,9 @@ def tune(
         teacher: Folder or hub id of a fine-tuned encoder to learn from; a study of kind "distill" needs one.
         student_layers: Layers of the workload's encoder, from 0, that the student is made of; None takes all.
         seed: Of sampler, heads, dropout and batch order; the dataset's own seed is in `workload.data`.
+        workers: How many are started together; the sampler of each has then a seed of its own.
         on_progress: Told about each step.
+        storage_timeout_s: How long the database is waited for if it goes away in between.
     Returns:
         The study; `best_checkpoint(study, runs)` is its model.
     Raises:
@@ -78,7 +92,8 @@ def tune(
     """
     require_trials(trials)
     check_settings(definition)
-    rdb = open_storage(storage)
+    progress = Progress(on_progress)
+    rdb = open_storage(storage, timeout_s=storage_timeout_s, on_state=progress.remark)
     loaded = load_workload(workload, workload.model)
     recipe = Recipe.of(definition, loaded, teacher, student_layers)
     probe = recipe.new_student()
@@ -105,18 +120,22 @@ def tune(
         },
     )
     study_runs = StudyRuns(runs, study)
-    with study_runs.locked():
-        if recipe.teacher is not None and TEACHER_METRIC not in study.user_attrs:
-            study.set_user_attr(TEACHER_METRIC, recipe.score_teacher(recipe.teacher))
-        _requeue_orphans(study, study_runs)
-        study_runs.keep_only(_checkpoint_of_best(study), _begun(study))
-        already = len(study.get_trials(deepcopy=False))
-        study.sampler = _sampler(definition, seed + already)
-        study.pruner = _pruner(definition)
-        if not already:
-            for parameters in definition.first:
-                study.enqueue_trial(dict(parameters))
-        _run_missing(study, recipe, study_runs, trials, seed, on_progress)
+    study_runs.prepare()
+    spool = Spool(study_runs.folder, study.study_name)
+    spool.replay(rdb, study)
+    if recipe.teacher is not None and TEACHER_METRIC not in study.user_attrs:
+        record_once(rdb, study._study_id, {TEACHER_METRIC: recipe.score_teacher(recipe.teacher)})
+    with Heartbeats(rdb) as heartbeats:
+        mirror = MirroredStudy(
+            study,
+            rdb,
+            _sampler(definition, worker_seed(study, seed, workers)),
+            {name: _distribution(declared) for name, declared in definition.space.items()},
+            pruner=_pruner(definition),
+            heartbeats=heartbeats,
+            spool=spool,
+        )
+        complete_study(mirror, _Trainings(mirror, recipe, study_runs, trials, seed, progress), trials)
     return study
 
 
@@ -150,99 +169,149 @@ def encoder_fingerprint(model: LengthAdaptiveModel) -> str:
     return model.fingerprint(encoder_only=True)
 
 
-def _run_missing(
-    study: optuna.Study,
-    recipe: Recipe,
-    runs: StudyRuns,
-    trials: int,
-    seed: int,
-    on_progress: ProgressHook | None,
-) -> None:
-    failures = 0
-    while (done := len(finished_trials(study))) < trials:
-        trial = study.ask()
+@dataclass
+class _Trainings:
+    """One worker's part in the study: the plan of its trials, and the best of all."""
 
-        def report_share(share: float, done: int = done) -> None:
-            if on_progress is not None:
-                on_progress(done + share, trials, _best_in_words(study))
+    mirror: MirroredStudy
+    recipe: Recipe
+    runs: StudyRuns
+    trials: int
+    seed: int
+    on_progress: ProgressHook | None
+    best: "_Best | None" = None
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        self._new = self.mirror.newest_number < 0
+
+    def learn(self, trials: Sequence[FrozenTrial]) -> None:
+        """Remember the best of what others trained, and remove the checkpoints it beats."""
+        for trial in trials:
+            if trial.state == TrialState.COMPLETE:
+                value = float(trial.value or 0.0)
+                if self._beats(value, trial.number):
+                    self.best = _Best(value, trial.number, trial.user_attrs.get("checkpoint"))
+        begun = {f"trial-{number}" for number in self.mirror.unfinished_numbers()}
+        place = None if self.best is None else self.best.place
+        self.runs.keep_only(place, begun, newer=self.mirror.newest_number + 1)
+
+    def first(self) -> list[Mapping[str, Any]]:
+        """Known good settings, where the study is new."""
+        if not self._new:
+            return []
+        known = self.mirror.keys()
+        return [params for params in self.recipe.definition.first if _key(params) not in known]
+
+    def part(self, done: int) -> int:
+        """One at a time."""
+        return 1
+
+    def attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """None before it is trained."""
+        return {}
+
+    def key_of(self, params: Mapping[str, Any]) -> str | None:
+        """Known good settings are tried once; what the sampler chooses twice is trained twice, from other seeds."""
+        for known in self.recipe.definition.first if self._new else ():
+            if known.items() <= params.items():
+                return _key(known)
+        return None
+
+    def passes(self, error: Exception) -> bool:
+        """Whether memory ran out, which other processes may have taken."""
+        return is_out_of_memory(error)
+
+    def evaluate(self, asked: Sequence[AskedTrial]) -> list[Told]:
+        """Train and score one trial; a few failures in a row end the study."""
+        (trial,) = asked
+        done = self.mirror.ended
+
+        def report_share(share: float) -> None:
+            if self.on_progress is not None:
+                self.on_progress(done + share, self.trials, "" if self.best is None else f"best {self.best.value:.4f}")
 
         report_share(0.0)
-        failure = _run_trial(study, trial, recipe, runs, seed, report_share)
-        failures = 0 if failure is None else failures + 1
-        if failure is not None:
-            logger.warning("Trial %d failed: %s", trial.number, failure)
-        else:
-            logger.info("Trial %d is done: %s of %d, %s.", trial.number, done + 1, trials, _best_in_words(study))
-        if failures == MAX_ATTEMPTS:
+        try:
+            told = self._train_and_score(trial, report_share)
+        except TrainingDiverged as error:
+            self._fail(trial, str(error))
+            report_share(0.0)
+            return []
+        except KeyboardInterrupt:
+            if self.recipe.definition.kind == "distill":  # what its stages wrote is gone on with
+                self.mirror.put_back(asked, "interrupted", counts=False)
+            raise
+        self.failures = 0
+        logger.info("Trial %d is trained: %s.", trial.number, told.values)
+        report_share(1.0)
+        return [told]
+
+    def _fail(self, trial: AskedTrial, reason: str) -> None:
+        self.mirror.fail([trial], reason)
+        self.failures += 1
+        logger.warning("Trial %d failed: %s", trial.number, reason)
+        if self.failures == MAX_ATTEMPTS:
             raise HpoError(
-                f"{failures} trials of study {study.study_name!r} failed in a row, the last because: {failure} "
-                "Narrow the ranges in a copy of its .toml file."
+                f"{self.failures} trials of study {self.mirror.study.study_name!r} failed in a row, the last because: "
+                f"{reason} Narrow the ranges in a copy of its .toml file."
             )
-        report_share(1.0 if failure is None else 0.0)
+
+    def _train_and_score(self, trial: AskedTrial, report_share: Callable[[float], None]) -> Told:
+        """What became of a trial: the objective after its last epoch, or the one it was stopped at."""
+        loaded, name = self.recipe.loaded, f"trial-{trial.number}"
+        if self._stages(name) != trial.user_attrs.get(STAGES_DONE, 0):
+            self.mirror.count_anew(trial, {STAGES_DONE: self._stages(name)})
+        seed = self.seed + trial.number
+        values: list[float] = []
+        attributes: dict[str, Any] = {"seed": seed}
+
+        def on_epoch(model: LengthAdaptiveModel, epoch: int) -> None:
+            configs = _scored_configs(self.recipe.definition, model, loaded)
+            scores = score(model, loaded.search, configs, loaded.metric)
+            values.append(sum(scores) / len(scores))
+            attributes["metric_at_full_length"] = scores[0]
+            if self.mirror.report(trial, values[-1], epoch):
+                raise optuna.TrialPruned
+
+        try:
+            model, report = self.recipe.train(
+                trial.params, seed, self.runs, name, on_epoch=on_epoch, on_progress=report_share
+            )
+        except optuna.TrialPruned:
+            return Told(trial=trial, values=values[-1:], attributes=attributes, stopped=True)
+        attributes |= {"steps": report.steps, "precision": report.precision}
+        return Told(
+            trial=trial, values=values[-1:], attributes=attributes | self._keep_if_best(trial, values[-1], model)
+        )
+
+    def _keep_if_best(self, trial: AskedTrial, value: float, model: LengthAdaptiveModel) -> dict[str, str]:
+        """Write the checkpoint of a trial that beats all before it; returns its place and hash, to be recorded."""
+        with suppress(DatabaseAway):  # what is not known to be worse is kept
+            self.mirror.sync()
+            self.learn(self.mirror.take_news())
+        if not self._beats(value, trial.number):
+            return {}
+        place = self.runs.write_model(f"trial-{trial.number}", model, self.recipe.loaded.tokenizer)
+        self.best = _Best(value, trial.number, place)
+        return {"checkpoint": place, "checkpoint_sha256": model.fingerprint()}
+
+    def _beats(self, value: float, number: int) -> bool:
+        """Whether Optuna calls a trial the best: of equals, it takes the first."""
+        return self.best is None or (value, -number) > (self.best.value, -self.best.number)
+
+    def _stages(self, name: str) -> int:
+        """Stages of a distillation that a trial's earlier attempts are through with."""
+        return sum(self.runs.stage_place(name, stage).is_dir() for stage in STAGES)
 
 
-def _run_trial(
-    study: optuna.Study,
-    trial: Trial,
-    recipe: Recipe,
-    runs: StudyRuns,
-    seed: int,
-    report_share: Callable[[float], None],
-) -> str | None:
-    """Train, score and tell one trial; returns why it failed, if it did."""
-    try:
-        parameters = {name: _suggest(trial, name, declared) for name, declared in recipe.definition.space.items()}
-        trial.set_user_attr("seed", seed + _first_attempt(trial))
-        model, values = _train_and_score(trial, recipe, parameters, runs, report_share)
-        _keep_if_best(study, trial, values[-1], model, recipe.loaded, runs)
-    except optuna.TrialPruned:
-        study.tell(trial, state=TrialState.PRUNED)
-    except TrainingDiverged as error:
-        _fail(study, trial, str(error))
-        return str(error)
-    except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        _fail(study, trial, "interrupted" if interrupted else f"{type(error).__name__}: {error}")
-        if interrupted and recipe.definition.kind == "distill":
-            study.enqueue_trial(trial.params, user_attrs={FIRST_ATTEMPT: _first_attempt(trial)})
-        raise
-    else:
-        study.tell(trial, values[-1])
-    runs.keep_only(_checkpoint_of_best(study))
-    return None
+@dataclass(frozen=True)
+class _Best:
+    """The best trial: its objective, its number, and its checkpoint's place in the runs folder."""
 
-
-def _train_and_score(
-    trial: Trial,
-    recipe: Recipe,
-    parameters: Mapping[str, Any],
-    runs: StudyRuns,
-    report_share: Callable[[float], None],
-) -> tuple[LengthAdaptiveModel, list[float]]:
-    """The trained model and the objective after each epoch."""
-    loaded = recipe.loaded
-    values: list[float] = []
-
-    def on_epoch(model: LengthAdaptiveModel, epoch: int) -> None:
-        configs = _scored_configs(recipe.definition, model, loaded)
-        scores = score(model, loaded.search, configs, loaded.metric)
-        values.append(sum(scores) / len(scores))
-        trial.set_user_attr("metric_at_full_length", scores[0])
-        trial.report(values[-1], epoch)
-        if trial.should_prune():
-            raise optuna.TrialPruned
-
-    model, report = recipe.train(
-        parameters,
-        trial.user_attrs["seed"],
-        runs,
-        f"trial-{_first_attempt(trial)}",
-        on_epoch=on_epoch,
-        on_progress=report_share,
-    )
-    trial.set_user_attr("steps", report.steps)
-    trial.set_user_attr("precision", report.precision)
-    return model, values
+    value: float
+    number: int
+    place: str | None
 
 
 def _scored_configs(
@@ -253,27 +322,17 @@ def _scored_configs(
     return [constant_rate_config(model.shape, loaded.search.num_tokens, cost) for cost in costs]
 
 
-def _keep_if_best(
-    study: optuna.Study, trial: Trial, value: float, model: LengthAdaptiveModel, loaded: LoadedWorkload, runs: StudyRuns
-) -> None:
-    """Write the checkpoint of a trial that beats all before it, and record its place and hash."""
-    best = _best_trial(study)
-    if best is not None and value <= float(best.value or 0.0):
-        return
-
-    place = runs.write_model(f"trial-{trial.number}", model, loaded.tokenizer)
-    trial.set_user_attr("checkpoint", place)
-    trial.set_user_attr("checkpoint_sha256", model.fingerprint())
+def _key(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
 
 
-def _suggest(trial: Trial, name: str, declared: Range | Choices) -> Any:
+def _distribution(declared: Range | Choices) -> BaseDistribution:
     if isinstance(declared, Choices):
-        return trial.suggest_categorical(name, declared.choices)
+        return CategoricalDistribution(declared.choices)
     if declared.whole:
-        return trial.suggest_int(
-            name, int(declared.low), int(declared.high), step=int(declared.step or 1), log=declared.log
-        )
-    return trial.suggest_float(name, declared.low, declared.high, step=declared.step, log=declared.log)
+        low, high, step = int(declared.low), int(declared.high), int(declared.step or 1)
+        return IntDistribution(low, high, step=step, log=declared.log)
+    return FloatDistribution(declared.low, declared.high, step=declared.step, log=declared.log)
 
 
 def _sampler(definition: FinetuneStudy, seed: int) -> optuna.samplers.BaseSampler:
@@ -290,37 +349,6 @@ def _pruner(definition: FinetuneStudy) -> optuna.pruners.BasePruner:
     )
 
 
-def _requeue_orphans(study: optuna.Study, runs: StudyRuns) -> None:
-    """Fail trials whose process died, and queue their parameters again, a few times at most.
-
-    A trial that got through another stage meanwhile starts counting anew.
-    """
-    for orphan in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        first = _first_attempt(orphan)
-        stages = sum(runs.stage_place(f"trial-{first}", stage).is_dir() for stage in STAGES)
-        attempt = int(orphan.user_attrs.get("attempt", 1)) if stages == orphan.user_attrs.get("stages", 0) else 1
-        study.tell(orphan.number, state=TrialState.FAIL)
-        if orphan.params and attempt < MAX_ATTEMPTS:
-            again = {"attempt": attempt + 1, "retry_of": orphan.number, FIRST_ATTEMPT: first, "stages": stages}
-            study.enqueue_trial(orphan.params, user_attrs=again)
-
-
-def _first_attempt(trial: Trial | FrozenTrial) -> int:
-    """The number of the trial whose parameters this one was given; its own where it is the first."""
-    return int(trial.user_attrs.get(FIRST_ATTEMPT, trial.number))
-
-
-def _begun(study: optuna.Study) -> set[str]:
-    """Names of trials that wait to be gone on with."""
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    return {f"trial-{_first_attempt(trial)}" for trial in waiting if FIRST_ATTEMPT in trial.user_attrs}
-
-
-def _fail(study: optuna.Study, trial: Trial, reason: str) -> None:
-    trial.set_user_attr("failure", reason)
-    study.tell(trial, state=TrialState.FAIL)
-
-
 def _best_trial(study: optuna.Study) -> FrozenTrial | None:
     try:
         return study.best_trial
@@ -331,10 +359,3 @@ def _best_trial(study: optuna.Study) -> FrozenTrial | None:
 def _checkpoint_of_best(study: optuna.Study) -> str | None:
     best = _best_trial(study)
     return None if best is None else str(best.user_attrs["checkpoint"])
-
-
-def _best_in_words(study: optuna.Study) -> str:
-    best = _best_trial(study)
-    if best is None:
-        return ""
-    return f"best {best.value:.4f}"

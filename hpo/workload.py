@@ -27,6 +27,25 @@ ProgressHook = Callable[[float, int, str], None]
 """Called with the trials done (running ones count in part), the trials in all, and a remark."""
 
 
+class Progress:
+    """A progress hook, or none, that also shows remarks from elsewhere, such as that the database is away."""
+
+    def __init__(self, hook: ProgressHook | None) -> None:
+        self._hook = hook
+        self._last: tuple[float, int] | None = None
+
+    def __call__(self, done: float, total: int, remark: str) -> None:
+        """As `ProgressHook`."""
+        self._last = done, total
+        if self._hook is not None:
+            self._hook(done, total, remark)
+
+    def remark(self, remark: str) -> None:
+        """Show a remark beside the last progress, once there is any."""
+        if self._hook is not None and self._last is not None:
+            self._hook(*self._last, remark)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What a study works on, as recorded with it.

@@ -41,6 +41,7 @@ from model.training import (
     Schedule,
     TrainingReport,
     fit,
+    halving_batches,
     require_finite,
     unwrapped,
     uses_bf16,
@@ -778,12 +779,11 @@ class DistillTrainer(Trainer):
         self.layer_map = layer_map
         self.source = source
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    @halving_batches
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], share: float) -> Tensor:
         """One batch; losses are computed in float32 whatever the passes are."""
         model.train()
-        inputs = dict(self._prepare_inputs(inputs))
+        inputs = dict(inputs)
         labels, numbers = inputs.pop("labels"), inputs.pop("sequence").tolist()
         del inputs["length"]
         with self.compute_loss_context_manager():
@@ -794,7 +794,7 @@ class DistillTrainer(Trainer):
         assert isinstance(learner, Learner)
         loss = combined_loss(learner.student, self.settings, self.layer_map, learned, taught, mask_BL, labels)
         require_finite(loss, self.state.global_step)
-        loss = loss / self.current_gradient_accumulation_steps
+        loss = share * loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
 

@@ -22,6 +22,7 @@ of a token, X numbers of all answers.
 """
 
 import itertools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,11 +35,13 @@ from torch import Tensor
 
 from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel, significance_order
-from model.hardware import computes_in_bf16
+from model.hardware import computes_in_bf16, is_out_of_memory
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
 from model.prefix_tree import Ints, PrefixTree, paths_of
 from model.tasks import Metric
+
+logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
@@ -104,7 +107,7 @@ class Evaluator:
         self._states = _Memory[_Rows](cache_bytes - self._answers.limit, lambda made: made.nbytes)
         self._network = snapshot(model.network, precision)
         self.blocks = stratified_blocks(split.num_tokens, num_blocks, seed)
-        self._bundles = [_Bundles.of(split.num_tokens, block, rows_per_chunk) for block in self.blocks]
+        self._bundles = _cut_blocks(split, self.blocks, rows_per_chunk)
 
     def predict(
         self, configs: Sequence[LengthConfig], *, on_progress: Callable[[float], None] | None = None
@@ -148,9 +151,7 @@ class Evaluator:
         answers = {key: self._answers[key] for key in keys if key in self._answers}
         new = np.array([place for place, key in enumerate(keys) if key not in answers], dtype=np.int64)
         if len(new):
-            with torch.inference_mode():
-                walk = _Walk(self, number, bundles, PrefixTree.of(paths_QM[new]))
-                walk.run(on_progress)
+            walk = self._walk(number, PrefixTree.of(paths_QM[new]), on_progress)
             for place, answer in zip(new, walk.answers(), strict=True):
                 answers[keys[place]] = answer
                 self._answers.add(keys[place], answer)
@@ -160,6 +161,27 @@ class Evaluator:
             np.stack([answers[keys[path]] for path in path_C]) for path_C in path_PC.reshape(paths_PCM.shape[:2])
         ]
         return np.concatenate(columns, axis=1)
+
+    def _walk(self, number: int, tree: PrefixTree, on_progress: Callable[[float], None] | None) -> "_Walk":
+        """Walk a block; where memory runs out, forget what is remembered and begin again with half the rows."""
+        while True:
+            try:
+                with torch.inference_mode():
+                    walk = _Walk(self, number, self._bundles[number], tree)
+                    walk.run(on_progress)
+                return walk
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._rows_per_chunk <= ROW_STEP:
+                    raise
+            self._rows_per_chunk //= 2
+            self._states.clear()  # its keys tell bundles of another size
+            self._bundles = _cut_blocks(self.split, self.blocks, self._rows_per_chunk)
+            torch.cuda.empty_cache()
+            logger.warning("Memory ran out: configs are scored %d rows at a time.", self._rows_per_chunk)
+
+
+def _cut_blocks(split: EncodedSplit, blocks: Sequence[Ints], rows_per_chunk: int) -> list["_Bundles"]:
+    return [_Bundles.of(split.num_tokens, block, rows_per_chunk) for block in blocks]
 
 
 def predict(
@@ -591,6 +613,11 @@ class _Memory(Generic[Value]):
         self.held += self._nbytes(value)
         while self.held > self.limit:
             self.held -= self._nbytes(self._values.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._values.clear()
+        self.held = 0
 
 
 def _joined(parts: Sequence[_Rows]) -> _Rows:

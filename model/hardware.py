@@ -1,4 +1,4 @@
-"""What this machine computes with."""
+"""What this machine computes with, and what it says when its memory is full."""
 
 import torch
 
@@ -13,3 +13,10 @@ def computes_in_bf16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the machine has no memory left for what was tried."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

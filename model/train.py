@@ -29,6 +29,7 @@ from model.training import (
     Schedule,
     TrainingReport,
     fit,
+    halving_batches,
     require_finite,
     unwrapped,
     with_dropout,
@@ -138,22 +139,21 @@ class LengthDropTrainer(Trainer):
         self.settings = settings
         self.teacher = teacher
         self.generator = np.random.default_rng(settings.seed)
+        self._drawn: tuple[int, list[ShortPass]] = (-1, [])
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    @halving_batches
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], share: float) -> Tensor:
         """One batch: the full pass learns from the labels and any teacher, each shortened pass from the full one.
 
         Every pass is run backward before the next starts, so that one graph is in memory at a time.
         """
         model.train()
-        inputs = dict(self._prepare_inputs(inputs))
+        inputs = dict(inputs)
         labels = inputs.pop("labels")
         encoder = unwrapped(model)
         assert isinstance(encoder, LengthAdaptiveModel)
-        plain = (self.state.epoch or 0.0) < self.settings.plain_epochs
-        sandwich = [] if plain else sample_sandwich(self.settings, encoder.num_layers, self.generator)
-        scale = 1.0 / ((1 + len(sandwich)) * self.current_gradient_accumulation_steps)
+        sandwich = self._sandwich(encoder.num_layers)
+        scale = share / ((1 + len(sandwich)) * self.current_gradient_accumulation_steps)
 
         with self.compute_loss_context_manager():
             full = model(**inputs, labels=labels)
@@ -167,6 +167,14 @@ class LengthDropTrainer(Trainer):
                 loss = self._short_loss(encoder, short, taught, inputs["attention_mask"])
             total = total + self._learn(loss * scale)
         return total
+
+    def _sandwich(self, num_layers: int) -> list["ShortPass"]:
+        """The shortened passes of this step, the same for all parts of its batch."""
+        if self._drawn[0] != self.state.global_step:
+            plain = (self.state.epoch or 0.0) < self.settings.plain_epochs
+            drawn = [] if plain else sample_sandwich(self.settings, num_layers, self.generator)
+            self._drawn = (self.state.global_step, drawn)
+        return self._drawn[1]
 
     def _full_loss(self, full: SequenceClassifierOutput, inputs: dict[str, Any]) -> Tensor:
         assert full.logits is not None

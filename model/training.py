@@ -1,5 +1,6 @@
 """What every kind of training here shares: transformers' Trainer, set up for this project's encoders and splits."""
 
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,9 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from model.encoded import EncodedSplit
-from model.hardware import computes_in_bf16
+from model.hardware import computes_in_bf16, is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 EpochHook = Callable[[int], None]
 ProgressHook = Callable[[int, int], None]
@@ -33,6 +36,8 @@ MakeTrainer = Callable[..., Trainer]
 Ranges = dict[str, tuple[bool, str]]
 
 LOGGED_STEPS = 10
+NO_LABEL = -100
+"""What labels call a token that has none."""
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 """What configs call the dropout of attention weights, which the length-adaptive layers read there."""
 
@@ -180,6 +185,54 @@ def fit(
         final_loss=float(losses[-1]) if losses else math.nan,
         precision="bf16" if bf16 else "fp32",
     )
+
+
+def halving_batches(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Have a Trainer's training step go on with parts of a batch where memory does not hold it whole.
+
+    Memory that ran out halves the parts, for this batch and those after it. The gradient stays the batch's: that of
+    each part counts by the labels that it has. With dropout, other units are dropped; and where tokens are averaged
+    over that have no label, parts count a little more or less than their tokens.
+
+    Args:
+        step: A method that learns from its `inputs` by `share` times their loss, and returns that; it draws nothing
+            anew when it is called again before the Trainer's `state.global_step` has changed.
+    """
+
+    def training_step(
+        self: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        inputs = dict(self._prepare_inputs(inputs))
+        rows = len(inputs["input_ids"])
+        while True:
+            parts = getattr(self, "parts_per_batch", 1)
+            try:
+                losses = [step(self, model, part, share=share) for part, share in split_batch(inputs, parts)]
+                return torch.stack(losses).sum()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or parts >= rows or self.args.world_size > 1:
+                    raise
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            self.parts_per_batch = min(2 * parts, rows)
+            logger.warning("Memory ran out: batches are learned from in %d parts.", self.parts_per_batch)
+
+    return training_step
+
+
+def split_batch(inputs: dict[str, Any], parts: int) -> list[tuple[dict[str, Any], float]]:
+    """Cut a batch into parts of near equal size; the share of its labels that each has."""
+    rows = len(inputs["input_ids"])
+    if parts == 1:
+        return [(inputs, 1.0)]
+    labels = inputs["labels"]
+    counted = (labels != NO_LABEL).sum().item() if labels.dtype == torch.int64 else labels.numel()
+    split = []
+    for chosen in torch.arange(rows).tensor_split(min(parts, rows)):
+        part = {name: value[chosen.to(value.device)] for name, value in inputs.items()}
+        own = (part["labels"] != NO_LABEL).sum().item() if labels.dtype == torch.int64 else part["labels"].numel()
+        split.append((part, own / max(1, counted)))
+    return split
 
 
 @contextmanager

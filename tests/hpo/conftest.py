@@ -1,11 +1,17 @@
 """A tiny encoder, a tiny dataset and small study definitions, all made here."""
 
 import logging
+import os
 import random
+import shutil
+import socket
+import subprocess
 import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import datasets
@@ -156,6 +162,193 @@ def any_url(request, tmp_path) -> Iterator[str]:
         return
     with throw_away_database(request.param) as url:
         yield url
+
+
+STARTED_WITHIN_S = 60
+
+
+def _program(name: str, *places: str) -> str:
+    found = shutil.which(name) or next((str(file) for place in places for file in Path("/").glob(place)), None)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+class Server:
+    """A database server on this machine.
+
+    Attributes:
+        url: Its one database.
+        admin_url: The server itself.
+        connections, kill, drop: SQL for connections of others, for ending one, and for dropping the database.
+    """
+
+    url: str
+    connections: str
+    kill: str
+
+    admin_url: str
+    drop: str
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def empty(self) -> None:
+        """Make the database anew."""
+        engine = sqlalchemy.create_engine(self.admin_url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text(self.drop))
+            connection.execute(sqlalchemy.text("CREATE DATABASE hpo"))
+
+    def cut(self) -> int:
+        """Cut all connections of others; returns how many there were."""
+        engine = sqlalchemy.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+        with engine.connect() as connection:
+            ids = list(connection.scalars(sqlalchemy.text(self.connections)))
+            for number in ids:
+                with suppress(sqlalchemy.exc.DBAPIError):  # it has just been closed
+                    connection.execute(sqlalchemy.text(self.kill.format(number)))
+        return len(ids)
+
+
+class PostgreSQL(Server):
+    connections = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    kill = "SELECT pg_terminate_backend({})"
+    drop = "DROP DATABASE IF EXISTS hpo WITH (FORCE)"
+
+    def __init__(self, folder: Path) -> None:
+        pytest.importorskip("psycopg")
+        self._programs = "usr/lib/postgresql/*/bin/"
+        initdb = _program("initdb", self._programs + "initdb")
+        self._control = _program("pg_ctl", self._programs + "pg_ctl")
+        self._folder = folder / "data"
+        self._as_user: list[str] = []
+        if os.geteuid() == 0:  # the server refuses to run as root
+            self._as_user = [_program("setpriv"), "--reuid", "postgres", "--regid", "postgres", "--clear-groups"]
+            shutil.chown(folder, "postgres", "postgres")
+        self._run(initdb, "-D", str(self._folder), "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8")
+        port = _free_port()
+        self._options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+        self.admin_url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+        self.url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/hpo"
+
+    def _run(self, *command: str) -> None:
+        subprocess.run([*self._as_user, *command], check=True, stdout=subprocess.DEVNULL, cwd="/")
+
+    def start(self) -> None:
+        log = str(self._folder / "log")
+        self._run(self._control, "-D", str(self._folder), "-o", self._options, "-l", log, "-w", "start")
+
+    def stop(self) -> None:
+        self._run(self._control, "-D", str(self._folder), "-m", "fast", "-w", "stop")
+
+
+class MariaDB(Server):
+    connections = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()"
+    kill = "KILL {}"
+    drop = "DROP DATABASE IF EXISTS hpo"
+
+    def __init__(self, folder: Path) -> None:
+        pytest.importorskip("pymysql")
+        data = folder / "data"
+        user = "mysql" if os.geteuid() == 0 else None
+        if user:
+            shutil.chown(folder, user, user)
+        install = _program("mariadb-install-db")
+        common = ["--no-defaults", f"--datadir={data}", *([f"--user={user}"] if user else [])]
+        subprocess.run(
+            [install, *common, "--auth-root-authentication-method=normal", "--skip-test-db"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        self._port = _free_port()
+        self._command = [
+            _program("mariadbd", "usr/sbin/mariadbd"),
+            *common,
+            f"--port={self._port}",
+            "--bind-address=127.0.0.1",
+            f"--socket={folder}/socket",
+            f"--pid-file={folder}/pid",
+            "--innodb-flush-log-at-trx-commit=0",
+        ]
+        self._log = folder / "log"
+        self.admin_url = f"mysql+pymysql://root@127.0.0.1:{self._port}/"
+        self.url = self.admin_url + "hpo"
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+        server = sqlalchemy.create_engine(self.admin_url, poolclass=sqlalchemy.NullPool)
+        deadline = time.monotonic() + STARTED_WITHIN_S
+        while True:
+            try:
+                server.connect().close()
+                return
+            except sqlalchemy.exc.OperationalError:
+                if time.monotonic() > deadline or self._process.poll() is not None:
+                    raise
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(STARTED_WITHIN_S)
+
+
+KINDS = {"postgresql": PostgreSQL, "mariadb": MariaDB}
+
+
+@contextmanager
+def private_server(kind: str) -> Iterator[Server]:
+    """A running server, which is stopped and removed in the end."""
+    with tempfile.TemporaryDirectory(prefix="hpo-server-") as name:
+        Path(name).chmod(0o755)
+        server = KINDS[kind](Path(name))
+        server.start()
+        try:
+            yield server
+        finally:
+            with suppress(subprocess.CalledProcessError):  # a test that failed had stopped it
+                server.stop()
+
+
+@pytest.fixture(scope="session")
+def own_servers() -> Iterator[Callable[[str], Server]]:
+    """Database servers of the tests' own, one of each kind, which they may stop and start."""
+    running: dict[str, Server] = {}
+    with ExitStack() as stack:
+
+        def server_of(kind: str) -> Server:
+            if kind not in running:
+                running[kind] = stack.enter_context(private_server(kind))
+            return running[kind]
+
+        yield server_of
+
+
+@pytest.fixture
+def own_server_of(own_servers) -> Callable[[str], Server]:
+    """The same, with an empty database each."""
+
+    def emptied(kind: str) -> Server:
+        server = own_servers(kind)
+        server.empty()
+        return server
+
+    return emptied
+
+
+@pytest.fixture(params=KINDS)
+def private_database(request, own_server_of) -> Server:
+    """A server of each kind."""
+    return own_server_of(request.param)
 
 
 @pytest.fixture

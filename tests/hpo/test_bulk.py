@@ -10,6 +10,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.bulk import Outcome, enter_trials, finish_trials
+from hpo.once import TOKEN
 from hpo.storage import open_storage
 
 SPACE = {
@@ -58,7 +59,7 @@ def facts(study):
             list(trial.params),
             trial.distributions,
             trial.user_attrs,
-            trial.system_attrs,
+            {key: value for key, value in trial.system_attrs.items() if key != TOKEN},
             trial.datetime_start,
             trial.datetime_complete is None,
         )

@@ -204,15 +204,17 @@ def test_password_of_the_storage_is_in_no_output(command, tiny_encoder, tiny_dat
         assert "s3cret" not in out + err
 
 
-def test_second_process_on_one_study_is_refused(tuned, files, storage, tmp_path):
-    import fcntl
-
-    tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
-    with next((tmp_path / "runs").glob("lengths-*/lock")).open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        code, _, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "9")
-    assert code == 1
-    assert "being run by process" in err
+def test_second_process_joins_the_study(tuned, files, storage, tmp_path):
+    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    arguments = ["search-lengths", "--study", files["lengths"], "--trials", "60"]
+    with subprocess.Popen([sys.executable, "-m", "hpo.cli", *arguments], env=environment) as other:
+        code, _, err = tuned(*arguments)
+        assert other.wait(120) == 0
+    assert code == 0, err
+    study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 60
+    reused = [trial for trial in study.trials if "reused_from" in trial.user_attrs]
+    assert len({trial.system_attrs["hpo:key"] for trial in study.trials}) == 60 - len(reused)
 
 
 def test_search_killed_at_random_moments_ends_with_exactly_its_trials(tuned, files, storage, tmp_path):

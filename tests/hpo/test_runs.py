@@ -1,8 +1,5 @@
 import errno
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
@@ -13,16 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from hpo.errors import HpoError
 from hpo.runs import DEFAULT_RUNS, FOLDER_ATTRIBUTE, StudyRuns, new_folder_name, runs_folder
-
-HOLD_LOCK = """
-import sys, time, types
-from pathlib import Path
-from hpo.runs import StudyRuns
-study = types.SimpleNamespace(study_name="finetune", user_attrs={"runs_folder": sys.argv[2]})
-with StudyRuns(Path(sys.argv[1]), study).locked():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 def make_study(folder=None, name="finetune"):
@@ -39,21 +26,6 @@ def root(tmp_path):
 @pytest.fixture
 def runs(root):
     return StudyRuns(root, make_study())
-
-
-@pytest.fixture
-def holder(runs):
-    """Another process that holds the study's lock until it reads the end of its input."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD_LOCK, str(runs.root), runs.folder.name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    ) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
 
 
 def writer(content, names=("weights", "config")):
@@ -105,34 +77,7 @@ def test_a_study_without_a_recorded_folder_is_refused(root):
         StudyRuns(root, optuna.create_study(study_name="other"))
 
 
-# The lock
-
-
-def test_a_second_process_is_kept_off_and_told_who_holds_the_study(runs, holder):
-    with pytest.raises(HpoError) as caught, runs.locked():
-        pytest.fail("two processes hold the lock")
-    assert str(caught.value) == (
-        f"Study 'finetune' is being run by process {holder.pid}; wait for it, or use another study."
-    )
-
-
-def test_a_killed_process_frees_the_lock(runs, holder):
-    holder.send_signal(signal.SIGKILL)
-    assert holder.wait(10) == -signal.SIGKILL
-    with runs.locked():
-        assert (runs.folder / "lock").read_text() == str(os.getpid())
-
-
-def test_the_lock_is_free_after_an_error_under_it(runs):
-    with pytest.raises(ZeroDivisionError), runs.locked():
-        raise ZeroDivisionError
-    with runs.locked(), pytest.raises(HpoError, match=f"process {os.getpid()};"), runs.locked():
-        pytest.fail("the lock was given twice")
-
-
-def test_other_studies_run_at_the_same_time(root, runs, holder):
-    with StudyRuns(root, make_study()).locked():
-        assert holder.poll() is None
+# The folder
 
 
 @pytest.mark.parametrize("blocked", ["runs folder", "study folder"])
@@ -140,20 +85,11 @@ def test_a_runs_folder_that_cannot_be_written_is_explained(root, runs, blocked):
     if blocked == "study folder":
         root.mkdir()
     (root if blocked == "runs folder" else runs.folder).write_text("a file in its place")
-    with pytest.raises(HpoError, match="choose another folder with --runs") as caught, runs.locked():
-        pytest.fail("locked a file")
+    with pytest.raises(HpoError, match="choose another folder with --runs") as caught:
+        runs.prepare()
     assert str(runs.folder) in str(caught.value)
     with pytest.raises(HpoError, match=r"Cannot write the checkpoint .* with --runs"):
         runs.write_checkpoint("trial-0", writer("new"))
-
-
-def test_a_folder_that_cannot_be_locked_is_explained(runs, monkeypatch):
-    def refuse(_file, _operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr("hpo.runs.fcntl.flock", refuse)
-    with pytest.raises(HpoError, match=r"\(No locks available\); .* --runs"), runs.locked():
-        pytest.fail("went on without a lock")
 
 
 # Checkpoints
@@ -259,9 +195,8 @@ def test_weights_survive_the_rename(root, runs):
 
 @pytest.fixture
 def filled(runs):
-    with runs.locked():
-        for number in range(3):
-            runs.write_checkpoint(f"trial-{number}", writer(str(number)))
+    for number in range(3):
+        runs.write_checkpoint(f"trial-{number}", writer(str(number)))
     (runs.folder / ".trial-7.partial").mkdir()
     (runs.folder / ".trial-7.partial" / "weights").write_text("half")
     (runs.folder / "front.html").write_text("<html>")
@@ -270,13 +205,27 @@ def filled(runs):
 
 def test_beaten_checkpoints_and_leftovers_go_and_files_stay(filled):
     filled.keep_only(f"{filled.folder.name}/trial-1")
-    assert visible(filled) == ["front.html", "lock", "trial-1"]
+    assert visible(filled) == ["front.html", "trial-1"]
     assert contents(filled.folder / "trial-1") == {"weights": "1", "config": "1"}
 
 
 def test_without_a_best_trial_every_checkpoint_goes(filled):
     filled.keep_only(None)
-    assert visible(filled) == ["front.html", "lock"]
+    assert visible(filled) == ["front.html"]
+
+
+def test_what_other_workers_have_under_way_stays(filled):
+    for name in ("trial-2.after-logits", "trial-3", ".trial-4.partial", "trial-41"):
+        (filled.folder / name).mkdir()
+    filled.keep_only(f"{filled.folder.name}/trial-1", begun={"trial-2"}, newer=4)
+    assert visible(filled) == [
+        ".trial-4.partial",
+        "front.html",
+        "trial-1",
+        "trial-2",
+        "trial-2.after-logits",
+        "trial-41",
+    ]
 
 
 def test_other_studies_checkpoints_stay(root, filled):

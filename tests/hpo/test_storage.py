@@ -14,6 +14,7 @@ import sqlalchemy
 from optuna.trial import TrialState, create_trial
 
 from hpo.errors import StorageError, StudyChanged, StudyNotFound
+from hpo.interrupts import uninterrupted
 from hpo.storage import (
     BUSY_TIMEOUT_S,
     DEFAULT_URL,
@@ -27,7 +28,6 @@ from hpo.storage import (
     open_storage,
     open_study,
     storage_url,
-    uninterrupted,
 )
 
 SECRET = "hunter2"
@@ -351,22 +351,27 @@ def test_an_empty_study_for_other_objectives_is_refused(opened):
     assert foreign.user_attrs == {}
 
 
-def test_a_study_cut_short_while_it_was_made_is_made_anew(opened, monkeypatch):
-    written = optuna.Study.set_user_attr
-
-    def die_at_identity(study, key, value):
-        if key == IDENTITY:
-            raise KeyboardInterrupt
-        written(study, key, value)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(optuna.Study, "set_user_attr", die_at_identity)
-        with pytest.raises(KeyboardInterrupt):
-            make_study(opened, attributes={"runs_folder": "lengths-first"})
+def test_a_study_that_an_older_version_cut_short_is_made_anew(opened):
+    begun = optuna.create_study(storage=opened, study_name="lengths", directions=["maximize", "minimize"])
+    begun.set_user_attr("runs_folder", "lengths-first")
     study = make_study(opened, identity={"model": "m2"}, attributes={"runs_folder": "lengths-second"})
     assert study.user_attrs[IDENTITY]["model"] == "m2"
     assert study.user_attrs["runs_folder"] == "lengths-second"
     assert len(optuna.get_all_study_names(opened)) == 1
+
+
+def test_of_many_who_make_a_study_one_decides_what_it_is_made_with(any_url):
+    storages = [open_storage(any_url) for _ in range(4)]
+
+    def make(number):
+        return make_study(storages[number % 4], attributes={"runs_folder": f"lengths-{number}"}).user_attrs
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(make, range(8)))
+    assert len({attributes["runs_folder"] for attributes in made}) == 1
+    assert optuna.get_all_study_names(storages[0]) == ["lengths"]
+    for storage in storages:
+        close(storage)
 
 
 # Finding and describing studies

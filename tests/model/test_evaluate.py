@@ -313,3 +313,32 @@ def test_scores_are_the_metric_of_each_configs_predictions(model, split, configs
     assert scores == pytest.approx([count / len(LENGTHS) for count in hits])
     assert scores[configs.index(LengthConfig.full(4))] == pytest.approx(11 / 12)
     assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_memory_that_runs_out_halves_the_rows_and_leaves_the_answers(model, split, monkeypatch, cache_bytes):
+    configs = random_configs(12, seed=5)
+    answers_CX = predict(model, split, configs)
+    evaluator = Evaluator(model, split, rows_per_chunk=512, cache_bytes=cache_bytes)
+    np.testing.assert_array_equal(evaluator.predict(configs[:4]), answers_CX[:4])
+    feed_forward = type(model.family).feed_forward
+    most = []
+
+    def small(self, network, depth, attended_RD):
+        if len(attended_RD) > 128:
+            raise MemoryError
+        most.append(len(attended_RD))
+        return feed_forward(self, network, depth, attended_RD)
+
+    monkeypatch.setattr(type(model.family), "feed_forward", small)
+    np.testing.assert_array_equal(evaluator.predict(configs), answers_CX)
+    assert max(most) <= 128
+
+
+def test_memory_that_cannot_hold_the_least_is_an_error(model, split, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(type(model.family), "feed_forward", full)
+    with pytest.raises(MemoryError):
+        predict(model, split, random_configs(2, seed=5))

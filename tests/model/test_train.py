@@ -131,6 +131,41 @@ def build_trainer(model, split, tokenizer, settings) -> LengthDropTrainer:
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.cuda.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_memory_that_runs_out_halves_the_batch_and_leaves_the_result(
+    model, split, tokenizer, monkeypatch, caplog, error
+):
+    whole = copy.deepcopy(model)
+    train(whole, split, tokenizer, SETTINGS)
+    forward, rows = LengthAdaptiveModel.forward, []
+
+    @functools.wraps(forward)
+    def small(self, input_ids, *args, length_config=None, **kwargs):
+        if len(input_ids) > 5 and length_config is not None:  # after the full pass, whose gradient is there by then
+            raise error
+        rows.append(len(input_ids))
+        return forward(self, input_ids, *args, length_config=length_config, **kwargs)
+
+    monkeypatch.setattr(LengthAdaptiveModel, "forward", small)
+    train(model, split, tokenizer, SETTINGS)
+    assert max(rows[100:]) == 4
+    assert "in 4 parts" in caplog.text
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_other_errors_of_a_step_end_the_training(model, split, tokenizer, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("model.train.LengthDropTrainer._learn", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train(model, split, tokenizer, SETTINGS)
+
+
 def test_sampled_retentions_fill_the_range_of_length_drop():
     generator = np.random.default_rng(0)
     settings = dataclasses.replace(SETTINGS, length_drop=0.25, sandwich_size=200, layer_drop=0.0)

@@ -1,0 +1,282 @@
+"""A study whose trials cost nothing, to measure and test what surrounds them: asking, telling, sharing, surviving.
+
+It is searched as length configs are, over twelve retentions, and its objectives are two formulas. Nothing here needs
+torch, so that a worker is at work soon after it was started.
+"""
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.bulk import ENDED, KEY, Outcome, enter_trials, finish_trials
+from hpo.heartbeats import GRACE_S, INTERVAL_S, Heartbeats
+from hpo.mirror import AskedTrial, MirroredStudy, Told
+from hpo.sharing import complete_study, part_of, worker_seed
+from hpo.storage import Storage, close, open_storage, open_study
+from studies.loader import LengthsStudy, Range
+
+LAYERS = 12
+SPACE: dict[str, BaseDistribution] = {
+    f"retention_{layer}": FloatDistribution(0.05, 1.0, step=0.05) for layer in range(LAYERS)
+}
+REUSED_FROM = "reused_from"
+ENTERED_TOGETHER = 250
+ProgressHook = Callable[[float, int, str], None]
+"""As `hpo.workload` has it, which needs torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RehearsalJob:
+    """A job as those of `hpo.workers`.
+
+    Attributes:
+        storage: URL of the database.
+        trials: Finished trials that the study shall have in all.
+        study: Its name.
+        workers: How many share it.
+        sampler: "tpe" asks for one trial at a time, for one objective, as `hpo tune`; the others for a generation.
+        trial_s: How long a trial takes.
+        interval_s: Time between heartbeats.
+        grace_s: How long a heartbeat stands still until its worker counts as dead.
+        storage_timeout_s: How long a database that is away is waited for.
+    """
+
+    storage: str
+    trials: int
+    study: str = "rehearsal"
+    workers: int = 1
+    sampler: Literal["nsga2", "surrogate", "tpe", "random"] = "nsga2"
+    trial_s: float = 0.0
+    interval_s: float = INTERVAL_S
+    grace_s: float = GRACE_S
+    storage_timeout_s: float = 0.0
+
+    def run(self, on_progress: ProgressHook | None = None) -> None:
+        """Work as one worker until the study has its trials."""
+        storage = open_storage(self.storage, timeout_s=self.storage_timeout_s)
+        try:
+            study = self.open_study(storage)
+            with Heartbeats(storage, self.interval_s, self.grace_s) as heartbeats:
+                mirror = self.mirror(study, storage, heartbeats)
+                complete_study(mirror, _Instant(self, mirror, on_progress), self.trials)
+        finally:
+            close(storage)
+
+    def open_study(self, storage: Storage) -> optuna.Study:
+        """The study, made where it is missing."""
+        return open_study(
+            storage,
+            self.study,
+            directions=("maximize",) if self.sampler == "tpe" else ("maximize", "minimize"),
+            metric_names=("quality",) if self.sampler == "tpe" else ("quality", "cost"),
+            identity={"sampler": self.sampler},
+            attributes={"kind": "rehearsal"},
+        )
+
+    def mirror(self, study: optuna.Study, storage: Storage, heartbeats: Heartbeats | None) -> MirroredStudy:
+        """The study as a worker sees it."""
+        sampler = _sampler(self.sampler, worker_seed(study, 0, self.workers), alone=self.workers == 1)
+        return MirroredStudy(study, storage, sampler, SPACE, heartbeats=heartbeats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskTellCost:
+    """What it takes to ask for trials and to tell what became of them, milliseconds per trial.
+
+    Attributes:
+        trials: Finished trials that the study has.
+        ask_ms: The sampler and entering the trials.
+        tell_ms: Finishing them.
+    """
+
+    trials: int
+    ask_ms: float
+    tell_ms: float
+
+
+def measure_ask_and_tell(job: RehearsalJob, sizes: Sequence[int], measured: int = 100) -> list[AskTellCost]:
+    """Measure the cost per trial in studies of growing size, as one worker.
+
+    Args:
+        job: Database and sampler; its study is filled up to each size with random trials.
+        sizes: Finished trials before the measurement, ascending.
+        measured: Trials that are asked and told at each size.
+    """
+    storage = open_storage(job.storage)
+    costs = []
+    try:
+        study = job.open_study(storage)
+        for size in sizes:
+            fill(study, storage, max(0, size - len(study.get_trials(deepcopy=False))), one_value=job.sampler == "tpe")
+            with Heartbeats(storage) as heartbeats:
+                mirror = job.mirror(study, storage, heartbeats)
+                plan = _Instant(job, mirror, None)
+                _ask_and_tell(mirror, plan)  # the first time, a sampler sees all that is there
+                seconds = np.zeros(2)
+                told = 0
+                while told < measured:
+                    took, count = _ask_and_tell(mirror, plan)
+                    seconds, told = seconds + took, told + count
+            ask_ms, tell_ms = (1000 * seconds / told).tolist()
+            costs.append(AskTellCost(trials=size, ask_ms=ask_ms, tell_ms=tell_ms))
+    finally:
+        close(storage)
+    return costs
+
+
+def fill(study: optuna.Study, storage: Storage, count: int, *, one_value: bool) -> None:
+    """Give a study so many more finished trials, with random parameters."""
+    there = len(study.get_trials(deepcopy=False))
+    generator = np.random.default_rng(there)
+    for start in range(0, count, ENTERED_TOGETHER):
+        part = min(ENTERED_TOGETHER, count - start)
+        retentions = np.round(generator.integers(1, 21, size=(part, LAYERS)) * 0.05, 10).tolist()
+        all_params = [dict(zip(SPACE, row, strict=True)) for row in retentions]
+        entered = enter_trials(
+            storage,
+            study._study_id,
+            [
+                _running(params, (there + start + place) // LengthsStudy.population_size)
+                for place, params in enumerate(all_params)
+            ],
+        )
+        outcomes = [
+            Outcome(trial_id=place[1], state=TrialState.COMPLETE, values=objectives(params)[: 1 if one_value else 2])
+            for place, params in zip(entered, all_params, strict=True)
+            if place is not None
+        ]
+        finish_trials(storage, outcomes)
+
+
+def objectives(params: Mapping[str, float]) -> list[float]:
+    """Quality and cost: shares of the sequence that are left, early layers mattering most for quality."""
+    shares_L = np.cumprod([params[name] for name in SPACE])
+    weights_L = np.linspace(1.0, 2.0, LAYERS)
+    return [float(1 - (weights_L * (1 - shares_L) ** 2).mean()), float(shares_L.mean())]
+
+
+def survivors(job: RehearsalJob) -> dict[str, int]:
+    """What stands in the database at the end: trials by what became of them, and lengths evaluated more than once."""
+    storage = open_storage(job.storage)
+    try:
+        trials = optuna.load_study(study_name=job.study, storage=storage).get_trials(deepcopy=False)
+        keys = [trial.system_attrs[KEY] for trial in trials if trial.state in ENDED]
+        evaluated = [trial.system_attrs[KEY] for trial in trials if trial.state in ENDED and not _is_reused(trial)]
+        numbers = [trial.number for trial in trials]
+        return {
+            "finished": len(keys),
+            "unfinished": sum(not trial.state.is_finished() for trial in trials),
+            "failed": sum(trial.state == TrialState.FAIL for trial in trials),
+            "answered_from_cache": len(keys) - len(evaluated),
+            "evaluated_twice": len(evaluated) - len(set(evaluated)),
+            "wrong_numbers": len(set(numbers) ^ set(range(len(numbers)))),
+            "studies": len(optuna.get_all_study_names(storage)),
+        }
+    finally:
+        close(storage)
+
+
+def _is_reused(trial: FrozenTrial) -> bool:
+    return REUSED_FROM in trial.user_attrs
+
+
+def _ask_and_tell(mirror: MirroredStudy, plan: "_Instant") -> tuple["np.ndarray[Any, np.dtype[np.float64]]", int]:
+    """Seconds of asking and of telling, and for how many trials."""
+    start = time.perf_counter()
+    mirror.sync()
+    plan.learn(mirror.take_news())
+    asked = mirror.ask(plan.part(mirror.ended), key_of=plan.key_of, limit=10**9)
+    asked_at = time.perf_counter()
+    told = plan.evaluate(asked)
+    evaluated_at = time.perf_counter()
+    mirror.tell(told)
+    return np.array([asked_at - start, time.perf_counter() - evaluated_at]), len(told)
+
+
+@dataclass
+class _Instant:
+    """The plan of trials that take no time, or a fixed one."""
+
+    job: RehearsalJob
+    mirror: MirroredStudy
+    on_progress: ProgressHook | None
+    answers: dict[str, int] = field(default_factory=dict)
+
+    def learn(self, trials: Sequence[FrozenTrial]) -> None:
+        for trial in trials:
+            if KEY in trial.system_attrs:
+                self.answers.setdefault(trial.system_attrs[KEY], trial.number)
+
+    def first(self) -> list[dict[str, float]]:
+        rates = (dict.fromkeys(SPACE, rate) for rate in (1.0, 0.05, 0.5))
+        under_way = self.mirror.under_way()
+        return [params for params in rates if self.key_of(params) not in self.answers and params not in under_way]
+
+    def part(self, done: int) -> int:
+        size, workers = LengthsStudy.population_size, max(self.job.workers, self.mirror.workers)
+        if self.job.sampler == "tpe":
+            return 1
+        return size - done % size if workers == 1 else part_of(size, workers)
+
+    def attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def key_of(self, params: Mapping[str, Any]) -> str:
+        return hashlib.blake2b(json.dumps(params, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def passes(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
+
+    def evaluate(self, asked: Sequence[AskedTrial]) -> list[Told]:
+        told = []
+        for trial in asked:
+            first = self.answers.setdefault(self.key_of(trial.params), trial.number)
+            if first == trial.number and self.job.trial_s:
+                time.sleep(self.job.trial_s)
+            attributes = {} if first == trial.number else {REUSED_FROM: first}
+            values = objectives(trial.params)[: 1 if self.job.sampler == "tpe" else 2]
+            told.append(Told(trial=trial, values=values, attributes=attributes))
+        if self.on_progress is not None:
+            self.on_progress(self.mirror.ended + len(asked), self.job.trials, "")
+        return told
+
+
+def _sampler(name: str, seed: int, alone: bool) -> BaseSampler:
+    if name == "tpe":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return optuna.samplers.TPESampler(multivariate=True, n_startup_trials=8, seed=seed)
+    from hpo.samplers import make_sampler  # takes a second to import, which a worker that is often killed lacks
+
+    definition = LengthsStudy(name="rehearsal", retention=Range(low=0.05, high=1.0, step=0.05), sampler=name)
+    return make_sampler(
+        definition, SPACE, lambda shares_CL: shares_CL.mean(axis=1), seed, reads_first=False, alone=alone
+    )
+
+
+def _running(params: Mapping[str, float], generation: int) -> FrozenTrial:
+    return FrozenTrial(
+        number=-1,
+        trial_id=-1,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=datetime.now(),
+        datetime_complete=None,
+        params=dict(params),
+        distributions=SPACE,
+        user_attrs={},
+        system_attrs={"NSGAIISampler:generation": generation},
+        intermediate_values={},
+    )

@@ -1,0 +1,314 @@
+"""A database behind `hpo storage serve` answers as the database itself."""
+
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import NSGAIISampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+pytest.importorskip("grpc", reason="gRPC is an extra")
+
+from hpo.bulk import Batch, Known, Outcome, Stale, enter_trials, finish_trials, glance, load_trials
+from hpo.errors import StorageError
+from hpo.mirror import MirroredStudy, Told
+from hpo.proxy import connect, parse_address
+from hpo.proxy_server import Together, served
+from hpo.storage import close, open_database, open_storage
+from hpo.transactions import FUNCTIONS
+from hpo.wire import decode, encode
+
+SPACE = {name: FloatDistribution(0.0, 1.0) for name in ("x", "y")}
+
+
+@pytest.fixture
+def served_at(request, storage, new_database):
+    """The database that is served: SQLite, or one on a server of the kind that the test asks for."""
+    kind = getattr(request, "param", "sqlite")
+    return storage if kind == "sqlite" else new_database(kind)
+
+
+@pytest.fixture
+def server(served_at):
+    """A server's URL, and that of its database."""
+    with served(served_at, "127.0.0.1", 0) as port:
+        yield f"grpc://127.0.0.1:{port}", served_at
+
+
+@pytest.fixture
+def remote(server):
+    storage = open_storage(server[0])
+    yield storage
+    close(storage)
+
+
+@pytest.fixture
+def direct(server):
+    storage = open_database(server[1])
+    yield storage
+    close(storage)
+
+
+on_any_database = pytest.mark.parametrize("served_at", ["sqlite", "postgresql", "mariadb"], indirect=True)
+
+
+def running(number=0, **system_attrs) -> FrozenTrial:
+    return create_trial(
+        state=TrialState.RUNNING,
+        params={"x": number / 10, "y": 0.5},
+        distributions=SPACE,
+        system_attrs=system_attrs,
+        user_attrs={"shares": [0.5, number], "quote": 'it\'s "half" \u2013 $kind'},
+    )
+
+
+def search(storage, name, seed=3):
+    """Three generations of a seeded search."""
+    study = optuna.create_study(storage=storage, study_name=name, directions=["maximize", "minimize"])
+    mirror = MirroredStudy(study, storage, NSGAIISampler(population_size=6, seed=seed), SPACE)
+    for _ in range(3):
+        asked = mirror.ask(6, lambda params: {"sum": params["x"] + params["y"]})
+        mirror.tell([Told(trial=one, values=(one.params["x"], one.params["y"])) for one in asked])
+    return study
+
+
+def facts(study):
+    return [
+        (trial.number, trial.state, trial.values, trial.params, trial.distributions, trial.user_attrs)
+        for trial in study.get_trials(deepcopy=False)
+    ]
+
+
+@on_any_database
+def test_a_search_through_the_server_leaves_what_a_direct_one_leaves(remote, direct):
+    through, itself = search(remote, "through"), search(direct, "itself")
+    there = optuna.load_study(study_name="through", storage=direct)
+    assert facts(through) == facts(there) == facts(itself)
+    assert len(facts(there)) == 18
+
+
+@on_any_database
+def test_a_trial_asked_and_told_with_optuna_goes_through_the_server(remote, direct):
+    study = optuna.create_study(storage=remote, study_name="s", direction="maximize")
+    study.enqueue_trial({"x": 0.25})
+    for _ in range(2):
+        trial = study.ask()
+        trial.suggest_float("x", 0.0, 1.0)
+        trial.suggest_categorical("c", ["a", "b"])
+        trial.report(0.5, 0)
+        trial.set_user_attr("seed", 1)
+        study.tell(trial, trial.params["x"])
+    there = optuna.load_study(study_name="s", storage=direct)
+    assert facts(there) == facts(study)
+    assert there.trials[0].params["x"] == 0.25
+    assert [trial.state for trial in there.trials] == [TrialState.COMPLETE] * 2
+
+
+def test_a_trial_outlives_the_server_it_was_begun_with(storage):
+    with served(storage, "127.0.0.1", 0) as port:
+        remote = open_storage(f"grpc://127.0.0.1:{port}", timeout_s=30)
+        study = optuna.create_study(storage=remote, study_name="s", direction="maximize")
+        trial = study.ask()
+    with served(storage, "127.0.0.1", port):
+        trial.suggest_float("x", 0.0, 1.0)
+        study.tell(trial, 0.5)
+        assert [one.state for one in study.trials] == [TrialState.COMPLETE]
+    close(remote)
+
+
+def test_a_call_waits_while_its_server_is_away(storage):
+    with served(storage, "127.0.0.1", 0) as port:
+        remote = open_storage(f"grpc://127.0.0.1:{port}", timeout_s=30)
+        study = optuna.create_study(storage=remote, study_name="s", direction="maximize")
+    with ThreadPoolExecutor(1) as pool:
+        entering = pool.submit(enter_trials, remote, study._study_id, [running()])
+        while not remote.patience.is_away:
+            threading.Event().wait(0.01)
+        with served(storage, "127.0.0.1", port):
+            ((number, _),) = entering.result(30)
+            assert number == 0
+            assert len(study.trials) == 1
+    close(remote)
+
+
+def test_errors_of_a_function_come_back_as_they_are(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    ((_, trial_id),) = enter_trials(remote, study._study_id, [running()])
+    finish_trials(remote, [Outcome(trial_id=trial_id, state=TrialState.FAIL)])
+    with pytest.raises(UpdateFinishedTrialError, match="Trial 0 is finished already"):
+        finish_trials(remote, [Outcome(trial_id=trial_id, state=TrialState.COMPLETE, values=(1, 2))])
+    with pytest.raises(KeyError):
+        enter_trials(remote, 12345, [running()])
+
+
+def test_what_a_worker_knows_of_others_goes_through_the_server(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    batch = Batch(worker="w", token="t")
+    entered = enter_trials(remote, study._study_id, [running(0), running(1)], limit=1, known=Known(), batch=batch)
+    assert entered[1] is None
+    assert enter_trials(remote, study._study_id, [running(0), running(1)], limit=1, batch=batch) == entered
+    _, trial_id = entered[0]
+    assert glance(remote, study._study_id, Known()) == [(trial_id, TrialState.RUNNING)]
+    (trial,) = load_trials(remote, {trial_id})
+    assert (trial.params, trial.user_attrs) == (running().params, running().user_attrs)
+
+
+@on_any_database
+def test_many_who_enter_trials_at_once_get_distinct_numbers(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    with ThreadPoolExecutor(8) as pool:
+        entered = list(pool.map(lambda _: enter_trials(remote, study._study_id, [running(), running()]), range(24)))
+    assert sorted(number for pair in entered for number, _ in pair) == list(range(48))
+    assert all(first + 1 == second for (first, _), (second, _) in entered), "a generation's numbers follow each other"
+
+
+def test_calls_made_together_fail_alone(direct):
+    study = optuna.create_study(storage=direct, study_name="s", directions=["maximize", "minimize"])
+    together = Together(direct)
+    with ThreadPoolExecutor(3) as pool:
+        together._turn.acquire()  # as while a transaction is being made
+        good = [pool.submit(together.run, "enter_trials", [study._study_id, [running()]], {}) for _ in range(2)]
+        bad = pool.submit(together.run, "enter_trials", [12345, [running()]], {})
+        while len(together._waiting) < 3:
+            threading.Event().wait(0.001)
+        together._turn.release()
+        assert sorted(entering.result(10)[0][0] for entering in good) == [0, 1]
+        with pytest.raises(KeyError):
+            bad.result(10)
+    assert len(study.trials) == 2
+
+
+def test_a_large_generation_fits_into_a_message(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    big = running()
+    big.user_attrs = {"correct": "x" * 6_000_000}  # gRPC itself takes 4 MiB
+    ((_, trial_id),) = enter_trials(remote, study._study_id, [big])
+    assert len(remote.get_trial(trial_id).user_attrs["correct"]) == 6_000_000
+
+
+def test_a_malformed_message_is_refused_and_the_server_goes_on(remote):
+    import grpc
+
+    for message in (b"", b"[]", b"{}", b'{"$kind": "state", "name": "GONE"}', encode(["no such function", [], {}])):
+        with pytest.raises(grpc.RpcError) as caught:
+            remote._run(message)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert remote.get_all_studies() == []
+
+
+def test_what_no_waiting_mends_is_told_at_once(remote):
+    study = optuna.create_study(storage=remote, study_name="s", direction="maximize")
+    with pytest.raises(StorageError, match="its server says"):
+        remote.run_transaction("enter_trials", [study._study_id, "nonsense"], {})
+
+
+# Connecting
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("grpc://127.0.0.1:13000", ("127.0.0.1", 13000)),
+        ("grpc://db.example.org", ("db.example.org", 13000)),
+        ("grpc://localhost:65535/", ("localhost", 65535)),
+        ("grpc://[::1]:9", ("[::1]", 9)),
+    ],
+)
+def test_an_address_is_read(url, address):
+    assert parse_address(url) == address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "grpc://",
+        "grpc://:13000",
+        "grpc://host:0",
+        "grpc://host:65536",
+        "grpc://host:port",
+        "grpc://host:1:2",
+        "grpc://me:hunter2@host:13000",
+        "grpc://host:13000/hunter2",
+        "grpc://host:13000?password=hunter2",
+        "grpc://ho st:13000",
+        "grpc://host\n:13000",
+        "grpc://{host}:13000",
+        "grpc://unix:/tmp/x",
+    ],
+)
+def test_a_malformed_address_is_refused_without_repeating_it(url):
+    with pytest.raises(StorageError, match=r"is written grpc://host:port") as caught:
+        open_storage(url)
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_server_is_a_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(StorageError, match=r"check that `hpo storage serve` runs there\.$") as caught:
+        open_storage(f"grpc://127.0.0.1:{port}", timeout_s=600)
+    assert "\n" not in str(caught.value)
+
+
+def test_optunas_own_server_is_told_apart(storage):
+    from concurrent.futures import ThreadPoolExecutor as Pool
+
+    from optuna.storages._grpc.server import make_server
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    server = make_server(optuna.storages.RDBStorage(storage), "127.0.0.1", port, Pool(1))
+    server.start()
+    try:
+        with pytest.raises(StorageError, match="no server of `hpo storage serve`"):
+            open_storage(f"grpc://127.0.0.1:{port}")
+    finally:
+        server.stop(0).wait()
+
+
+@pytest.mark.parametrize(("entry", "what"), [({"protocol": 0, "hpo": "0.0.1"}, "hpo"), ({"optuna": "4.9.0"}, "optuna")])
+def test_a_server_of_another_version_is_refused(server, monkeypatch, entry, what):
+    from hpo import proxy
+
+    here = proxy.description()
+    monkeypatch.setattr("hpo.proxy_server.description", lambda: {**here, **entry})
+    with pytest.raises(StorageError, match=rf"runs {what} {entry[what]}, this is {what} .*install the same"):
+        connect(server[0])
+
+
+def test_a_port_is_served_once(server):
+    port = int(server[0].rpartition(":")[2])
+    with pytest.raises(StorageError, match="Cannot listen on"), served(server[1], "127.0.0.1", port):
+        pass
+
+
+# What goes over the wire
+
+
+def test_every_argument_comes_back_equal():
+    distributions = {"f": FloatDistribution(1e-5, 1.0, log=True), "c": CategoricalDistribution([1, "a", None, 2.5])}
+    trial = create_trial(
+        params={"f": 0.5, "c": None}, distributions=distributions, values=[1.0, float("inf")], system_attrs={"a": [1]}
+    )
+    arguments = [
+        trial,
+        Outcome(trial_id=1, state=TrialState.COMPLETE, values=[1.0], attributes={"$kind": "state", "n": {"1": [None]}}),
+        Known(newest=3, ended=2, unfinished=[1]),
+        Stale(trial_id=1, worker=None, heartbeat=datetime(2026, 1, 2, 3, 4, 5, 6)),
+        {1: TrialState.WAITING, "k": {"$kind": "x"}},
+        IntDistribution(1, 9, step=2),
+        "text \u2013 \x00",
+        True,
+        None,
+    ]
+    assert decode(encode(arguments)) == arguments
+
+
+def test_functions_of_several_workers_can_be_called():
+    assert {"enter_trials", "finish_trials", "queue_again", "claim_trials", "beat"} <= FUNCTIONS.keys()
