@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import optuna
 
     from hpo.front import Front, FrontPoint
+    from hpo.ray_engine import RayCluster
     from hpo.workload import Workload
     from studies.loader import FinetuneStudy
 
@@ -131,6 +132,30 @@ Seed = Annotated[int, typer.Option(min=0, help="Of the splits, the sampler and t
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes of this machine that share the study; other machines may join it.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS|local",
+        help="Run the workers on a Ray cluster: auto or host:port.",
+        show_default=False,
+    ),
+]
+CpusPerWorker = Annotated[
+    int | None, typer.Option(min=1, help="Cores and threads of a worker on Ray.", show_default="1")
+]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(min=0.0, help="GPUs of a worker on Ray; a part of 1 shares one.", show_default="0")
+]
+Launcher = Annotated[
+    str | None,
+    typer.Option(
+        metavar="accelerate", help="Train each model in several processes, one per GPU.", show_default="one process"
+    ),
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="How many, with --launcher.", show_default="one per GPU of a worker")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 MaxDrop = Annotated[
     float | None,
@@ -182,6 +207,11 @@ def tune_command(
     windows: Windows = None,
     seed: Seed = 0,
     workers: Workers = 1,
+    ray: Ray = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    launcher: Launcher = None,
+    processes: Processes = None,
     storage: Storage = None,
     storage_timeout: StorageTimeout = STORAGE_TIMEOUT_S,
     runs: Runs = None,
@@ -191,6 +221,8 @@ def tune_command(
     from hpo.runs import runs_folder
 
     root = runs_folder(runs)
+    cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
+    together = _processes(launcher, processes, cluster)
     layers = _layers(student_layers)
     if layers is not None and model is None:
         model = teacher
@@ -203,7 +235,23 @@ def tune_command(
         model, dataset = _demo(root)
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model, data_flags, _workload_flags(task, metric, max_length, stride, windows))
-    _tune(definition, workload, trials, teacher, layers, seed, workers, storage, storage_timeout, runs, as_json)
+    cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
+    together = _processes(launcher, processes, cluster)
+    _tune(
+        definition,
+        workload,
+        trials,
+        teacher,
+        layers,
+        seed,
+        workers,
+        cluster,
+        together,
+        storage,
+        storage_timeout,
+        runs,
+        as_json,
+    )
 
 
 @app.command("distill")
@@ -233,6 +281,11 @@ def distill_command(
     stride: Stride = None,
     windows: Windows = None,
     seed: Seed = 0,
+    ray: Ray = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
+    launcher: Launcher = None,
+    processes: Processes = None,
     storage: Storage = None,
     storage_timeout: StorageTimeout = STORAGE_TIMEOUT_S,
     runs: Runs = None,
@@ -242,11 +295,13 @@ def distill_command(
     layers = _layers(student_layers)
     if model is None and layers is None:
         raise typer.BadParameter("give --student, or --student-layers to cut one from the teacher")
+    cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
+    together = _processes(launcher, processes, cluster)
     _quieten_libraries()
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model or teacher, data_flags, _workload_flags(task, metric, max_length, stride, windows))
     definition = _definition(study, objective)
-    _tune(definition, workload, 1, teacher, layers, seed, 1, storage, storage_timeout, runs, as_json)
+    _tune(definition, workload, 1, teacher, layers, seed, 1, cluster, together, storage, storage_timeout, runs, as_json)
 
 
 def _definition(study: str, objective: str | None) -> "FinetuneStudy":
@@ -267,6 +322,8 @@ def _tune(
     student_layers: list[int] | None,
     seed: int,
     workers: int,
+    cluster: "RayCluster | None",
+    processes: int,
     storage: str | None,
     storage_timeout: float,
     runs: Path | None,
@@ -289,10 +346,11 @@ def _tune(
         student_layers=student_layers,
         seed=seed,
         workers=workers,
+        processes=processes,
         storage_timeout_s=storage_timeout,
     )
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
-        finished = complete(job, on_progress=on_progress, prepare=_quieten_libraries)
+        finished = complete(job, on_progress=on_progress, prepare=_quieten_libraries, cluster=cluster)
     folder = best_checkpoint(finished, root)
     best = finished.best_trial
     if as_json:
@@ -360,6 +418,9 @@ def search_lengths_command(
         ),
     ] = None,
     workers: Workers = 1,
+    ray: Ray = None,
+    cpus_per_worker: CpusPerWorker = None,
+    gpus_per_worker: GpusPerWorker = None,
     max_drop: MaxDrop = None,
     budget: Budget = None,
     storage: Storage = None,
@@ -381,6 +442,7 @@ def search_lengths_command(
 
     if seed_with is not None and seed_with not in METHODS:
         raise typer.BadParameter(f"--seed-with {seed_with}: choose {' or '.join(METHODS)}")
+    cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
     url, root = storage_url(storage), runs_folder(runs)
     definition = load_lengths(study)
     flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
@@ -403,7 +465,7 @@ def search_lengths_command(
         storage_timeout_s=storage_timeout,
     )
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
-        search = complete(job, on_progress=on_progress, prepare=_quieten_libraries)
+        search = complete(job, on_progress=on_progress, prepare=_quieten_libraries, cluster=cluster)
     with _database(url):
         front, history = compute_front(search.study, url), hypervolume_history(search.study)
     chosen = _choose(front, max_drop, budget)
@@ -715,6 +777,33 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _cluster(ray: str | None, cpus_per_worker: int | None, gpus_per_worker: float | None) -> "RayCluster | None":
+    """The Ray cluster that flags name, or wrong usage."""
+    if ray is None:
+        if cpus_per_worker is not None or gpus_per_worker is not None:
+            raise typer.BadParameter("--cpus-per-worker and --gpus-per-worker go with --ray")
+        return None
+    from hpo.ray_engine import RayCluster
+
+    return RayCluster(address=ray, cpus_per_worker=cpus_per_worker or 1, gpus_per_worker=gpus_per_worker or 0.0)
+
+
+def _processes(launcher: str | None, processes: int | None, cluster: "RayCluster | None") -> int:
+    """How many processes train one model together, or wrong usage."""
+    if launcher is None:
+        if processes is not None:
+            raise typer.BadParameter("--processes goes with --launcher accelerate")
+        return 1
+    if launcher != "accelerate":
+        raise typer.BadParameter(f"--launcher {launcher}: choose accelerate")
+    import torch
+
+    gpus = torch.cuda.device_count() if cluster is None else int(cluster.gpus_per_worker)
+    if processes is None and not gpus:
+        raise typer.BadParameter("--launcher accelerate finds no GPU to count; say how many with --processes")
+    return processes or gpus
+
+
 def _layers(given: str | None) -> list[int] | None:
     """The numbers of `0,2,4`, or wrong usage."""
     if given is None:
@@ -851,11 +940,9 @@ def _study_name(name_or_path: str) -> str:
 
 def _absolute(place: str) -> str:
     """Local paths are recorded absolute, so that a later command may run elsewhere."""
-    parts = []
-    for part in place.split(","):
-        split, equals, path = part.rpartition("=")
-        parts.append(f"{split}{equals}{Path(path).resolve()}" if Path(path).exists() else part)
-    return ",".join(parts)
+    from hpo.workload import with_paths
+
+    return with_paths(place, lambda path: str(Path(path).resolve()) if Path(path).exists() else path)
 
 
 def _printable(text: str) -> str:

@@ -17,6 +17,7 @@ from model.distill import DistillError, DistillSettings, distil
 from model.encoder import LengthAdaptiveModel, read_config
 from model.evaluate import score
 from model.length_config import LengthConfig
+from model.processes import check_processes, train_in_processes
 from model.students import cut_student
 from model.train import TrainingSettings, train
 from model.training import TrainingReport
@@ -43,6 +44,7 @@ class Recipe:
         teacher: A fine-tuned encoder to learn from; None where there is none.
         teacher_source: Its folder or hub id.
         student_layers: Layers of the workload's encoder that the student is made of; None for all.
+        processes: How many train one model together.
     """
 
     definition: FinetuneStudy
@@ -50,6 +52,7 @@ class Recipe:
     teacher: LengthAdaptiveModel | None
     teacher_source: str | None
     student_layers: tuple[int, ...] | None
+    processes: int = 1
 
     @classmethod
     def of(
@@ -58,17 +61,22 @@ class Recipe:
         loaded: LoadedWorkload,
         teacher_source: str | None,
         student_layers: Sequence[int] | None,
+        processes: int = 1,
     ) -> "Recipe":
         """Load the teacher, and see that the student can learn from it.
 
         Raises:
-            HpoError: A distillation lacks its teacher, or the two do not go together.
+            HpoError: A distillation lacks its teacher, the two do not go together, or there are too few GPUs.
             CheckpointError: The teacher cannot be loaded.
         """
         if teacher_source is None and definition.kind == "distill":
             raise HpoError(
                 f"Study {definition.name!r} distils and has no teacher; name a fine-tuned one with --teacher."
             )
+        try:
+            check_processes(processes)
+        except ValueError as error:
+            raise HpoError(f"Training cannot be shared: {error}") from error
         teacher = None
         if teacher_source is not None:
             _check_vocabularies(loaded, teacher_source)
@@ -81,6 +89,7 @@ class Recipe:
             teacher=teacher,
             teacher_source=teacher_source,
             student_layers=layers,
+            processes=processes,
         )
 
     def identity(self) -> dict[str, str]:
@@ -161,7 +170,7 @@ class Recipe:
         on_epoch: Callable[[LengthAdaptiveModel, int], None],
         on_progress: Callable[[float], None],
     ) -> TrainingReport:
-        return train(
+        return self._in_processes(train)(
             model,
             self.loaded.train,
             self.loaded.tokenizer,
@@ -180,7 +189,7 @@ class Recipe:
     ) -> TrainingReport:
         assert self.teacher is not None
         try:
-            return distil(
+            return self._in_processes(distil)(
                 model,
                 self.teacher,
                 self.loaded.train,
@@ -191,6 +200,10 @@ class Recipe:
             )
         except (ValueError, DistillError) as error:  # layers, widths or heads of the two do not go together
             raise HpoError(f"Study {self.definition.name!r} cannot distil {self.teacher_source}: {error}") from error
+
+    def _in_processes(self, training: Callable[..., TrainingReport]) -> Callable[..., TrainingReport]:
+        """The same training, in as many processes as the recipe has."""
+        return training if self.processes == 1 else partial(train_in_processes, training, self.processes)
 
     def _last_stage(self, runs: StudyRuns, name: str, seed: int) -> tuple[LengthAdaptiveModel, int]:
         """The model after the last stage that is kept, and the number of stages done."""

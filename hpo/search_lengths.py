@@ -152,31 +152,8 @@ def search_loaded(
     An `evaluator` over the search split, in the blocks that the definition asks for, lets several searches share what
     it remembers; without one, the search has its own.
     """
-    workload = loaded.workload
     model = load_encoder(checkpoint, loaded.corpus).to(compute_device())
-    study = open_study(
-        rdb,
-        definition.name,
-        directions=[loaded.metric.direction, COST_DIRECTION],
-        metric_names=[loaded.metric.name, COST_NAME],
-        identity={
-            "model": model.fingerprint(),
-            "dataset": loaded.dataset_identity,
-            "search space": definition.space_fingerprint(),
-            "metric": loaded.metric.name,
-        },
-        attributes={
-            "kind": "lengths",
-            "workload": workload.to_attribute(),
-            "checkpoint": str(checkpoint),
-            "seed": seed,
-            "versions": library_versions(),
-            "full_macs": mean_macs(model.shape, loaded.search.num_tokens),
-            "report_full_macs": mean_macs(model.shape, loaded.report.num_tokens),
-            "median_tokens": int(np.median(loaded.search.num_tokens)),
-            FOLDER_ATTRIBUTE: new_folder_name(definition.name),
-        },
-    )
+    study = open_search(definition, loaded, checkpoint, model, rdb, seed)
     study_runs = StudyRuns(runs, study)
     study_runs.prepare()
     spool = Spool(study_runs.folder, study.study_name)
@@ -205,6 +182,44 @@ def search_loaded(
         complete_study(mirror, run, trials, run.times)
         run.score_front_on_report_split()
     return LengthSearch(study=study, evaluated=run.evaluated, stopped=run.stopped, reused=run.reused, times=run.times)
+
+
+def open_search(
+    definition: LengthsStudy,
+    loaded: LoadedWorkload,
+    checkpoint: Path,
+    model: LengthAdaptiveModel,
+    rdb: Storage,
+    seed: int = 0,
+) -> optuna.Study:
+    """Make the study of a search, or see that it may be gone on with.
+
+    Raises:
+        StudyChanged: It was made with something else.
+    """
+    return open_study(
+        rdb,
+        definition.name,
+        directions=[loaded.metric.direction, COST_DIRECTION],
+        metric_names=[loaded.metric.name, COST_NAME],
+        identity={
+            "model": model.fingerprint(),
+            "dataset": loaded.dataset_identity,
+            "search space": definition.space_fingerprint(),
+            "metric": loaded.metric.name,
+        },
+        attributes={
+            "kind": "lengths",
+            "workload": loaded.workload.to_attribute(),
+            "checkpoint": str(checkpoint),
+            "seed": seed,
+            "versions": library_versions(),
+            "full_macs": mean_macs(model.shape, loaded.search.num_tokens),
+            "report_full_macs": mean_macs(model.shape, loaded.report.num_tokens),
+            "median_tokens": int(np.median(loaded.search.num_tokens)),
+            FOLDER_ATTRIBUTE: new_folder_name(definition.name),
+        },
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hpo.recipe import Recipe, check_settings
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.sharing import complete_study, worker_seed
 from hpo.spool import Spool
-from hpo.storage import open_storage, open_study
+from hpo.storage import Storage, open_storage, open_study
 from hpo.workload import (
     LoadedWorkload,
     Progress,
@@ -38,6 +38,7 @@ from model.evaluate import score
 from model.hardware import is_out_of_memory
 from model.length_config import LengthConfig
 from model.macs import constant_rate_config
+from model.processes import TrainingProcessDied
 from model.training import TrainingDiverged
 from studies.loader import STAGES, Choices, FinetuneStudy, Range
 
@@ -62,6 +63,7 @@ def tune(
     student_layers: Sequence[int] | None = None,
     seed: int = 0,
     workers: int = 1,
+    processes: int = 1,
     on_progress: ProgressHook | None = None,
     storage_timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> optuna.Study:
@@ -80,6 +82,7 @@ def tune(
         student_layers: Layers of the workload's encoder, from 0, that the student is made of; None takes all.
         seed: Of sampler, heads, dropout and batch order; the dataset's own seed is in `workload.data`.
         workers: How many are started together; the sampler of each has then a seed of its own.
+        processes: How many train one model together, each with a GPU of its own where there are GPUs.
         on_progress: Told about each step.
         storage_timeout_s: How long the database is waited for if it goes away in between.
     Returns:
@@ -95,9 +98,37 @@ def tune(
     progress = Progress(on_progress)
     rdb = open_storage(storage, timeout_s=storage_timeout_s, on_state=progress.remark)
     loaded = load_workload(workload, workload.model)
-    recipe = Recipe.of(definition, loaded, teacher, student_layers)
+    recipe = Recipe.of(definition, loaded, teacher, student_layers, processes)
+    study = open_tuning(recipe, rdb, seed)
+    study_runs = StudyRuns(runs, study)
+    study_runs.prepare()
+    spool = Spool(study_runs.folder, study.study_name)
+    spool.replay(rdb, study)
+    if recipe.teacher is not None and TEACHER_METRIC not in study.user_attrs:
+        record_once(rdb, study._study_id, {TEACHER_METRIC: recipe.score_teacher(recipe.teacher)})
+    with Heartbeats(rdb) as heartbeats:
+        mirror = MirroredStudy(
+            study,
+            rdb,
+            _sampler(definition, worker_seed(study, seed, workers)),
+            {name: _distribution(declared) for name, declared in definition.space.items()},
+            pruner=_pruner(definition),
+            heartbeats=heartbeats,
+            spool=spool,
+        )
+        complete_study(mirror, _Trainings(mirror, recipe, study_runs, trials, seed, progress), trials)
+    return study
+
+
+def open_tuning(recipe: Recipe, rdb: Storage, seed: int = 0) -> optuna.Study:
+    """Make the study of a recipe's trainings, or see that it may be gone on with.
+
+    Raises:
+        StudyChanged: It was made with something else.
+    """
+    definition, loaded = recipe.definition, recipe.loaded
     probe = recipe.new_student()
-    study = open_study(
+    return open_study(
         rdb,
         definition.name,
         directions=[loaded.metric.direction],
@@ -119,24 +150,6 @@ def tune(
             FOLDER_ATTRIBUTE: new_folder_name(definition.name),
         },
     )
-    study_runs = StudyRuns(runs, study)
-    study_runs.prepare()
-    spool = Spool(study_runs.folder, study.study_name)
-    spool.replay(rdb, study)
-    if recipe.teacher is not None and TEACHER_METRIC not in study.user_attrs:
-        record_once(rdb, study._study_id, {TEACHER_METRIC: recipe.score_teacher(recipe.teacher)})
-    with Heartbeats(rdb) as heartbeats:
-        mirror = MirroredStudy(
-            study,
-            rdb,
-            _sampler(definition, worker_seed(study, seed, workers)),
-            {name: _distribution(declared) for name, declared in definition.space.items()},
-            pruner=_pruner(definition),
-            heartbeats=heartbeats,
-            spool=spool,
-        )
-        complete_study(mirror, _Trainings(mirror, recipe, study_runs, trials, seed, progress), trials)
-    return study
 
 
 def best_checkpoint(study: optuna.Study, runs: Path) -> Path:
@@ -234,7 +247,7 @@ class _Trainings:
         report_share(0.0)
         try:
             told = self._train_and_score(trial, report_share)
-        except TrainingDiverged as error:
+        except (TrainingDiverged, TrainingProcessDied) as error:
             self._fail(trial, str(error))
             report_share(0.0)
             return []

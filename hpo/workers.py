@@ -27,7 +27,9 @@ from studies.loader import FinetuneStudy, LengthsStudy
 if TYPE_CHECKING:  # a worker imports torch once it knows how many threads it may have
     import optuna
 
+    from hpo.ray_engine import RayCluster
     from hpo.search_lengths import LengthSearch
+    from hpo.storage import Storage
     from hpo.workload import ProgressHook, Workload
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,15 @@ class SearchJob:
     workers: int = 1
     storage_timeout_s: float = DEFAULT_TIMEOUT_S
 
+    def open(self, rdb: "Storage") -> "optuna.Study":
+        """The study, made where there is none; it records this process's paths, whoever works on it."""
+        from hpo.search_lengths import open_search
+        from hpo.workload import load_encoder, load_workload
+
+        loaded = load_workload(self.workload, self.checkpoint)
+        model = load_encoder(self.checkpoint, loaded.corpus)
+        return open_search(self.definition, loaded, self.checkpoint, model, rdb, self.seed)
+
     def run(self, on_progress: "ProgressHook | None" = None) -> "LengthSearch":
         """Work as one worker until the study has its trials."""
         from hpo.search_lengths import search_lengths
@@ -91,6 +102,7 @@ class TuneJob:
 
     Attributes:
         workers: How many were started together.
+        processes: How many train one model together.
     """
 
     definition: FinetuneStudy
@@ -102,7 +114,18 @@ class TuneJob:
     student_layers: Sequence[int] | None = None
     seed: int = 0
     workers: int = 1
+    processes: int = 1
     storage_timeout_s: float = DEFAULT_TIMEOUT_S
+
+    def open(self, rdb: "Storage") -> "optuna.Study":
+        """The study, made where there is none; it records this process's paths, whoever works on it."""
+        from hpo.recipe import Recipe
+        from hpo.tune import open_tuning
+        from hpo.workload import load_workload
+
+        loaded = load_workload(self.workload, self.workload.model)
+        recipe = Recipe.of(self.definition, loaded, self.teacher, self.student_layers)
+        return open_tuning(recipe, rdb, self.seed)
 
     def run(self, on_progress: "ProgressHook | None" = None) -> "optuna.Study":
         """Work as one worker until the study has its trials."""
@@ -118,6 +141,7 @@ class TuneJob:
             student_layers=self.student_layers,
             seed=self.seed,
             workers=self.workers,
+            processes=self.processes,
             storage_timeout_s=self.storage_timeout_s,
             on_progress=on_progress,
         )
@@ -128,13 +152,23 @@ def complete(
     *,
     on_progress: "ProgressHook | None" = None,
     prepare: Callable[[], None] | None = None,
+    cluster: "RayCluster | None" = None,
 ) -> Any:
-    """Complete a job's study with as many workers as it says: one in this process, or several; returns what one does.
+    """Complete a job's study with as many workers as it says, here or on a cluster; returns what `run` does.
 
+    Args:
+        job: What to work on.
+        on_progress: Told what the workers report.
+        prepare: Called first in each worker.
+        cluster: A Ray cluster that the workers run on; None for this machine.
     Raises:
-        HpoError: As `run_workers`, or as the job.
+        HpoError: As `run_workers` or `run_on_ray`, or as the job.
     """
-    if job.workers > 1:
+    if cluster is not None:
+        from hpo.ray_engine import run_on_ray
+
+        run_on_ray(job, cluster, on_progress=on_progress, prepare=prepare)
+    elif job.workers > 1:
         run_workers(job, job.workers, on_progress=on_progress, prepare=prepare)
     return dataclasses.replace(job, workers=1).run(on_progress)  # after several workers, nothing is left to be done
 
@@ -287,10 +321,10 @@ def _work(
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
     except Exception as error:
-        sender.send(("failure", _last_words(error)))
+        sender.send(("failure", last_words(error)))
 
 
-def _last_words(error: Exception) -> str:
+def last_words(error: Exception) -> str:
     """The sentence of an error that a user can put right; where another ended the worker, in the end of its trace."""
     if isinstance(error, HpoError) or type(error).__module__.partition(".")[0] in ("model", "studies"):
         return str(error)

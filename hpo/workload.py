@@ -199,6 +199,12 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
+def with_paths(source: str, change: Callable[[str], str]) -> str:
+    """A dataset's or model's name with other paths in it: a path, or several as in `train=a.csv,validation=b.csv`."""
+    parts = (part.rpartition("=") for part in source.split(","))
+    return ",".join(f"{split}{equals}{change(path)}" for split, equals, path in parts)
+
+
 def require_trials(trials: int) -> None:
     """Refuse a total that is not positive."""
     if trials < 1:

@@ -4,6 +4,8 @@ What a teacher says of a fixed split never changes, so it can be computed once a
 wherever it comes from, and on a processor each sequence passes the teacher alone, so that nothing depends on batch
 mates: training with the cache and training with the teacher running along give the same weights.
 
+Where several processes share a batch, each loss is a process's part of the batch's (`model.shards`).
+
 Shape letters: B sequences, L tokens, D hidden size, H heads, d size of a head, C outputs of the task's head.
 """
 
@@ -27,14 +29,16 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.families import Places
 from model.hardware import compute_device
 from model.precision import snapshot
+from model.shards import share_of
 from model.training import (
+    BatchSharingTrainer,
     EpochHook,
     ProgressHook,
     Ranges,
@@ -83,7 +87,8 @@ def distillation_loss(
         target, estimate = student, teacher
     else:
         raise ValueError(f"divergence={divergence!r}; choose 'forward' or 'reverse'.")
-    return F.kl_div(estimate, target, reduction="batchmean", log_target=True) * temperature**2
+    divergence_mean = F.kl_div(estimate, target, reduction="batchmean", log_target=True)
+    return divergence_mean * temperature**2 * share_of(len(student), student.device)
 
 
 def imitation_loss(
@@ -109,7 +114,7 @@ def imitation_loss(
         divergence: See `distillation_loss`.
     """
     if model.task == "regression":
-        return F.mse_loss(student.float(), teacher.float())
+        return F.mse_loss(student.float(), teacher.float()) * share_of(len(student), student.device)
     real_BL = attention_mask_BL.bool()
     if model.task == "token-classification":
         return distillation_loss(student[real_BL], teacher[real_BL], temperature, divergence)
@@ -139,7 +144,7 @@ def hidden_loss(student_BLD: Tensor, teacher_BLD: Tensor, mask_BL: Tensor) -> Te
         mask_BL: True at real tokens.
     Source: Jiao et al. 2020 (TinyBERT), "Hidden States Based Distillation" and "Embedding-layer Distillation".
     """
-    return (student_BLD.float() - teacher_BLD.float()).square()[mask_BL].mean()
+    return _mean((student_BLD.float() - teacher_BLD.float()).square()[mask_BL])
 
 
 def score_loss(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -155,7 +160,7 @@ def score_loss(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor) -> T
     """
     student, teacher = student_BHLL.float(), teacher_BHLL.float()
     seen = _seen(student, mask_BL) & _seen(teacher, mask_BL)
-    return (student - teacher)[seen].square().mean()
+    return _mean((student - teacher)[seen].square())
 
 
 def probability_loss(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ def probability_loss(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor
     Source: Jiao et al. 2020 (TinyBERT), "Attention Based Distillation", which found scores to work better.
     """
     estimate, target, seen = _distributions(student_BHLL, teacher_BHLL, mask_BL)
-    return (estimate.exp() - target)[seen].square().mean()
+    return _mean((estimate.exp() - target)[seen].square())
 
 
 def attention_divergence(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ def attention_divergence(student_BHLL: Tensor, teacher_BHLL: Tensor, mask_BL: Te
     """
     estimate, target, _ = _distributions(student_BHLL, teacher_BHLL, mask_BL)
     divergence_BHL: Tensor = (torch.xlogy(target, target) - target * estimate).sum(-1)
-    return divergence_BHL.transpose(1, 2)[mask_BL].mean()
+    return _mean(divergence_BHL.transpose(1, 2)[mask_BL])
 
 
 def relation_loss(
@@ -204,6 +209,11 @@ def relation_loss(
     student, teacher = (_relations(values.float()) for values in (student_BHLd, teacher_BHLd))
     teacher = teacher.masked_fill(~mask_BL[:, None, None, :], UNLIKELY).softmax(-1)
     return attention_divergence(student_BHLL, teacher_BHLL, mask_BL) + attention_divergence(student, teacher, mask_BL)
+
+
+def _mean(parts: Tensor) -> Tensor:
+    """Their mean; of a shared batch, this process's part of it."""
+    return parts.mean() * share_of(parts.numel(), parts.device)
 
 
 def _relations(values_BHLd: Tensor) -> Tensor:
@@ -764,7 +774,7 @@ class Learner(nn.Module):
         return outputs
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(BatchSharingTrainer):
     """transformers' Trainer whose step compares the student's pass with what the teacher says of the same sequences."""
 
     def __init__(

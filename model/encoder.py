@@ -32,6 +32,7 @@ from model.families import FAMILIES, TOKEN_TASKS, attend
 from model.hub import only_local_files
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, sequence_macs
+from model.shards import share_of
 
 logger = logging.getLogger(__name__)
 
@@ -239,20 +240,23 @@ class LengthAdaptiveModel(nn.Module):
         return SequenceClassifierOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of logits, both as `forward` has them."""
+        """The mean loss of logits, both as `forward` has them; of a shared batch, this process's part of it."""
         logits = logits.float()
+        count: Tensor | int = len(labels)
         match self.task:
             case "classification" if self.is_multi_label:
-                return F.binary_cross_entropy_with_logits(logits, labels.float())
+                loss = F.binary_cross_entropy_with_logits(logits, labels.float())
             case "regression":
-                return F.mse_loss(logits[:, 0], labels.float())
+                loss = F.mse_loss(logits[:, 0], labels.float())
             case "token-classification":
+                count = (labels != IGNORED).sum()
                 total = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
-                return total / (labels != IGNORED).sum().clamp(min=1)  # of no labels the mean would be no number
+                loss = total / count.clamp(min=1)  # of no labels the mean would be no number
             case "question-answering":
-                return F.cross_entropy(logits, labels)  # over the tokens, for start and end at once
+                loss = F.cross_entropy(logits, labels)  # over the tokens, for start and end at once
             case _:
-                return F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, labels)
+        return loss * share_of(count, loss.device)
 
     def _is_encoder_weight(self, name: str) -> bool:
         return name.startswith(f"{self.network.base_model_prefix}.") and ".pooler." not in name

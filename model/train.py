@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from model.attention import TOKEN_SCORES
@@ -23,6 +23,7 @@ from model.encoder import LengthAdaptiveModel
 from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.training import (
+    BatchSharingTrainer,
     EpochHook,
     ProgressHook,
     Ranges,
@@ -129,7 +130,7 @@ def _on_device(teacher: LengthAdaptiveModel | None) -> LengthAdaptiveModel | Non
     return None if teacher is None else teacher.to(compute_device()).eval()
 
 
-class LengthDropTrainer(Trainer):
+class LengthDropTrainer(BatchSharingTrainer):
     """transformers' Trainer whose step is the sandwich of Kim & Cho 2021."""
 
     def __init__(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -26,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from model.encoded import EncodedSplit
 from model.hardware import computes_in_bf16, is_out_of_memory
+from model.shards import ShardCollator
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +173,13 @@ def fit(
             disable_tqdm=True,
             dataloader_pin_memory=not use_cpu,
         )
+        collator = _collator(task, tokenizer)
+        if arguments.world_size > 1:
+            collator = ShardCollator(collator, arguments.process_index, arguments.world_size)
         trainer = make_trainer(
             args=arguments,
             train_dataset=rows,
-            data_collator=_collator(task, tokenizer),
+            data_collator=collator,
             callbacks=[*callbacks, _Hooks(on_epoch, on_progress)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -185,6 +190,23 @@ def fit(
         final_loss=float(losses[-1]) if losses else math.nan,
         precision="bf16" if bf16 else "fp32",
     )
+
+
+class BatchSharingTrainer(Trainer):
+    """transformers' Trainer, whose batches are one process's also where several processes share them.
+
+    accelerate would hand a process whole batches, or parts of equal size filled up with rows that were read before.
+    Here all processes read the same batches, of which `ShardCollator` gives each its rows.
+    """
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Every process's batches, in the first one's order."""
+        loader: Any = super().get_train_dataloader()
+        if self.args.world_size > 1:
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+            loader.batch_sampler.even_batches = False
+            loader.rng_types = ["torch"]  # dropout over different rows draws differently often; order must not
+        return loader  # type: ignore[no-any-return]
 
 
 def halving_batches(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -192,3 +192,12 @@ def test_best_checkpoint_elsewhere_says_where_it_looked(run, tmp_path):
 def test_impossible_definition_is_refused_before_any_training(finetune, changes, word):
     with pytest.raises(StudyFileError, match=word):
         check_settings(dataclasses.replace(finetune, first=(), **changes))
+
+
+def test_trial_that_several_processes_train_keeps_its_model(run, workload, tmp_path):
+    study = run(1, processes=2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
+    assert study.best_trial.intermediate_values.keys() == {1, 2}
+    folder = best_checkpoint(study, tmp_path / "runs")
+    model = load_encoder(folder, load_workload(workload, folder).corpus)
+    assert study.best_trial.user_attrs["checkpoint_sha256"] == model.fingerprint()

@@ -1,0 +1,52 @@
+"""What the examples start is what the command line takes."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from hpo.cli import app
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def options_of(command: list[str]) -> dict[str, object]:
+    """What the command line makes of a command, without running it; wrong usage is an error."""
+    program, name, *arguments = command
+    assert program == "hpo"
+    group = typer.main.get_command(app)
+    return group.commands[name].make_context(name, arguments).params
+
+
+def kubernetes_command() -> list[str]:
+    (job,) = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return container["command"]
+
+
+def slurm_command() -> list[str]:
+    (line,) = [line for line in (EXAMPLES / "slurm.sh").read_text().splitlines() if line.startswith("srun ")]
+    return shlex.split(line)[1:]
+
+
+@pytest.mark.parametrize("command", [kubernetes_command(), slurm_command()], ids=["kubernetes", "slurm"])
+def test_example_starts_a_worker(command):
+    assert options_of(command)["trials"] == 5000
+
+
+def test_kubernetes_job_is_whole():
+    (job,) = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert pod["restartPolicy"] in ("OnFailure", "Never")
+    assert {entry["name"] for entry in container["env"]} >= {"HPO_STORAGE"}
+    assert "postgresql" not in str(job)  # the URL, with its password, is the secret's
+
+
+def test_slurm_script_is_bash():
+    subprocess.run(["bash", "-n", EXAMPLES / "slurm.sh"], check=True)
