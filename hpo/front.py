@@ -4,7 +4,7 @@ Everything here is recomputed from the study's database; `hpo.plot` draws it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ from hpo.storage import display_url, finished_trials
 
 BASELINE = "the same model at full length without padding"
 FLOPS_PER_MAC = 2
-RETENTION = "retention_"
+RETENTION, SKIP = "retention_", "skip_"
+"""What the names of a study's parameters begin with; then comes the layer."""
 ORIGIN = "origin"
 """Attribute of a trial whose length config another method found: that method."""
 ORIGINS = {"power-bert": "PoWER-BERT's configs"}
@@ -47,6 +48,7 @@ class FrontPoint:
     Attributes:
         trial: Number of the trial in its study.
         shares: Share of the sequence's own tokens left after each layer.
+        skipped: Layers, from 0, that are not computed; None where the study does not search depth.
         metric: Quality on the search split, on which trials are selected.
         report_metric: Quality on the report split; None where it was not scored there.
         macs: Mean MACs of the search split's real sequences.
@@ -69,6 +71,7 @@ class FrontPoint:
     metrics: Mapping[str, float] = field(default_factory=dict)
     report_metrics: Mapping[str, float] = field(default_factory=dict)
     origin: str | None = None
+    skipped: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ class Front:
         points: The non-dominated trials by rising cost and quality; of equals the earliest.
         dominated: The other completed trials, by number.
         seeds: Completed trials that another method found, by rising cost.
-        constant_rate: Trials with one retention for all layers, by rising cost; of equals the earliest.
+        constant_rate: Trials with one retention for all layers, none skipped, by rising cost; of equals the earliest.
         median_tokens: Median number of real tokens per sequence of the search split, where known.
         workload: What was searched, as `hpo.workload.Workload` records it; empty where unknown.
     """
@@ -134,7 +137,7 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
         raise EmptyFront(f"Study {study.study_name!r} has no completed trial yet; start it with `hpo search-lengths`.")
     attrs = study.user_attrs
     points = [_front_point(trial, study.study_name, attrs) for trial in completed]
-    rates = {trial.number: _constant_rate(trial) for trial in completed}
+    rates = {trial.number: constant_rate(trial.params) for trial in completed}
     full = next((point for point in points if rates[point.trial] == 1.0), None)
     if full is None:
         raise EmptyFront(
@@ -273,6 +276,7 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
             f"{front.metric} on the search split, which selects, and on the report split. FLOPs: mean per sequence of "
             f"the search split, {FLOPS_PER_MAC} per MAC; shares are of {BASELINE}."
             + ("" if chosen is None else " * marks the choice.")
+            + ("" if front.full.skipped is None else " - marks a skipped layer.")
         ),
         title_justify="left",
         caption_justify="left",
@@ -292,15 +296,27 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
     for point in front.points:
         is_chosen = chosen is not None and point.trial == chosen.trial
         mark = "*" if is_chosen else ""
-        table.add_row(mark, *_cells(point, percents(point.shares), beside), style="bold" if is_chosen else None)
+        table.add_row(
+            mark,
+            *_cells(point, percents(point.shares, point.skipped), beside),
+            style="bold" if is_chosen else None,
+        )
     table.add_section()
     table.add_row("", *_cells(front.full, "full length", beside))
     return table
 
 
-def percents(shares: Sequence[float]) -> str:
-    """Shares in whole percent, six to a line and aligned: `(0.9, 0.81)` -> `' 90  81'`."""
+def constant_rate(params: Mapping[str, Any]) -> float | None:
+    """The retention that all layers of a trial share; None where they differ or one is skipped."""
+    rates = {round(value, DECIMALS) for name, value in params.items() if name.startswith(RETENTION)}
+    skips = any(value for name, value in params.items() if name.startswith(SKIP))
+    return rates.pop() if len(rates) == 1 and not skips else None
+
+
+def percents(shares: Sequence[float], skipped: Collection[int] | None = None) -> str:
+    """Shares in whole percent, six to a line and aligned: `(0.9, 0.81)` -> `' 90  81'`; skipped layers are hyphens."""
     numbers = [f"{share:.0%}".rstrip("%") if share >= 0.005 else "<1" for share in shares]
+    numbers = ["-" if layer in (skipped or ()) else number for layer, number in enumerate(numbers)]
     lines = [numbers[start : start + SHARES_PER_LINE] for start in range(0, len(numbers), SHARES_PER_LINE)]
     return "\n".join(" ".join(f"{number:>3}" for number in line) for line in lines)
 
@@ -358,13 +374,8 @@ def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any]) -> Fr
         metrics=trial.user_attrs.get("metrics") or {},
         report_metrics=attrs.get(f"report_metrics:{trial.number}") or {},
         origin=trial.user_attrs.get(ORIGIN),
+        skipped=tuple(trial.user_attrs["skipped"]) if "skipped" in trial.user_attrs else None,
     )
-
-
-def _constant_rate(trial: FrozenTrial) -> float | None:
-    """The retention that all layers share; None where they differ."""
-    rates = {round(value, DECIMALS) for name, value in trial.params.items() if name.startswith(RETENTION)}
-    return rates.pop() if len(rates) == 1 else None
 
 
 def _growing_areas(relative_cost_N: NDArray[np.float64], quality_N: NDArray[np.float64]) -> list[float]:
@@ -390,7 +401,9 @@ def _distinct_by_cost(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:
 
 def _point_to_json(point: FrontPoint) -> dict[str, Any]:
     names = ["trial", "shares", "metric", "report_metric", "macs", "relative_macs", "latency_ms"]
+    if point.skipped is not None:
+        names.insert(2, "skipped")
     if len(point.metrics) > 1:
         names += ["metrics", "report_metrics"]
     fields = asdict(point)
-    return {name: list(fields[name]) if name == "shares" else fields[name] for name in names}
+    return {name: list(fields[name]) if name in ("shares", "skipped") else fields[name] for name in names}

@@ -14,7 +14,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from hpo.front import BASELINE, FLOPS_PER_MAC, ORIGINS, SHARES_PER_LINE, Front, FrontPoint, flops_text, percents
-from model.length_config import LengthConfig
+from model.length_config import SKIPPED, LengthConfig
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
         median="" if front.median_tokens is None else f"of {front.median_tokens} tokens, the median",
         flops_per_mac=FLOPS_PER_MAC,
         baseline=BASELINE,
+        hyphen="" if front.full.skipped is None else " A hyphen stands for a layer that is skipped.",
         storage=escape(front.storage),
     )
     _replace(path, page.encode())
@@ -247,7 +248,7 @@ def _report_trace(front: Front, points: Sequence[FrontPoint]) -> go.Scatter:
 
 
 def _hover(front: Front, point: FrontPoint) -> str:
-    shares = "<br>".join(_text(" ".join(line.split())) for line in percents(point.shares).splitlines())
+    shares = "<br>".join(_text(" ".join(line.split())) for line in percents(point.shares, point.skipped).splitlines())
     lines = [
         f"<b>trial {point.trial}</b>",
         f"{_text(front.metric)}, search split: {point.metric:.4f}",
@@ -265,15 +266,18 @@ def _hover(front: Front, point: FrontPoint) -> str:
     return "<br>".join(lines)
 
 
-def _lengths(front: Front, point: FrontPoint) -> tuple[int, ...]:
+def _lengths(front: Front, point: FrontPoint) -> list[str]:
+    """Tokens left after each layer of a sequence of median length; hyphens where layers are skipped."""
     if front.median_tokens is None:
-        return ()
-    return LengthConfig.from_shares(point.shares).lengths(front.median_tokens)
+        return []
+    config = LengthConfig.from_shares(point.shares, point.skipped or ())
+    counts = enumerate(config.lengths(front.median_tokens))
+    return [SKIPPED if layer in config.skipped else str(count) for layer, count in counts]
 
 
-def _lines(numbers: Sequence[int]) -> Iterator[str]:
+def _lines(numbers: Sequence[str]) -> Iterator[str]:
     for start in range(0, len(numbers), SHARES_PER_LINE):
-        yield " ".join(str(number) for number in numbers[start : start + SHARES_PER_LINE])
+        yield " ".join(numbers[start : start + SHARES_PER_LINE])
 
 
 def lay_out(figure: go.Figure, title: str, subtitle: str) -> None:
@@ -339,8 +343,8 @@ def _row(front: Front, point: FrontPoint, role: str) -> str:
         *(f"{point.report_metrics[name]:.4f}" if point.report_metrics else "-" for name in front.beside),
         f"{point.relative_macs:.1%}",
         flops_text(point.macs),
-        " ".join(percents(point.shares).split()),
-        " ".join(str(length) for length in _lengths(front, point)),
+        " ".join(percents(point.shares, point.skipped).split()),
+        " ".join(_lengths(front, point)),
     )
     return f'<tr class="{role}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
@@ -403,7 +407,7 @@ $rows
 </div>
 <p class="note">Trials are selected on the search split, carved out of the training data; the report split only checks
 them afterwards. FLOPs count $flops_per_mac per multiply-accumulate and are the mean over the search split's real
-sequences; shares are of $baseline. Computed from $storage.</p>
+sequences; shares are of $baseline.$hyphen Computed from $storage.</p>
 </body>
 </html>
 """)

@@ -262,7 +262,7 @@ def _sampler(name: str, seed: int, alone: bool) -> BaseSampler:
 
     definition = LengthsStudy(name="rehearsal", retention=Range(low=0.05, high=1.0, step=0.05), sampler=name)
     return make_sampler(
-        definition, SPACE, lambda shares_CL: shares_CL.mean(axis=1), seed, reads_first=False, alone=alone
+        definition, SPACE, lambda configs: configs.shares_CN.mean(axis=1), seed, reads_first=False, alone=alone
     )
 
 

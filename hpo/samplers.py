@@ -2,7 +2,11 @@
 
 All of them draw from static ranges and read what they know from the study's trials, so a search resumes from its
 database. Two of them know what a length config is: the share of a sequence that a layer leaves is the product of the
-retentions up to it, and it is shares, not retentions, that are mixed, mutated and modelled here.
+retentions up to it, and it is shares, not retentions, that are mixed, mutated and modelled here. Where a layer is
+skipped, its retention counts for nothing.
+
+Whether a layer is skipped is a categorical parameter: Optuna's crossovers take it from either parent and its mutation
+draws it anew, where a whole number of 0 or 1 would be averaged with others by some of them.
 
 Shape letters: C candidates, N layers, T trials.
 """
@@ -21,13 +25,16 @@ from optuna.samplers import BaseSampler, nsgaii
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.early_stopping import ESTIMATE, ESTIMATE_ERROR
+from hpo.early_stopping import ESTIMATE, ESTIMATE_ERROR, Bits
+from hpo.front import RETENTION, SKIP
 from hpo.staircase import Array, Staircase, convex_hull
 from hpo.surrogate import Surrogate
 from studies.loader import LengthsStudy
 
-CostOf = Callable[[Array], Array]
-"""Shares (C, N) to the cost of each as a share of full length, (C,)."""
+Key = tuple[float, bytes]
+"""What configs have in common that keep the same counts: their cost, and the layers they skip."""
+CostOf = Callable[["Configs"], Array]
+"""The cost of each config as a share of full length, (C,)."""
 
 CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
     "uniform": nsgaii.UniformCrossover,
@@ -61,8 +68,8 @@ def make_sampler(
 
     Args:
         definition: The study file.
-        space: The search space, `retention_0 ..` in order of the layers.
-        cost_of: Exact cost of shares; the surrogate predicts quality alone.
+        space: The search space, `retention_0 ..` in order of the layers, and `skip_i` of those that may be skipped.
+        cost_of: Exact cost of configs; the surrogate predicts quality alone.
         seed: Of all draws.
         reads_first: Whether the head reads the first token alone, so that quality does not depend on what the last
             layer keeps.
@@ -104,55 +111,119 @@ def make_sampler(
 
 
 @dataclass(frozen=True)
-class RetentionSpace:
-    """The static range of every layer's retention, and the way between retentions and shares.
+class Configs:
+    """Many length configs.
 
     Attributes:
-        names: Parameters in order of the layers.
+        shares_CN: Shares left after each layer, never rising; what is written at a skipped layer counts for nothing.
+        skipped_CN: Which layers each skips.
+    """
+
+    shares_CN: Array
+    skipped_CN: Bits
+
+    @classmethod
+    def whole(cls, shares_CN: Array) -> "Configs":
+        """Without skipped layers."""
+        return cls(shares_CN, np.zeros(shares_CN.shape, dtype=np.bool_))
+
+    @classmethod
+    def joined(cls, *parts: "Configs") -> "Configs":
+        """One after the other."""
+        return cls(
+            np.concatenate([part.shares_CN for part in parts]), np.concatenate([part.skipped_CN for part in parts])
+        )
+
+    def __len__(self) -> int:
+        return len(self.shares_CN)
+
+    def __getitem__(self, which: Any) -> "Configs":
+        return Configs(self.shares_CN[which], self.skipped_CN[which])
+
+    def last_computed(self) -> NDArray[np.int64]:
+        """The last layer of each that is not skipped, (C,)."""
+        last_C: NDArray[np.int64] = self.skipped_CN.shape[1] - 1 - self.skipped_CN[:, ::-1].argmin(axis=1)
+        return last_C
+
+
+@dataclass(frozen=True)
+class RetentionSpace:
+    """The static range of every layer's retention, the layers that may be skipped, and the way to shares and back.
+
+    Attributes:
+        names: Retention parameters in order of the layers.
         low: Least retention.
         high: Greatest retention, 1.
         step: Grid of the retentions; None for any.
+        skippable: Layers that have a parameter `skip_i`.
     """
 
     names: tuple[str, ...]
     low: float
     high: float
     step: float | None
+    skippable: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, space: Mapping[str, BaseDistribution]) -> "RetentionSpace":
-        first = next(iter(space.values()))
+        names = tuple(name for name in space if name.startswith(RETENTION))
+        skippable = tuple(int(name.removeprefix(SKIP)) for name in space if name.startswith(SKIP))
+        first = space[names[0]]
         assert isinstance(first, FloatDistribution)
-        return cls(tuple(space), first.low, first.high, first.step)
+        return cls(names, first.low, first.high, first.step, skippable)
 
-    def shares_of(self, trials: Sequence[FrozenTrial]) -> Array:
-        """The shares that each trial leaves after each layer, (T, N)."""
-        retention_TN = [[trial.params[name] for name in self.names] for trial in trials]
-        shares_TN: Array = np.cumprod(
-            np.array(retention_TN, dtype=np.float64).reshape(len(trials), len(self.names)), axis=1
-        )
-        return shares_TN
+    def configs_of(self, trials: Sequence[FrozenTrial]) -> Configs:
+        """The length config of each trial."""
+        retention_TN = np.array([[trial.params[name] for name in self.names] for trial in trials], dtype=np.float64)
+        skipped_TN = np.zeros((len(trials), len(self.names)), dtype=np.bool_)
+        for layer in self.skippable:
+            skipped_TN[:, layer] = [trial.params[f"{SKIP}{layer}"] for trial in trials]
+        return self.configs(retention_TN.reshape(skipped_TN.shape), skipped_TN)
 
-    def to_retention(self, shares_CN: Array) -> Array:
+    def configs(self, retention_CN: Array, skipped_CN: Bits) -> Configs:
+        """The configs that retentions and skips stand for."""
+        kept_CN: Array = np.where(skipped_CN, 1.0, retention_CN)
+        return Configs(np.cumprod(kept_CN, axis=1), skipped_CN)
+
+    def to_retention(self, configs: Configs) -> Array:
         """The retentions whose products come nearest to shares, layer by layer, within range and on the grid.
 
         Each layer aims at its own share given what the rounded layers before it leave, so rounding does not add up.
+        A skipped layer gets 1.
         """
-        retention_CN = np.empty_like(shares_CN)
-        left_C = np.ones(len(shares_CN))
-        for layer in range(shares_CN.shape[1]):
-            wanted_C = np.clip(shares_CN[:, layer] / left_C, self.low, self.high)
+        retention_CN = np.empty_like(configs.shares_CN)
+        left_C = np.ones(len(configs))
+        for layer in range(retention_CN.shape[1]):
+            wanted_C = np.clip(configs.shares_CN[:, layer] / left_C, self.low, self.high)
             if self.step is not None:
                 steps_C = np.round((wanted_C - self.low) / self.step)
                 wanted_C = np.minimum(self.low + steps_C * self.step, self.high)
+            wanted_C = np.where(configs.skipped_CN[:, layer], 1.0, wanted_C)
             retention_CN[:, layer] = wanted_C
             left_C = left_C * wanted_C
         return retention_CN
 
-    def params(self, retention_N: Array) -> dict[str, float]:
-        """As Optuna stores them."""
+    def params(self, retention_N: Array, skipped_N: Bits | None = None) -> dict[str, Any]:
+        """As Optuna stores them; None skips no layer."""
         decimals = [round(float(retention), 10) for retention in retention_N]
-        return dict(zip(self.names, decimals, strict=True))
+        skips = {f"{SKIP}{layer}": skipped_N is not None and bool(skipped_N[layer]) for layer in self.skippable}
+        return {**dict(zip(self.names, decimals, strict=True)), **skips}
+
+    def breed_skips(self, first_CN: Bits, second_CN: Bits, flips_C: Array, generator: np.random.Generator) -> Bits:
+        """Which layers children skip: each as either parent does, and then now and then the other way.
+
+        Args:
+            first_CN: Layers that one parent skips.
+            second_CN: Layers that the other skips.
+            flips_C: How many layers of each child change their mind, on average.
+            generator: Source of randomness.
+        """
+        layers, size = list(self.skippable), (len(first_CN), len(self.skippable))
+        as_first_CS = generator.random(size) < 0.5
+        flipped_CS = generator.random(size) < flips_C[:, None] / max(1, len(layers))
+        child_CN = first_CN.copy()
+        child_CN[:, layers] = np.where(as_first_CS, first_CN[:, layers], second_CN[:, layers]) ^ flipped_CS
+        return child_CN
 
 
 class LatSampler(BaseSampler):
@@ -160,7 +231,8 @@ class LatSampler(BaseSampler):
 
     Parents come from the convex hull of the front. Every other child is a mutation, in which each layer's share is
     redrawn with probability 0.5 between its neighbours'; the others are the mean of two parents. The paper alternates
-    30 of each per round; asked in generations of an even size, so does this.
+    30 of each per round; asked in generations of an even size, so does this. Which layers are skipped, of which the
+    paper knows nothing, a mutation flips for one layer on average, and a mean takes from either parent.
 
     Source: Kim & Cho 2021, "Evolutionary Search of Length Configurations", and its code.
     """
@@ -180,14 +252,17 @@ class LatSampler(BaseSampler):
         scored = _Scored.of(study, self._retentions)
         if not len(scored.quality_T):
             return {}
-        parents_TN = scored.shares_TN[convex_hull(scored.cost_T, scored.quality_T)]
+        parents, generator = scored.configs[convex_hull(scored.cost_T, scored.quality_T)], self._generator
         if trial.number % 2:
-            pair = self._generator.integers(len(parents_TN), size=2)
-            child_N = parents_TN[pair].mean(axis=0)
+            pair = parents[generator.integers(len(parents), size=2)]
+            skipped_1N = self._retentions.breed_skips(pair.skipped_CN[:1], pair.skipped_CN[1:], np.zeros(1), generator)
+            child = Configs(pair.shares_CN.mean(axis=0, keepdims=True), skipped_1N)
         else:
-            parent_1N = parents_TN[self._generator.integers(len(parents_TN), size=1)]
-            child_N = mutate_between_neighbours(parent_1N, np.array([LAT_MUTATION_PROB]), self._generator)[0]
-        return self._retentions.params(self._retentions.to_retention(child_N[None])[0])
+            parent = parents[generator.integers(len(parents), size=1)]
+            skipped_1N = self._retentions.breed_skips(parent.skipped_CN, parent.skipped_CN, np.ones(1), generator)
+            bred = Configs(parent.shares_CN, skipped_1N)
+            child = mutate_between_neighbours(bred, np.array([LAT_MUTATION_PROB]), generator)
+        return self._retentions.params(self._retentions.to_retention(child)[0], child.skipped_CN[0])
 
     def sample_independent(
         self,
@@ -209,14 +284,15 @@ class SurrogateScreening:
 
     Attributes:
         retentions: The search space.
-        cost_of: Exact cost of shares.
+        cost_of: Exact cost of configs.
         generation: Children chosen at a time.
         brood: Candidates bred per child.
-        reads_first: Whether the last layer's count costs without deciding anything; it is then the least possible.
+        reads_first: Whether the last layer's count costs without deciding anything; it is then the least possible. The
+            last layer is that which is not skipped.
         generator: Source of randomness.
         patience: Trials that must have been finished since children were chosen for the rest of them to be given up.
         surrogate: The predictor.
-        tried: Keys of the costs that were tried, also of trials that the study shows no more.
+        tried: Keys of the configs that were tried, also of trials that the study shows no more.
         waiting: Children chosen and not yet asked for.
         known: How many trials were finished when they were chosen.
     """
@@ -229,8 +305,8 @@ class SurrogateScreening:
     generator: np.random.Generator
     patience: int = 1
     surrogate: Surrogate = field(default_factory=Surrogate)
-    tried: set[float] = field(default_factory=set)
-    waiting: list[dict[str, float]] = field(default_factory=list)
+    tried: set[Key] = field(default_factory=set)
+    waiting: list[dict[str, Any]] = field(default_factory=list)
     known: int = -1
 
     def __call__(
@@ -242,49 +318,46 @@ class SurrogateScreening:
             self.known = count
             scored, stopped = _Scored.of(study, self.retentions), _Stopped.of(study, self.retentions)
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            under_way_TN = self.retentions.shares_of(
+            under_way = self.retentions.configs_of(
                 [trial for trial in running if len(trial.params) == len(search_space)]
             )
-            self.waiting = self._choose(scored, stopped, under_way_TN, self.retentions.shares_of(parents))
+            self.waiting = self._choose(scored, stopped, under_way, self.retentions.configs_of(parents))
         return self.waiting.pop(0)
 
     def _choose(
-        self, scored: "_Scored", stopped: "_Stopped", under_way_TN: Array, parents_TN: Array
-    ) -> list[dict[str, float]]:
+        self, scored: "_Scored", stopped: "_Stopped", under_way: Configs, parents: Configs
+    ) -> list[dict[str, Any]]:
         front = Staircase.of(scored.cost_T, scored.quality_T)
-        tried_TN = np.concatenate([scored.shares_TN, stopped.shares_TN])
-        tried_cost_T = self.cost_of(tried_TN)
-        self._learn(front, scored, stopped, tried_TN, tried_cost_T)
-        self.tried.update(_keys(tried_cost_T))
-        under_way_cost_T = self.cost_of(under_way_TN) if len(under_way_TN) else np.empty(0)
-        retention_CN, cost_C = self._breed(scored, set(_keys(under_way_cost_T)), parents_TN)
-        front = self._expected(front, under_way_TN, under_way_cost_T)
-        shares_CN = np.cumprod(retention_CN, axis=1)
-        mean_C, deviation_C = self.surrogate.predict(self._inputs(shares_CN))
+        tried = Configs.joined(scored.configs, stopped.configs)
+        tried_cost_T = self.cost_of(tried)
+        self._learn(front, scored, stopped, tried, tried_cost_T)
+        self.tried.update(_keys(tried, tried_cost_T))
+        under_way_cost_T = self.cost_of(under_way) if len(under_way) else np.empty(0)
+        retention_CN, bred, cost_C = self._breed(scored, set(_keys(under_way, under_way_cost_T)), parents)
+        front = self._expected(front, under_way, under_way_cost_T)
+        mean_C, deviation_C = self.surrogate.predict(self._inputs(bred))
         prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
         best = np.argsort(-prospects_C, kind="stable")[: max(SCREENED, self.generation)]
-        mean_C, covariance_CC = self.surrogate.predict_jointly(self._inputs(shares_CN[best]))
-        effort = SharedEffort.of(retention_CN[best])
-        picked = choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation, effort)
-        return [self.retentions.params(retention_CN[best[number]]) for number in picked]
+        mean_C, covariance_CC = self.surrogate.predict_jointly(self._inputs(bred[best]))
+        effort = SharedEffort.of(retention_CN[best], bred.skipped_CN[best])
+        picked = best[choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation, effort)]
+        return [self.retentions.params(retention_CN[number], bred.skipped_CN[number]) for number in picked]
 
-    def _expected(self, front: Staircase, under_way_TN: Array, cost_T: Array) -> Staircase:
+    def _expected(self, front: Staircase, under_way: Configs, cost_T: Array) -> Staircase:
         """The front once the trials that other workers have running turn out as predicted."""
         if not len(cost_T):
             return front
-        for cost, quality in zip(cost_T, self.surrogate.predict(self._inputs(under_way_TN))[0], strict=True):
+        for cost, quality in zip(cost_T, self.surrogate.predict(self._inputs(under_way))[0], strict=True):
             front = front.with_point(float(cost), float(quality))
         return front
 
-    def _breed(self, scored: "_Scored", under_way: set[float], parents_TN: Array) -> tuple[Array, Array]:
-        """Distinct retentions that nobody has tried or is trying, (C, N), and their costs.
-
-        Retentions of one cost keep the same counts, as good as always: such a candidate was tried too.
-        """
-        front_TN = scored.shares_TN[Staircase.members(scored.cost_T, scored.quality_T)]
-        pool_TN = np.concatenate([front_TN, front_TN, parents_TN])
-        generator, count, layers = self.generator, self.brood * self.generation, pool_TN.shape[1]
-        first_CN, second_CN = pool_TN[generator.integers(len(pool_TN), size=(2, count))]
+    def _breed(self, scored: "_Scored", under_way: set[Key], parents: Configs) -> tuple[Array, Configs, Array]:
+        """Distinct retentions that nobody has tried or is trying, (C, N), their configs, and their costs."""
+        front = scored.configs[Staircase.members(scored.cost_T, scored.quality_T)]
+        pool = Configs.joined(front, front, parents)
+        generator, count, layers = self.generator, self.brood * self.generation, pool.shares_CN.shape[1]
+        first_C, second_C = generator.integers(len(pool), size=(2, count))
+        first_CN, second_CN = pool.shares_CN[first_C], pool.shares_CN[second_C]
         weight_C1 = generator.random((count, 1))
         mixed_CN = weight_C1 * first_CN + (1 - weight_C1) * second_CN
         crossed_CN = np.minimum.accumulate(
@@ -293,26 +366,36 @@ class SurrogateScreening:
         way_C = np.arange(count) % 4
         bred_CN = np.choose(way_C[:, None], [first_CN, first_CN, mixed_CN, crossed_CN])
         mutation_C = np.choose(way_C, [LAT_MUTATION_PROB, 1 / layers, 0.0, 1 / layers])
-        shares_CN = mutate_between_neighbours(bred_CN, mutation_C, generator)
+        other_C = np.where(way_C < 2, first_C, second_C)
+        skipped_CN = self.retentions.breed_skips(
+            pool.skipped_CN[first_C], pool.skipped_CN[other_C], np.where(way_C == 2, 0.0, 1.0), generator
+        )
+        children = mutate_between_neighbours(Configs(bred_CN, skipped_CN), mutation_C, generator)
         if self.reads_first:
-            shares_CN[:, -1] = 0.0
-        retention_CN = np.round(self.retentions.to_retention(shares_CN), 10)
-        cost_C = self.cost_of(np.cumprod(retention_CN, axis=1))
+            children.shares_CN[np.arange(count), children.last_computed()] = 0.0
+        retention_CN = np.round(self.retentions.to_retention(children), 10)
+        bred = self.retentions.configs(retention_CN, skipped_CN)
+        cost_C = self.cost_of(bred)
         tried = self.tried | under_way
-        distinct = {key: number for number, key in enumerate(_keys(cost_C)) if key not in tried}
+        distinct = {key: number for number, key in enumerate(_keys(bred, cost_C)) if key not in tried}
         new = sorted(distinct.values()) or list(range(len(cost_C)))
-        return retention_CN[new], cost_C[new]
+        return retention_CN[new], bred[new], cost_C[new]
 
-    def _inputs(self, shares_CN: Array) -> Array:
-        """What quality depends on."""
-        return shares_CN[:, :-1] if self.reads_first and shares_CN.shape[1] > 1 else shares_CN
+    def _inputs(self, configs: Configs) -> Array:
+        """What quality depends on: shares that decide something, and which layers are skipped."""
+        shares_CN, layers = configs.shares_CN, configs.shares_CN.shape[1]
+        if self.reads_first and layers > 1:
+            last_C1 = configs.last_computed()[:, None]
+            arriving_C1 = np.take_along_axis(np.insert(shares_CN, 0, 1.0, axis=1), last_C1, axis=1)
+            shares_CN = np.where(np.arange(layers) < last_C1, shares_CN, arriving_C1)[:, :-1]
+        return np.hstack([shares_CN, configs.skipped_CN[:, list(self.retentions.skippable)]])
 
     def _learn(
-        self, front: Staircase, scored: "_Scored", stopped: "_Stopped", tried_TN: Array, tried_cost_T: Array
+        self, front: Staircase, scored: "_Scored", stopped: "_Stopped", tried: Configs, tried_cost_T: Array
     ) -> None:
         quality_T = np.concatenate([scored.quality_T, stopped.estimate_T])
         error_T = np.concatenate([np.zeros_like(scored.quality_T), stopped.error_T])
-        self.surrogate.fit(self._inputs(tried_TN), quality_T, error_T, front.height(tried_cost_T) - quality_T)
+        self.surrogate.fit(self._inputs(tried), quality_T, error_T, front.height(tried_cost_T) - quality_T)
 
 
 @dataclass(frozen=True)
@@ -320,12 +403,12 @@ class _Scored:
     """The completed trials of a study, quality to be maximised.
 
     Attributes:
-        shares_TN: Shares left after each layer.
+        configs: Their length configs.
         quality_T: First objective, negated where it is minimised.
         cost_T: Second objective as a share of the greatest, which is full length.
     """
 
-    shares_TN: Array
+    configs: Configs
     quality_T: Array
     cost_T: Array
 
@@ -334,7 +417,7 @@ class _Scored:
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         values_T2 = np.array([trial.values for trial in trials], dtype=np.float64).reshape(len(trials), 2)
         cost_T = values_T2[:, 1] / values_T2[:, 1].max(initial=1e-300)
-        return cls(retentions.shares_of(trials), _sign(study) * values_T2[:, 0], cost_T)
+        return cls(retentions.configs_of(trials), _sign(study) * values_T2[:, 0], cost_T)
 
 
 @dataclass(frozen=True)
@@ -342,12 +425,12 @@ class _Stopped:
     """The trials of a study that were stopped early, quality to be maximised.
 
     Attributes:
-        shares_TN: Shares left after each layer.
+        configs: Their length configs.
         estimate_T: What the part they have seen says of their quality.
         error_T: Its standard error.
     """
 
-    shares_TN: Array
+    configs: Configs
     estimate_T: Array
     error_T: Array
 
@@ -359,50 +442,58 @@ class _Stopped:
             np.array([trial.user_attrs[name] for trial in trials], dtype=np.float64)
             for name in (ESTIMATE, ESTIMATE_ERROR)
         )
-        return cls(retentions.shares_of(trials), _sign(study) * estimate_T, error_T)
+        return cls(retentions.configs_of(trials), _sign(study) * estimate_T, error_T)
 
 
 def _sign(study: optuna.Study) -> float:
     return 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
 
 
-def _keys(cost_C: Array) -> list[float]:
-    """Costs that are equal but for rounding have equal keys."""
-    keys: list[float] = np.round(cost_C, 12).tolist()
-    return keys
+def _keys(configs: Configs, cost_C: Array) -> list[Key]:
+    """Equal for configs that skip the same layers and whose costs are equal but for rounding.
+
+    Those keep the same counts, as good as always: whoever tried one has tried the other.
+    """
+    costs: list[float] = np.round(cost_C, 12).tolist()
+    return [(cost, skipped_N.tobytes()) for cost, skipped_N in zip(costs, configs.skipped_CN, strict=True)]
 
 
-def mutate_between_neighbours(shares_CN: Array, probability_C: Array, generator: np.random.Generator) -> Array:
-    """Redraw some layers' shares, each between what the layers beside it leave.
+def mutate_between_neighbours(configs: Configs, probability_C: Array, generator: np.random.Generator) -> Configs:
+    """Redraw some layers' shares, each between what the computed layers beside it leave.
 
     Args:
-        shares_CN: Shares left after each layer, never rising.
+        configs: Shares and skipped layers, which stay.
         probability_C: Of each layer of a candidate.
         generator: Source of randomness.
     Source: Kim & Cho 2021, "Evolutionary Search of Length Configurations".
     """
-    child_CN = shares_CN.copy()
-    layers = child_CN.shape[1]
+    child_CN, skipped_CN = configs.shares_CN.copy(), configs.skipped_CN
     redrawn_CN = generator.random(child_CN.shape) < probability_C[:, None]
     place_CN = generator.random(child_CN.shape)
-    for layer in range(layers):
-        above_C = child_CN[:, layer - 1] if layer else np.ones(len(child_CN))
-        below_C = child_CN[:, layer + 1] if layer + 1 < layers else np.zeros(len(child_CN))
-        drawn_C = below_C + place_CN[:, layer] * (above_C - below_C)
-        child_CN[:, layer] = np.where(redrawn_CN[:, layer], drawn_C, child_CN[:, layer])
-    return child_CN
+    below_CN, below_C = np.empty_like(child_CN), np.zeros(len(child_CN))
+    for layer in reversed(range(child_CN.shape[1])):
+        below_CN[:, layer] = below_C
+        below_C = np.where(skipped_CN[:, layer], below_C, child_CN[:, layer])
+    above_C = np.ones(len(child_CN))
+    for layer in range(child_CN.shape[1]):
+        drawn_C = below_CN[:, layer] + place_CN[:, layer] * (above_C - below_CN[:, layer])
+        share_C = np.where(redrawn_CN[:, layer], drawn_C, child_CN[:, layer])
+        above_C = np.where(skipped_CN[:, layer], above_C, share_C)
+        child_CN[:, layer] = above_C
+    return Configs(child_CN, skipped_CN)
 
 
 @dataclass
 class SharedEffort:
     """What evaluating a candidate takes, given that those picked with it are evaluated in one walk.
 
-    Configs that begin with the same retentions share those layers' computation. The first layers are remembered from
-    generation to generation and the last is computed for one token only, so that the layers between decide.
+    Configs that begin with the same retentions and skips share those layers' computation. The first layers are
+    remembered from generation to generation and the last is computed for one token only, so that the layers between
+    decide.
 
     Attributes:
         beginning_NC: For each layer that decides, which distinct beginning each candidate has there.
-        tokens_NC: Share of the tokens that arrive there.
+        tokens_NC: Share of the tokens that arrive there; 0 where the layer is skipped.
         done_NC: Whether a picked candidate has the same beginning.
     """
 
@@ -411,14 +502,13 @@ class SharedEffort:
     done_NC: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, retention_CN: Array) -> "SharedEffort":
+    def of(cls, retention_CN: Array, skipped_CN: Bits) -> "SharedEffort":
         """Nothing is picked yet."""
         layers = range(REMEMBERED_LAYERS, retention_CN.shape[1] - 1)
-        beginnings = [
-            np.unique(retention_CN[:, :layer], axis=0, return_inverse=True)[1].reshape(-1) for layer in layers
-        ]
-        shares_CN = np.cumprod(retention_CN, axis=1)
-        tokens = [shares_CN[:, layer - 1] for layer in layers]
+        entry_CN = np.where(skipped_CN, 0.0, retention_CN)
+        beginnings = [np.unique(entry_CN[:, :layer], axis=0, return_inverse=True)[1].reshape(-1) for layer in layers]
+        shares_CN = np.cumprod(np.where(skipped_CN, 1.0, retention_CN), axis=1)
+        tokens = [shares_CN[:, layer - 1] * ~skipped_CN[:, layer] for layer in layers]
         shape = (len(beginnings), len(retention_CN))
         return cls(
             np.array(beginnings, dtype=np.int64).reshape(shape),

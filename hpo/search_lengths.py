@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.bulk import record_once
@@ -28,12 +28,13 @@ from hpo.early_stopping import (
     bits_from_text,
     bits_to_text,
 )
-from hpo.front import ORIGIN
+from hpo.errors import HpoError
+from hpo.front import ORIGIN, RETENTION, SKIP, constant_rate
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.outage import DEFAULT_TIMEOUT_S
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
-from hpo.samplers import RetentionSpace, make_sampler
+from hpo.samplers import Configs, RetentionSpace, make_sampler
 from hpo.seeds import learn_seeds
 from hpo.sharing import SearchTimes, complete_study, part_of, worker_seed
 from hpo.spool import Spool
@@ -69,6 +70,10 @@ REPORTED_TOGETHER = 25
 """Points that are scored on the report split at a time; what is scored is kept if the run ends in between."""
 SEEDS = "seeds"
 """Attribute of a study: the length configs of another method that joined its first generation."""
+NEVER_DROPPED = (
+    "%s records no training with LayerDrop, so that each layer it leaves out may cost much quality; "
+    "train it with layer_drop above 0, or search without [depth]."
+)
 REUSED_FROM = "reused_from"
 """Attribute of a trial whose lengths had been scored before: the trial that asked for them first."""
 
@@ -153,16 +158,19 @@ def search_loaded(
     it remembers; without one, the search has its own.
     """
     model = load_encoder(checkpoint, loaded.corpus).to(compute_device())
+    space = search_space(definition, model.num_layers)
+    if definition.skippable and not model.layer_drop:
+        logger.warning(NEVER_DROPPED, checkpoint)
     study = open_search(definition, loaded, checkpoint, model, rdb, seed)
     study_runs = StudyRuns(runs, study)
     study_runs.prepare()
     spool = Spool(study_runs.folder, study.study_name)
     spool.replay(rdb, study)
-    space = search_space(definition, model.num_layers)
     full_macs = mean_macs(model.shape, loaded.search.num_tokens)
 
-    def cost_of(shares_CL: Array) -> Array:
-        return mean_macs_of_shares(model.shape, loaded.search.num_tokens, shares_CL) / full_macs
+    def cost_of(configs: Configs) -> Array:
+        shares_CL, skipped_CL = configs.shares_CN, configs.skipped_CN
+        return mean_macs_of_shares(model.shape, loaded.search.num_tokens, shares_CL, skipped_CL) / full_macs
 
     with Heartbeats(rdb) as heartbeats:
         sampler_seed = worker_seed(study, seed, workers)
@@ -273,11 +281,15 @@ class _Run:
             self._remember(trial)
 
     def first(self) -> list[Mapping[str, Any]]:
-        """The constant-rate configs over the whole range and any seeds, unless they are in the study already."""
+        """Constant rates over the whole range, shallow networks where depth is searched, and any seeds.
+
+        Those that are in the study already are left out.
+        """
         there = self._seen | {_frozen(params) for params in self.mirror.under_way()}
-        rates = [dict.fromkeys(self.mirror.distributions, rate) for rate in constant_rates(self.definition)]
-        missing = []
-        for params in [*rates, *self.seeds][: self.trials]:
+        space = RetentionSpace.of(self.mirror.distributions)
+        rates = [space.params(np.full(len(space.names), rate)) for rate in constant_rates(self.definition)]
+        missing: list[Mapping[str, Any]] = []
+        for params in [*rates, *shallow_networks(space), *self.seeds][: self.trials]:
             if _frozen(params) not in there:
                 there.add(_frozen(params))
                 missing.append(params)
@@ -303,7 +315,7 @@ class _Run:
         Several workers begin at different points, and leave out what others have recorded meanwhile.
         """
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        full = [trial for trial in complete if set(trial.params.values()) == {1.0}][:1]
+        full = [trial for trial in complete if constant_rate(trial.params) == 1.0][:1]
         wanted = {trial.number: config_of(trial.params) for trial in (*full, *self.study.best_trials)}
         numbers = self._not_reported(wanted)
         if not numbers:
@@ -391,7 +403,7 @@ class _Run:
             if rivals is None or number + 1 == len(blocks):
                 continue
             for index in alive:
-                if len(set(asked[index].params.values())) == 1:
+                if constant_rate(asked[index].params) is not None:
                     continue  # constant rates, full length among them, are what a front is compared with
                 correct_M = answers_CX[index, seen_M] == split.labels[seen_M]
                 defeat = rivals.beats(macs[index], correct_M, seen_M, self.definition.confidence)
@@ -445,7 +457,10 @@ class _Run:
 
     def attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """A new trial's user attributes: its length config, and the method that found it, if another did."""
-        attributes: dict[str, Any] = {"shares": list(config_of(params).shares or ())}
+        config = config_of(params)
+        attributes: dict[str, Any] = {"shares": list(config.shares or ())}
+        if self.definition.skippable:
+            attributes["skipped"] = list(config.skipped)
         if dict(params) in self.seeds:
             attributes[ORIGIN] = self.study.user_attrs[SEEDS]["method"]
         return attributes
@@ -467,7 +482,9 @@ class _Run:
         return self._key(config_of(params)).hex()
 
     def _key(self, config: LengthConfig) -> bytes:
-        return hashlib.blake2b(config.count_table(self._lengths_present).tobytes(), digest_size=16).digest()
+        """Equal for configs that skip the same layers and keep equal counts in every sequence of the search split."""
+        counts = config.count_table(self._lengths_present).tobytes()
+        return hashlib.blake2b(bytes(config.skipped) + counts, digest_size=16).digest()
 
 
 def _frozen(params: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -492,19 +509,48 @@ def _seeds(
     shares_CL = np.array(study.user_attrs.get(SEEDS, {}).get("shares", []), dtype=np.float64)
     if not shares_CL.size:
         return []
-    return [retentions.params(retention_L) for retention_L in retentions.to_retention(shares_CL)]
+    return [retentions.params(retention_L) for retention_L in retentions.to_retention(Configs.whole(shares_CL))]
 
 
 def search_space(definition: LengthsStudy, num_layers: int) -> dict[str, BaseDistribution]:
-    """`retention_0 .. retention_{L-1}`, each from the same fixed range."""
-    retention = definition.retention
+    """`retention_0 .. retention_{L-1}`, each from the same fixed range, and `skip_i` of layers that may be skipped.
+
+    Raises:
+        HpoError: The definition speaks of layers that the encoder lacks, or lets none stay.
+    """
+    retention, skippable = definition.retention, sorted(definition.skippable)
+    if skippable and skippable[-1] >= num_layers:
+        raise HpoError(
+            f"[depth] layers names layer {skippable[-1]}, but the encoder's {num_layers} are 0 to {num_layers - 1}; "
+            "leave it out."
+        )
+    if len(skippable) == num_layers:
+        raise HpoError(f"[depth] layers names all {num_layers} layers of the encoder; let at least one always stay.")
     distribution = FloatDistribution(retention.low, retention.high, step=retention.step)
-    return {f"retention_{layer}": distribution for layer in range(num_layers)}
+    return {
+        **{f"{RETENTION}{layer}": distribution for layer in range(num_layers)},
+        **{f"{SKIP}{layer}": CategoricalDistribution((False, True)) for layer in skippable},
+    }
 
 
 def config_of(parameters: Mapping[str, Any]) -> LengthConfig:
-    """The length config that a trial's `retention_0 .. retention_{L-1}` stand for."""
-    return LengthConfig.from_retention([parameters[f"retention_{layer}"] for layer in range(len(parameters))])
+    """The length config that a trial's `retention_0 .. retention_{L-1}` and any `skip_i` stand for."""
+    layers = range(sum(name.startswith(RETENTION) for name in parameters))
+    skipped = [layer for layer in layers if parameters.get(f"{SKIP}{layer}")]
+    return LengthConfig.from_retention([parameters[f"{RETENTION}{layer}"] for layer in layers], skipped)
+
+
+def shallow_networks(space: RetentionSpace, most: int = 6) -> list[dict[str, Any]]:
+    """Parameters of the first generation that keep every token, but skip layers: all that may be, and one at a time.
+
+    Where there are many such layers, those that are skipped alone are evenly chosen.
+    """
+    if not space.skippable:
+        return []
+    chosen = np.unique(np.linspace(0, len(space.skippable) - 1, most - 1).round().astype(np.int64))
+    alone = [[space.skippable[number]] for number in chosen]
+    full_N, layers = np.ones(len(space.names)), np.arange(len(space.names))
+    return [space.params(full_N, np.isin(layers, skipped)) for skipped in (list(space.skippable), *alone)]
 
 
 def constant_rates(definition: LengthsStudy, most: int = 13) -> list[float]:

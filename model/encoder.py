@@ -46,6 +46,8 @@ HEADS: Mapping[str, Any] = {
 TASKS = tuple(HEADS)
 MULTI_LABEL = "multi_label_classification"
 """The `problem_type` of a config whose classes do not exclude each other, as transformers writes it."""
+LAYER_DROP = "layer_drop"
+"""Where a config records it."""
 LAYER = re.compile(r"\.layers?\.\d+\.")
 """In the names of a layer's weights."""
 
@@ -162,6 +164,15 @@ class LengthAdaptiveModel(nn.Module):
         self.network.config.token_score = name
 
     @property
+    def layer_drop(self) -> float:
+        """The LayerDrop that the encoder was last trained with, as far as its config records one."""
+        return float(getattr(self.network.config, LAYER_DROP, 0.0))
+
+    @layer_drop.setter
+    def layer_drop(self, probability: float) -> None:
+        setattr(self.network.config, LAYER_DROP, probability)
+
+    @property
     def reads_first(self) -> bool:
         """Whether the head reads the first token alone, so that no result depends on what the last layer keeps."""
         return self.task not in TOKEN_TASKS
@@ -188,7 +199,6 @@ class LengthAdaptiveModel(nn.Module):
         labels: Tensor | None = None,
         *,
         length_config: LengthConfig | None = None,
-        skip_layers: Collection[int] = (),
     ) -> SequenceClassifierOutput:
         """Run a batch, dropping tokens between the two halves of each layer as `length_config` says.
 
@@ -202,8 +212,7 @@ class LengthAdaptiveModel(nn.Module):
                 of classes, float (B, C) of zeros and ones, binary cross-entropy. Regression: float (B,), squared error.
                 Token classification: int64 (B, L), cross-entropy, -100 where there is none.
                 Question answering: int64 (B, 2), the answer's first and last token, the mean cross-entropy of both.
-            length_config: Tokens left after each layer; None runs the plain model.
-            skip_layers: Layers left out altogether, as LayerDrop does in training.
+            length_config: Tokens left after each layer, and layers that are skipped; None runs the plain model.
         Returns:
             An output whose `logits` are (B, C), or (B, L, C) of a head that reads every token, C being 2 for the start
             and the end of an answer.
@@ -219,9 +228,7 @@ class LengthAdaptiveModel(nn.Module):
         hidden = self.family.embed(self.network, input_ids, token_type_ids, positions_BL)
         restored = None
         arriving_B = num_tokens_B
-        for layer in range(self.num_layers):
-            if layer in skip_layers:
-                continue
+        for layer in range(self.num_layers) if length_config is None else length_config.computed:
             keep_B = arriving_B if counts_BN is None else counts_BN[:, layer]
             drops = bool((keep_B < arriving_B).any())
             if drops and not self.reads_first:

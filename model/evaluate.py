@@ -10,6 +10,7 @@ shared or left out, none of which changes a result:
 - What a token's feed-forward half and its next query, key and value are does not depend on which others are kept, so
   they are computed once for the most tokens that some config keeps there, and each config takes its rows.
 - Where the head reads the first token, the last layer is computed for that one alone, and its count decides nothing.
+- Where a config skips a layer, nothing is computed: its tokens go past it as they are.
 
 A head that reads every token looks at each by itself. What it says of a token that a layer drops is therefore known
 there already, from the vector that the token entered the layer with, and travels on with the sequence.
@@ -25,7 +26,7 @@ import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -145,7 +146,7 @@ class Evaluator:
         bundles = self._bundles[number]
         if not configs or not len(bundles.size):
             return np.empty((len(configs), len(self.places_of(self.blocks[number]))), dtype=self.split.answer_type)
-        paths_PCM = paths_of(configs, bundles.lengths, self.model.num_layers - self.model.reads_first)
+        paths_PCM = paths_of(configs, bundles.lengths, self.model.reads_first)
         paths_QM, path_PC = np.unique(paths_PCM.reshape(-1, paths_PCM.shape[2]), axis=0, return_inverse=True)
         keys = [(number, path.tobytes()) for path in paths_QM]
         answers = {key: self._answers[key] for key in keys if key in self._answers}
@@ -298,7 +299,7 @@ class _Rows:
 
     Attributes:
         hidden_RD: Token vectors.
-        projected_RP: Their query, key and value in the next layer; None after the last.
+        projected_RP: Their query, key and value in the next layer, where it is computed; None where it is for none.
         position_R: Where each stood in its sequence.
         rank_R: Each row's place in its sequence by the attention it received in the last layer computed.
         said_TV: What the head says of the sequences' tokens that arrived at that layer or were dropped before, one
@@ -316,6 +317,16 @@ class _Rows:
         """Memory of all of it."""
         parts = (self.hidden_RD, self.projected_RP, self.position_R, self.rank_R, self.said_TV)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def take(self, rows: Ints, tokens: Ints) -> "_Rows":
+        """Some rows, with fillers, and what is said of some tokens."""
+        return _Rows(
+            _take(self.hidden_RD, rows),
+            None if self.projected_RP is None else _take(self.projected_RP, rows),
+            self.position_R[rows],
+            self.rank_R[rows],
+            None if self.said_TV is None else self.said_TV[torch.from_numpy(tokens).to(self.said_TV.device)],
+        )
 
     def part(self, rows: slice, tokens: slice) -> "_Rows":
         """A copy of some rows, and of what is said of some tokens; a view would keep all the memory alive."""
@@ -350,7 +361,7 @@ class _Walk:
         self.answer_of_leaf = _starts(answer_sizes)
         self.answer_X = np.empty(self.answer_of_leaf[-1], dtype=split.answer_type)
         self.first_of_length = _starts(examples_of_length)
-        self.cached_levels = min(CACHED_LEVELS, self.depth) if self.cache.limit else 0
+        self.cached_levels = min(CACHED_LEVELS, self.depth - self.reads_first) if self.cache.limit else 0
         self.prefixes = [tree.prefixes(level) for level in range(self.cached_levels)]
 
     def run(self, on_progress: Callable[[float], None] | None) -> None:
@@ -361,7 +372,7 @@ class _Walk:
         for depth, cells, made in entries:
             for part in _cut(cells.size * cells.rows, self.evaluator._rows_per_chunk):
                 if made:
-                    self._pass_on(depth, cells[part], _joined(made[part]))
+                    self._pass_on(depth, cells[part], _joined(made[part]), skipping=False)
                 else:
                     self._expand(depth, cells[part], self._embed(cells[part]))
                 done += part.stop - part.start
@@ -376,14 +387,19 @@ class _Walk:
     def _entries(self) -> list[tuple[int, _Cells, list[_Rows]]]:
         """Where the walk begins: at which level, in which cells, and with what is remembered of each, if anything.
 
-        Sets `missing`: per cached level, which (node, bundle) the walk has to compute.
+        Sets, per cached level, for which (node, bundle) the walk computes the layer (`computed`), and which it takes
+        past it (`passed`).
         """
-        self.missing: list[NDArray[np.bool_]] = []
-        if not self.cached_levels:
-            return [(0, self._all_cells(0), [])]
+        self.computed: list[NDArray[np.bool_]] = []
+        self.passed: list[NDArray[np.bool_]] = []
         entries = []
-        wanted = np.ones((len(self.tree.levels[self.cached_levels - 1].kept), len(self.bundles.size)), dtype=np.bool_)
+        bundles = len(self.bundles.size)
+        reached = np.ones((len(self.tree.levels[self.cached_levels].kept), bundles), dtype=np.bool_)
         for depth in reversed(range(self.cached_levels)):
+            below = self.tree.levels[depth + 1]
+            wanted, passed = np.zeros((2, len(self.tree.levels[depth].kept), bundles), dtype=np.bool_)
+            np.logical_or.at(wanted, below.parent[~below.skipped], reached[~below.skipped])
+            passed[below.parent[below.skipped]] = reached[below.skipped]
             cells = self._all_cells(depth)
             cells = cells[wanted[cells.node, cells.bundle]]
             keys = (self._key(depth, *cell) for cell in zip(cells.node, cells.bundle, strict=True))
@@ -393,16 +409,23 @@ class _Walk:
                 made = [self.cache[self._key(depth, *cell)] for cell in zip(found.node, found.bundle, strict=True)]
                 entries.append((depth, found, made))
             lost = cells[~known]
-            missing = np.zeros_like(wanted)
-            missing[lost.node, lost.bundle] = True
-            self.missing.insert(0, missing)
-            if not depth:
-                if len(lost.node):
-                    entries.append((0, lost, []))
-                break
-            wanted = np.zeros((len(self.tree.levels[depth - 1].kept), len(self.bundles.size)), dtype=np.bool_)
-            wanted[self.tree.levels[depth].parent[lost.node], lost.bundle] = True
+            computed = np.zeros_like(wanted)
+            computed[lost.node, lost.bundle] = True
+            self.computed.insert(0, computed)
+            self.passed.insert(0, passed)
+            reached = computed | passed
+        cells = self._all_cells(0)
+        cells = cells[reached[cells.node, cells.bundle]]
+        if len(cells.node):
+            entries.append((0, cells, []))
         return entries
+
+    def _ways(self, depth: int, cells: _Cells) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """For which cells of a level the walk computes the next layer, and which it takes past it."""
+        if depth < self.cached_levels:
+            return self.computed[depth][cells.node, cells.bundle], self.passed[depth][cells.node, cells.bundle]
+        level = self.tree.levels[depth]
+        return level.most[cells.node] > 0, level.passes[cells.node]
 
     def _all_cells(self, depth: int) -> _Cells:
         """Every cell of a level, in an order in which they may attend."""
@@ -436,43 +459,111 @@ class _Walk:
         )
         hidden_RD = _fill(self.family.embed(self.network, ids_1R, types_1R, positions_1R)[0])
         said_TV = None if self.reads_first else self._read(hidden_RD)[: len(positions)]
-        return _Rows(hidden_RD, self._project(0, hidden_RD), positions, np.zeros_like(positions), said_TV)
+        projected_RP = self._project(0, hidden_RD, self._rows_computed(0, cells))
+        return _Rows(hidden_RD, projected_RP, positions, np.zeros_like(positions), said_TV)
 
-    def _project(self, depth: int, hidden_RD: Tensor) -> Tensor | None:
-        if not self.reads_first:
-            return self.family.project(self.network, depth, hidden_RD) if depth < self.depth else None
-        project = self.family.project_for_first if depth == self.depth else self.family.project
-        return project(self.network, depth, hidden_RD)
+    def _project(self, depth: int, hidden_RD: Tensor, asked_R: NDArray[np.bool_]) -> Tensor | None:
+        """What a layer's attention needs of the rows that are asked for, among fillers; None where no row is."""
+        if not asked_R.any():
+            return None
+        project = self.family.project_for_first if self._for_first_alone(depth) else self.family.project
+        if asked_R.all():
+            return project(self.network, depth, hidden_RD)
+        rows = np.flatnonzero(asked_R)
+        projected_RP = project(self.network, depth, _take(hidden_RD, rows))[: len(rows)]
+        filled_RP = projected_RP.new_zeros(len(hidden_RD), projected_RP.size(1))
+        filled_RP[torch.from_numpy(rows).to(filled_RP.device)] = projected_RP
+        return filled_RP
+
+    def _rows_computed(self, depth: int, cells: _Cells) -> NDArray[np.bool_]:
+        """Which of the cells' rows go through a layer."""
+        return np.repeat(self._ways(depth, cells)[0], cells.size * cells.rows)
+
+    def _for_first_alone(self, depth: int) -> bool:
+        """Whether a layer is computed for each sequence's first token alone."""
+        return self.reads_first and depth == self.depth - 1
 
     def _read(self, hidden_RD: Tensor) -> Tensor:
         """What the head says of each token, float32 (R, V)."""
         return self.family.read_tokens(self.network, hidden_RD[None])[0].float()
 
     def _expand(self, depth: int, cells: _Cells, arriving: _Rows) -> None:
-        """Compute a layer, and all after it, for cells whose arriving tokens' vectors and projections are given."""
+        """Go on from a level, for cells whose arriving tokens' vectors and projections are given."""
         if depth == self.depth:
             (self._answer_from_first if self.reads_first else self._answer_from_all)(cells, arriving)
             return
+        computed, passed = self._ways(depth, cells)
+        if passed.any():
+            self._go_past(depth, cells[passed], self._only(cells, replace(arriving, projected_RP=None), passed))
+        if computed.any():
+            compute = self._compute_for_first if self._for_first_alone(depth) else self._compute
+            compute(depth, cells[computed], self._only(cells, arriving, computed))
+
+    def _go_past(self, depth: int, cells: _Cells, arriving: _Rows) -> None:
+        """Skip a layer."""
+        child = self.tree.levels[depth].first_child[cells.node]
+        asked_R = self._rows_computed(depth + 1, _Cells(child, cells.bundle, cells.size, cells.rows))
+        projected_RP = self._project(depth + 1, arriving.hidden_RD, asked_R)
+        self._pass_on(depth, cells, replace(arriving, projected_RP=projected_RP), skipping=True)
+
+    def _compute(self, depth: int, cells: _Cells, arriving: _Rows) -> None:
+        """Compute a layer, and go on after it."""
         hidden_RD, position_R, said_TV = arriving.hidden_RD, arriving.position_R, arriving.said_TV
         assert arriving.projected_RP is not None
         context_RD, rank_R = self._mix(depth, cells, arriving.projected_RP, position_R)
-        remembered = depth < self.cached_levels
-        most = cells.rows if remembered else self.tree.levels[depth].most[cells.node]
-        if said_TV is not None and depth and (remembered or self.tree.levels[depth].drops[cells.node].any()):
+        level, remembered = self.tree.levels[depth], depth < self.cached_levels
+        most, asked = (cells.rows, cells.rows) if remembered else (level.most[cells.node], level.asked[cells.node])
+        if said_TV is not None and depth and (remembered or level.drops[cells.node].any()):
             self._update(said_TV, cells, hidden_RD, position_R)
         cell, rows = _ranges(*_bounds(cells.starts()))
         kept = rank_R[rows] < most[cell]
         if not kept.all():
+            cell = cell[kept]
             context_RD, hidden_RD = _take(context_RD, rows[kept]), _take(hidden_RD, rows[kept])
             rank_R, position_R = rank_R[rows[kept]], position_R[rows[kept]]
         attended_RD = self.family.merge(self.network, depth, context_RD, hidden_RD)
         passed_on_RD = self.family.feed_forward(self.network, depth, attended_RD)
         self.evaluator.rows_computed += len(passed_on_RD)
-        passed_on = _Rows(passed_on_RD, self._project(depth + 1, passed_on_RD), position_R, rank_R, said_TV)
+        asked_R = (rank_R < asked[cell]) & (depth + 1 < self.depth)
+        projected_RP = self._project(depth + 1, passed_on_RD, asked_R)
+        passed_on = _Rows(passed_on_RD, projected_RP, position_R, rank_R, said_TV)
         cells = _Cells(cells.node, cells.bundle, cells.size, most)
         if remembered:
             self._remember(depth, cells, passed_on)
-        self._pass_on(depth, cells, passed_on)
+        self._pass_on(depth, cells, passed_on, skipping=False)
+
+    def _compute_for_first(self, depth: int, cells: _Cells, arriving: _Rows) -> None:
+        """Compute the last layer for the first token of each sequence, and go on after it."""
+        starts = cells.starts()
+        cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
+        hidden_BD = _take(arriving.hidden_RD, starts[cell] + sequence * cells.rows[cell])
+        edges = np.flatnonzero(np.diff(cells.rows, prepend=-1, append=-1))
+        contexts, done = [], 0
+        assert arriving.projected_RP is not None
+        for first, last in itertools.pairwise(edges):
+            rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
+            projected_BLP = arriving.projected_RP[rows].float().view(-1, length, arriving.projected_RP.size(1))
+            first_BD = hidden_BD[done : done + len(projected_BLP)]
+            positions_BL = self._positions(arriving.position_R[rows], length)
+            contexts.append(self.family.mix_first(self.network, depth, first_BD, projected_BLP, positions_BL))
+            done += len(projected_BLP)
+        context_BD = _fill(torch.cat(contexts))
+        attended_BD = self.family.merge(self.network, depth, context_BD, hidden_BD)
+        passed_on_BD = self.family.feed_forward(self.network, depth, attended_BD)
+        self.evaluator.rows_computed += len(passed_on_BD)
+        cells = _Cells(cells.node, cells.bundle, cells.size, np.ones_like(cells.rows))
+        nothing = np.zeros_like(cell)
+        self._pass_on(depth, cells, _Rows(passed_on_BD, None, nothing, nothing, None), skipping=False)
+
+    def _only(self, cells: _Cells, rows: _Rows, chosen: NDArray[np.bool_]) -> _Rows:
+        """The rows of some cells."""
+        if chosen.all():
+            return rows
+        numbers, tokens = (
+            _ranges(*(bound[chosen] for bound in _bounds(starts)))[1]
+            for starts in (cells.starts(), self._origins(cells))
+        )
+        return rows.take(numbers, tokens)
 
     def _update(self, said_TV: Tensor, cells: _Cells, hidden_RD: Tensor, position_R: Ints) -> None:
         """Let the head read anew the tokens that are left, whose vectors are given."""
@@ -516,28 +607,31 @@ class _Walk:
         """Where the tokens of sequences of equal length stood, (B, L)."""
         return torch.from_numpy(position_R.reshape(-1, length)).to(self.model.device)
 
-    def _pass_on(self, depth: int, cells: _Cells, passed_on: _Rows) -> None:
-        """Give each child its rows of what a layer made, and go on there."""
+    def _pass_on(self, depth: int, cells: _Cells, passed_on: _Rows, skipping: bool) -> None:
+        """Give each child its rows, and go on there.
+
+        Args:
+            depth: The level of the cells.
+            cells: With as many rows as there are of each sequence.
+            passed_on: What the layer made of them; as they arrived, where it is skipped.
+            skipping: Whether the children are those for which the layer is skipped.
+        """
         first_child = self.tree.levels[depth].first_child
         parent, node = _ranges(first_child[cells.node], first_child[cells.node + 1])
+        wanted = self.tree.levels[depth + 1].skipped[node] == skipping
         if depth + 1 < self.cached_levels:
-            wanted = self.missing[depth + 1][node, cells.bundle[parent]]
-            parent, node = parent[wanted], node[wanted]
+            reached = self.computed[depth + 1] | self.passed[depth + 1]
+            wanted &= reached[node, cells.bundle[parent]]
+        parent, node = parent[wanted], node[wanted]
         children, order = self._sorted(depth + 1, node, cells.bundle[parent])
-        first, last = _bounds(cells.starts())
-        first, last = first[parent[order]], last[parent[order]]
-        origins = _bounds(self._origins(cells))
+        parent = parent[order]
+        first, last = (bound[parent] for bound in _bounds(cells.starts()))
+        first_token, last_token = (bound[parent] for bound in _bounds(self._origins(cells)))
         for part in _cut(children.size * children.rows, self.evaluator._rows_per_chunk):
             cell, rows = _ranges(first[part], last[part])
             rows = rows[passed_on.rank_R[rows] < children.rows[part][cell]]
-            projected_RP, said_TV = passed_on.projected_RP, passed_on.said_TV
-            if projected_RP is not None:
-                projected_RP = _take(projected_RP, rows)
-            if said_TV is not None:
-                tokens = _ranges(*(bound[parent[order][part]] for bound in origins))[1]
-                said_TV = said_TV[torch.from_numpy(tokens).to(said_TV.device)]
-            left = (passed_on.position_R[rows], passed_on.rank_R[rows], said_TV)
-            self._expand(depth + 1, children[part], _Rows(_take(passed_on.hidden_RD, rows), projected_RP, *left))
+            tokens = _ranges(first_token[part], last_token[part])[1]
+            self._expand(depth + 1, children[part], passed_on.take(rows, tokens))
 
     def _remember(self, depth: int, cells: _Cells, made: _Rows) -> None:
         origins = self._origins(cells)
@@ -545,26 +639,9 @@ class _Walk:
             copies = made.part(slice(int(first), int(last)), slice(int(origins[cell]), int(origins[cell + 1])))
             self.cache.add(self._key(depth, cells.node[cell], cells.bundle[cell]), copies)
 
-    def _answer_from_first(self, cells: _Cells, arriving: _Rows) -> None:
-        """The last layer and the head, for the first token of each sequence."""
-        starts = cells.starts()
-        cell, sequence = _ranges(np.zeros_like(cells.size), cells.size)
-        hidden_BD = _take(arriving.hidden_RD, starts[cell] + sequence * cells.rows[cell])
-        edges = np.flatnonzero(np.diff(cells.rows, prepend=-1, append=-1))
-        contexts, done = [], 0
-        assert arriving.projected_RP is not None
-        for first, last in itertools.pairwise(edges):
-            rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
-            projected_BLP = arriving.projected_RP[rows].float().view(-1, length, arriving.projected_RP.size(1))
-            first_BD = hidden_BD[done : done + len(projected_BLP)]
-            positions_BL = self._positions(arriving.position_R[rows], length)
-            contexts.append(self.family.mix_first(self.network, self.depth, first_BD, projected_BLP, positions_BL))
-            done += len(projected_BLP)
-        context_BD = _fill(torch.cat(contexts))
-        attended_BD = self.family.merge(self.network, self.depth, context_BD, hidden_BD)
-        passed_on_BD = self.family.feed_forward(self.network, self.depth, attended_BD)
-        self.evaluator.rows_computed += len(passed_on_BD)
-        self._answer(cells, self.family.classify(self.network, passed_on_BD[: len(cell), None]))
+    def _answer_from_first(self, cells: _Cells, last: _Rows) -> None:
+        """What the head says of the first token of each sequence, which alone is left."""
+        self._answer(cells, self.family.classify(self.network, last.hidden_RD[: cells.size.sum(), None]))
 
     def _answer_from_all(self, cells: _Cells, last: _Rows) -> None:
         """What the head says of every token, each after the last layer that it entered."""

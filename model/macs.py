@@ -63,7 +63,7 @@ def sequence_macs(
     Args:
         shape: The encoder's sizes.
         num_tokens_N: Real tokens of each sequence; padding costs nothing here because none is computed.
-        config: Tokens left after each layer; None keeps all of them.
+        config: Tokens left after each layer; None keeps all of them. A skipped layer costs nothing.
     Raises:
         ValueError: `config` speaks of another number of layers.
     """
@@ -71,17 +71,20 @@ def sequence_macs(
     config = config or LengthConfig.full(shape.num_layers)
     if config.num_layers != shape.num_layers:
         raise ValueError(f"The length config has {config.num_layers} layers, the encoder {shape.num_layers}.")
-    return _macs_of_counts(shape, num_tokens, config.count_table(num_tokens))
+    computed = np.isin(np.arange(shape.num_layers), config.computed)
+    return _macs_of_counts(shape, num_tokens, config.count_table(num_tokens), computed)
 
 
-def _macs_of_counts(shape: EncoderShape, num_tokens: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """MACs where `counts[..., layer]` tokens are left after each layer."""
+def _macs_of_counts(
+    shape: EncoderShape, num_tokens: NDArray[np.int64], counts: NDArray[np.int64], computed: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """MACs where `counts[..., layer]` tokens are left after each layer and `computed[..., layer]` are not skipped."""
     per_token = shape.hidden_size if shape.embedding_macs_per_token is None else shape.embedding_macs_per_token
     macs = num_tokens * per_token
     arriving = num_tokens
     for layer in range(shape.num_layers):
         kept = counts[..., layer]
-        macs = macs + layer_macs(shape, arriving, kept)
+        macs = macs + layer_macs(shape, arriving, kept) * computed[..., layer]
         arriving = kept
     return macs + shape.head_macs_per_sequence + num_tokens * shape.head_macs_per_token
 
@@ -93,11 +96,22 @@ def mean_macs(shape: EncoderShape, num_tokens_N: NDArray[np.int64], config: Leng
 
 
 def mean_macs_of_shares(
-    shape: EncoderShape, num_tokens_N: NDArray[np.int64], shares_CL: NDArray[np.floating[Any]]
+    shape: EncoderShape,
+    num_tokens_N: NDArray[np.int64],
+    shares_CL: NDArray[np.floating[Any]],
+    skipped_CL: NDArray[np.bool_],
 ) -> NDArray[np.float64]:
-    """`mean_macs` of thousands of configs at once, each given by the shares left after its layers; (C,)."""
+    """`mean_macs` of thousands of configs at once, (C,).
+
+    Args:
+        shape: The encoder's sizes.
+        num_tokens_N: Real tokens of each sequence.
+        shares_CL: Shares left after the layers of each config; at a skipped layer, those that arrive.
+        skipped_CL: Which layers each config skips.
+    """
     lengths, repeats = np.unique(num_tokens_N, return_counts=True)
-    macs_CN = _macs_of_counts(shape, lengths, counts_of_shares(shares_CL[:, None, :], lengths[:, None]))
+    counts_CNL = counts_of_shares(shares_CL[:, None, :], lengths[:, None])
+    macs_CN = _macs_of_counts(shape, lengths, counts_CNL, ~skipped_CL[:, None, :])
     means_C: NDArray[np.float64] = (macs_CN * repeats).sum(axis=1) / repeats.sum()
     return means_C
 

@@ -9,7 +9,7 @@ Shape letters: B sequences, L tokens, D hidden size, N layers, P rank positions.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -323,13 +323,10 @@ class _AtOneConfig(LengthAdaptiveModel):
         labels: Tensor | None = None,
         *,
         length_config: LengthConfig | None = None,
-        skip_layers: Collection[int] = (),
     ) -> SequenceClassifierOutput:
         """See `LengthAdaptiveModel.forward`."""
         config = length_config or self.length_config
-        return super().forward(
-            input_ids, attention_mask, token_type_ids, labels, length_config=config, skip_layers=skip_layers
-        )
+        return super().forward(input_ids, attention_mask, token_type_ids, labels, length_config=config)
 
 
 class _RetentionTrainer(Trainer):

@@ -6,7 +6,7 @@ shortened passes of the same batch learn from the full pass.
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,7 @@ def train(
         TrainingDiverged: A loss is not finite.
         ValueError: The split is empty.
     """
-    model.token_score = settings.token_score
+    model.token_score, model.layer_drop = settings.token_score, settings.layer_drop
     with with_dropout(model.network, settings.dropout):
         return fit(
             partial(LengthDropTrainer, settings, _on_device(teacher), model=model),
@@ -140,7 +140,7 @@ class LengthDropTrainer(BatchSharingTrainer):
         self.settings = settings
         self.teacher = teacher
         self.generator = np.random.default_rng(settings.seed)
-        self._drawn: tuple[int, list[ShortPass]] = (-1, [])
+        self._drawn: tuple[int, list[LengthConfig]] = (-1, [])
 
     @halving_batches
     def training_step(self, model: nn.Module, inputs: dict[str, Any], share: float) -> Tensor:
@@ -161,15 +161,14 @@ class LengthDropTrainer(BatchSharingTrainer):
             loss = self._full_loss(full, inputs)
         total = self._learn(loss * scale)
         taught = full.logits.detach()
-        for short_pass in sandwich:
+        for length_config in sandwich:
             with self.compute_loss_context_manager():
-                config, skipped = short_pass.length_config, short_pass.skip_layers
-                short = model(**inputs, labels=labels, length_config=config, skip_layers=skipped)
+                short = model(**inputs, labels=labels, length_config=length_config)
                 loss = self._short_loss(encoder, short, taught, inputs["attention_mask"])
             total = total + self._learn(loss * scale)
         return total
 
-    def _sandwich(self, num_layers: int) -> list["ShortPass"]:
+    def _sandwich(self, num_layers: int) -> list[LengthConfig]:
         """The shortened passes of this step, the same for all parts of its batch."""
         if self._drawn[0] != self.state.global_step:
             plain = (self.state.epoch or 0.0) < self.settings.plain_epochs
@@ -209,26 +208,20 @@ class LengthDropTrainer(BatchSharingTrainer):
         return loss.detach()
 
 
-@dataclass(frozen=True)
-class ShortPass:
-    """One shortened pass of a step: its length config and the layers that LayerDrop leaves out."""
-
-    length_config: LengthConfig
-    skip_layers: frozenset[int] = field(default_factory=frozenset)
-
-
-def sample_sandwich(settings: TrainingSettings, num_layers: int, generator: np.random.Generator) -> list[ShortPass]:
+def sample_sandwich(settings: TrainingSettings, num_layers: int, generator: np.random.Generator) -> list[LengthConfig]:
     """The shortened passes of one step: the smallest config first, then `sandwich_size` random ones.
 
     Retentions are drawn from the continuous range [1 - p, 1] and shared by the batch, each sequence keeping its
-    own share; the paper draws whole lengths of the padded batch instead.
+    own share; the paper draws whole lengths of the padded batch instead. LayerDrop skips layers of each; where it would
+    skip all of them, it skips none.
 
     Source: Kim & Cho 2021, "LengthDrop"; the sandwich rule is from Yu & Huang 2019.
     """
     smallest = np.full(num_layers, 1.0 - settings.length_drop)
     drawn = generator.uniform(1.0 - settings.length_drop, 1.0, size=(settings.sandwich_size, num_layers))
     skipped = generator.random((1 + settings.sandwich_size, num_layers)) < settings.layer_drop
+    skipped[skipped.all(axis=1)] = False
     return [
-        ShortPass(LengthConfig.from_retention(retention.tolist()), frozenset(np.flatnonzero(skip).tolist()))
+        LengthConfig.from_retention(retention.tolist(), np.flatnonzero(skip))
         for retention, skip in zip((smallest, *drawn), skipped, strict=True)
     ]

@@ -162,6 +162,7 @@ class LengthsStudy:
     Attributes:
         name: The study's name in the database.
         retention: Range of every layer's retention; with a step, so that configs share prefixes.
+        skippable: Layers, from 0, that a config may skip; none leaves depth out of the search.
         sampler: Which of `SAMPLERS` chooses the configs.
         population_size: Trials of one generation, which are asked and evaluated together.
         brood: Candidates that the surrogate screens for each trial.
@@ -175,6 +176,7 @@ class LengthsStudy:
 
     name: str
     retention: Range
+    skippable: tuple[int, ...] = ()
     sampler: str = "surrogate"
     population_size: int = 25
     brood: int = 150
@@ -196,6 +198,12 @@ class LengthsStudy:
             )
         if self.retention.log:
             raise StudyFileError("[retention] cannot be logarithmic")
+        if not _is_layer_list(self.skippable) or min(self.skippable, default=0) < 0:
+            raise StudyFileError(
+                f"[depth] layers={_shown(self.skippable)}; list the layers that may be skipped, from 0"
+            )
+        if len(set(self.skippable)) < len(self.skippable):
+            raise StudyFileError(f"[depth] layers={_shown(self.skippable)} names a layer twice")
         _check_count("population_size", self.population_size, least=4)
         _check_count("brood", self.brood, least=1)
         _check_count("blocks", self.blocks, least=1)
@@ -211,8 +219,9 @@ class LengthsStudy:
                 raise StudyFileError(f"{key}={probability!r}; choose a probability in [0, 1]")
 
     def space_fingerprint(self) -> str:
-        """Hash of the retention range, which all trials must share."""
-        return _fingerprint({"retention": self.retention})
+        """Hash of the retention range, and of the layers that may be skipped if any, which all trials must share."""
+        depth = {"depth": sorted(self.skippable)} if self.skippable else {}
+        return _fingerprint({"retention": self.retention, **depth})
 
 
 Study: TypeAlias = FinetuneStudy | LengthsStudy
@@ -326,10 +335,12 @@ def _by_stage(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
-    _check_keys("the file", document, ("name", "retention", "sampler", "early_stopping"), needed=("retention",))
+    known = ("name", "retention", "depth", "sampler", "early_stopping")
+    _check_keys("the file", document, known, needed=("retention",))
     retention = _read_parameter("retention", _table(document, "retention"))
     if not isinstance(retention, Range):
         raise StudyFileError("[retention] lists choices; write low, high and step")
+    layers = _table(document, "depth", ("layers",)).get("layers", [])
     sampler = _table(document, "sampler")
     name = sampler.pop("name", LengthsStudy.sampler)
     if isinstance(name, str) and name in SAMPLERS:
@@ -337,6 +348,7 @@ def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
     return LengthsStudy(
         name=document.get("name", default_name),
         retention=retention,
+        skippable=tuple(layers) if isinstance(layers, list) else layers,
         sampler=name,
         **sampler,
         **_table(document, "early_stopping", ("blocks", "confidence")),

@@ -1,6 +1,8 @@
+import io
 import itertools
 import json
 import math
+import re
 import time
 import warnings
 
@@ -9,7 +11,7 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
@@ -21,6 +23,7 @@ from hpo.front import (
     NotLengthStudy,
     choose,
     compute_front,
+    constant_rate,
     flops_text,
     front_table,
     front_to_json,
@@ -298,6 +301,46 @@ def test_password_of_the_storage_is_hidden(study):
 def test_front_without_a_completed_full_length_trial_says_what_to_run(trials):
     with pytest.raises(EmptyFront, match=r"'lengths'.*`hpo search-lengths`"):
         compute_front(make_study(trials), STORAGE)
+
+
+def test_a_trial_that_skips_a_layer_is_no_constant_rate_nor_full_length():
+    assert constant_rate({"retention_0": 0.5, "retention_1": 0.5}) == 0.5
+    assert constant_rate({"retention_0": 0.5, "retention_1": 0.6}) is None
+    assert constant_rate({"retention_0": 1.0, "retention_1": 1.0, "skip_1": False}) == 1.0
+    assert constant_rate({"retention_0": 1.0, "retention_1": 1.0, "skip_1": True}) is None
+
+
+@pytest.fixture
+def study_in_depth():
+    """Full length (0), full length without its second layer (1), and both layers short (2)."""
+    study = make_study([((1.0, 1.0), 0.90, 1000.0), ((1.0, 1.0), 0.85, 520.0), ((0.5, 0.5), 0.70, 400.0)])
+    deep = optuna.create_study(directions=("maximize", "minimize"), study_name="lengths")
+    deep.set_user_attr("full_macs", FULL_MACS)
+    for trial, skipped in zip(study.trials, ([], [1], []), strict=True):
+        deep.add_trial(
+            create_trial(
+                values=trial.values,
+                params={**trial.params, "skip_1": bool(skipped)},
+                distributions={**trial.distributions, "skip_1": CategoricalDistribution((False, True))},
+                user_attrs={**trial.user_attrs, "skipped": skipped},
+            )
+        )
+    return deep
+
+
+def test_a_study_that_searches_depth_tells_which_layers_a_point_skips(study_in_depth):
+    front = compute_front(study_in_depth, STORAGE)
+    assert [(point.trial, point.skipped) for point in front.points] == [(2, ()), (1, (1,)), (0, ())]
+    assert front.full.trial == 0
+    assert [point.trial for point in front.constant_rate] == [2, 0]
+    document = front_to_json(front, front.points[1])
+    assert [point["skipped"] for point in document["points"]] == [[], [1], []]
+    assert list(document["chosen"])[:3] == ["trial", "shares", "skipped"]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(front_table(front, None))
+    text = console.export_text()
+    assert re.search(r"\b1 +100 +- +0\.8500", text)
+    assert "- marks a skipped layer." in " ".join(text.split())
 
 
 def test_study_with_other_objectives_is_refused():

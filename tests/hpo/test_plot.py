@@ -306,3 +306,20 @@ def test_configs_of_another_method_are_marked(front):
     )
     assert list(trace.y) == [seed.metric]
     assert trace.marker.symbol == "star"
+
+
+def test_page_and_hover_mark_skipped_layers(front, tmp_path):
+    cheap, best, full = (
+        dataclasses.replace(point, skipped=skipped) for point, skipped in zip(front.points, ((), (1,), ()), strict=True)
+    )
+    best = dataclasses.replace(best, shares=(0.9, 0.9))
+    deep = dataclasses.replace(front, points=(cheap, best, full), full=full)
+    hover = next(trace for trace in draw_front(deep).data if trace.name == "front, search split").hovertext[1]
+    assert "left after each layer, %:<br>90 -<br>" in hover
+    assert "of 20 tokens, the median:<br>18 -" in hover
+    write_page(deep, HISTORY, tmp_path / "front.html")
+    page = (tmp_path / "front.html").read_text(encoding="utf-8")
+    assert "<td>90 -</td><td>18 -</td>" in page
+    assert "A hyphen stands for a layer that is skipped." in page
+    write_page(front, HISTORY, tmp_path / "front.html")
+    assert "hyphen" not in (tmp_path / "front.html").read_text(encoding="utf-8").split("<table>")[1]

@@ -6,13 +6,14 @@ import warnings
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from hpo.front import hypervolume
 from hpo.samplers import (
     LEAST_EFFORT,
+    Configs,
     LatSampler,
     RetentionSpace,
     SharedEffort,
@@ -29,6 +30,8 @@ from studies.loader import SAMPLERS, LengthsStudy, Range
 LAYERS = 4
 SPACE = {f"retention_{layer}": FloatDistribution(0.2, 1.0, step=0.05) for layer in range(LAYERS)}
 GRID = RetentionSpace.of(SPACE)
+DEPTH_SPACE = {**SPACE, **{f"skip_{layer}": CategoricalDistribution((False, True)) for layer in (1, 3)}}
+DEPTH = RetentionSpace.of(DEPTH_SPACE)
 ANY = RetentionSpace(tuple(SPACE), 0.1, 1.0, None)
 
 
@@ -51,13 +54,14 @@ def dominates(a, b):
 
 def test_shares_on_the_grid_come_back_unchanged():
     retention = np.random.default_rng(0).integers(4, 21, (50, LAYERS)) * 0.05
-    np.testing.assert_allclose(GRID.to_retention(np.cumprod(retention, axis=1)), retention, atol=1e-9)
+    configs = Configs.whole(np.cumprod(retention, axis=1))
+    np.testing.assert_allclose(GRID.to_retention(configs), retention, atol=1e-9)
 
 
 @pytest.mark.parametrize("space", [GRID, ANY], ids=["grid", "any"])
 def test_retentions_stay_in_range_and_follow_the_shares(space):
     shares = np.minimum.accumulate(np.random.default_rng(1).uniform(0.0, 1.0, (200, LAYERS)), axis=1)
-    retention = space.to_retention(shares)
+    retention = space.to_retention(Configs.whole(shares))
     assert retention.min() >= space.low
     assert retention.max() <= 1.0
     reachable = (shares[:, 0] >= space.low) & (shares[:, 1:] >= space.low * shares[:, :-1] + 0.05).all(axis=1)
@@ -72,11 +76,67 @@ def test_retentions_stay_in_range_and_follow_the_shares(space):
 
 def test_a_mutation_moves_each_share_between_its_neighbours_only():
     shares, probability = random_shares(1200), np.tile([0.0, 0.25, 0.5, 1.0], 300)
-    children = mutate_between_neighbours(shares, probability, np.random.default_rng(0))
+    children = mutate_between_neighbours(Configs.whole(shares), probability, np.random.default_rng(0)).shares_CN
     assert (np.diff(children, prepend=1.0, append=0.0) <= 0).all()
     for share in (0.0, 0.25, 0.5, 1.0):
         moved = (children != shares)[probability == share].mean()
         assert moved == pytest.approx(share, abs=0.04 if 0 < share < 1 else 0)
+
+
+def random_skips(count, seed=0):
+    """Of layers 1 and 3 alone."""
+    skipped = np.random.default_rng(seed).random((count, LAYERS)) < 0.5
+    skipped[:, [0, 2]] = False
+    return skipped
+
+
+def test_a_config_of_a_trial_drops_nothing_where_it_skips():
+    params = {"retention_0": 0.5, "retention_1": 0.3, "retention_2": 0.8, "retention_3": 0.5}
+    trials = [
+        optuna.trial.create_trial(values=[0.0], params={**params, **skips}, distributions=DEPTH_SPACE)
+        for skips in ({"skip_1": True, "skip_3": False}, {"skip_1": False, "skip_3": True})
+    ]
+    configs = DEPTH.configs_of(trials)
+    np.testing.assert_allclose(configs.shares_CN, [[0.5, 0.5, 0.4, 0.2], [0.5, 0.15, 0.12, 0.12]])
+    assert configs.skipped_CN.tolist() == [[False, True, False, False], [False, False, False, True]]
+    assert configs.last_computed().tolist() == [3, 2]
+    again = [DEPTH.params(*row) for row in zip(DEPTH.to_retention(configs), configs.skipped_CN, strict=True)]
+    assert again == [
+        {**params, "retention_1": 1.0, "skip_1": True, "skip_3": False},
+        {**params, "retention_3": 1.0, "skip_1": False, "skip_3": True},
+    ]
+    assert DEPTH.params(np.ones(LAYERS)) == {**dict.fromkeys(SPACE, 1.0), "skip_1": False, "skip_3": False}
+
+
+def test_a_mutation_leaves_skipped_layers_out_of_account():
+    shares, skipped = random_shares(2000), random_skips(2000)
+    parents = DEPTH.configs(shares / np.insert(shares, 0, 1.0, axis=1)[:, :-1], skipped)
+    children = mutate_between_neighbours(parents, np.tile([0.0, 1.0], 1000), np.random.default_rng(0))
+    assert (children.skipped_CN == skipped).all()
+    assert (children.shares_CN == parents.shares_CN)[::2].all()
+    moved = np.abs(children.shares_CN / parents.shares_CN - 1) > 0.02
+    mutants = (part[1::2] for part in (children.shares_CN, parents.shares_CN, skipped))
+    for child, parent, skips in zip(*mutants, strict=True):
+        computed = np.flatnonzero(~skips)
+        above, below = np.append(1.0, child[computed][:-1]), np.append(parent[computed][1:], 0.0)
+        assert ((below <= child[computed]) & (child[computed] <= above)).all()
+        assert (child[skips] == np.append(1.0, child)[:-1][skips]).all()
+    falling = (children.shares_CN < parents.shares_CN - 0.01)[1::2, 0][skipped[1::2, 1]]
+    assert falling.mean() > 0.2, "a layer before a skipped one may keep less than before"
+    assert moved[1::2][~skipped[1::2]].mean() > 0.7
+
+
+def test_children_skip_what_a_parent_skips_and_change_their_mind_at_the_rate_asked_for():
+    first, second = random_skips(4000, seed=1), random_skips(4000, seed=2)
+    generator = np.random.default_rng(0)
+    inherited = DEPTH.breed_skips(first, second, np.zeros(4000), generator)
+    assert ((inherited == first) | (inherited == second)).all()
+    differ = first != second
+    assert (inherited == first)[differ].mean() == pytest.approx(0.5, abs=0.03)
+    flipped = DEPTH.breed_skips(first, first, np.tile([0.0, 1.0], 2000), generator) != first
+    assert not flipped[::2].any()
+    assert not flipped[:, [0, 2]].any(), "the others have no say"
+    assert flipped[1::2].sum(axis=1).mean() == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -158,13 +218,39 @@ def cost_of(shares):
     return (0.4 + np.asarray(shares) @ np.array([1.0, 1.0, 1.0, 0.5])) / 3.9
 
 
+def cost_in_depth(configs):
+    """Skipped layers cost nothing."""
+    arriving = np.insert(configs.shares_CN, 0, 1.0, axis=1)[:, :-1]
+    return 0.05 + 0.95 * ((arriving + configs.shares_CN) * ~configs.skipped_CN).sum(axis=1) / (2 * LAYERS)
+
+
+def quality_in_depth(configs):
+    """Layer 1 does nothing, layer 3 matters."""
+    return quality_of(configs.shares_CN) - 0.3 * configs.skipped_CN[:, 3]
+
+
+def search_in_depth(sampler, trials, seed, reads_first=False):
+    definition = LengthsStudy(
+        name="lengths", retention=Range(low=0.2, high=1.0, step=0.05), sampler=sampler, population_size=20
+    )
+    sampler = make_sampler(definition, DEPTH_SPACE, cost_in_depth, seed, reads_first)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    for rate in (1.0, 0.2, 0.5, 0.8):
+        study.enqueue_trial(DEPTH.params(np.full(LAYERS, rate)))
+    while len(study.trials) < trials:
+        asked = [study.ask(DEPTH_SPACE) for _ in range(20)]
+        configs = DEPTH.configs_of(asked)
+        for trial, *values in zip(asked, quality_in_depth(configs), cost_in_depth(configs), strict=True):
+            study.tell(trial, [float(value) for value in values])
+    return study
+
+
 def search(sampler, trials, seed, generation=20, reads_first=False, cost=cost_of, stop=lambda shares: False):
     definition = LengthsStudy(
         name="lengths", retention=Range(low=0.2, high=1.0, step=0.05), sampler=sampler, population_size=generation
     )
-    study = optuna.create_study(
-        directions=["maximize", "minimize"], sampler=make_sampler(definition, SPACE, cost, seed, reads_first)
-    )
+    sampler = make_sampler(definition, SPACE, lambda configs: cost(configs.shares_CN), seed, reads_first)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     for rate in (1.0, 0.2, 0.5, 0.8):
         study.enqueue_trial(dict.fromkeys(SPACE, rate))
     while len(study.trials) < trials:
@@ -236,20 +322,72 @@ def test_what_a_stopped_trial_has_shown_tells_the_surrogate_as_much_as_its_error
             )
         screening = SurrogateScreening(
             retentions=GRID,
-            cost_of=cost_of,
+            cost_of=lambda configs: cost_of(configs.shares_CN),
             generation=20,
             brood=40,
             reads_first=False,
             generator=np.random.default_rng(0),
         )
         scored, stopped = _Scored.of(study, GRID), _Stopped.of(study, GRID)
-        tried = np.concatenate([scored.shares_TN, stopped.shares_TN])
+        tried = Configs.joined(scored.configs, stopped.configs)
         front = Staircase.of(scored.cost_T, scored.quality_T)
-        screening._learn(front, scored, stopped, tried, cost_of(tried))
+        screening._learn(front, scored, stopped, tried, cost_of(tried.shares_CN))
         return screening.surrogate.predict(np.cumprod(np.full((1, LAYERS), 0.9), axis=1))[0][0]
 
     assert predicted() == pytest.approx(quality_of(np.cumprod(np.full(LAYERS, 0.9))), abs=0.02)
     assert predicted(0.01) < predicted(0.03) - 0.01 < predicted(0.1) - 0.01 < predicted() - 0.01
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_searches_depth_too(sampler):
+    study = search_in_depth(sampler, 80, seed=0)
+    assert [trial.params for trial in search_in_depth(sampler, 80, seed=0).trials] == [t.params for t in study.trials]
+    assert all(set(trial.params) == set(DEPTH_SPACE) for trial in study.trials)
+    for name in ("skip_1", "skip_3"):
+        assert {trial.params[name] for trial in study.trials[4:]} == {False, True}
+
+
+@pytest.mark.parametrize("sampler", ["surrogate", "lat"])
+def test_a_sampler_finds_the_layer_that_does_nothing(sampler):
+    study = search_in_depth(sampler, 160, seed=1)
+    late = [trial.params["skip_1"] for trial in study.trials[100:]]
+    assert np.mean(late) > 0.6
+    best = max(study.best_trials, key=lambda trial: trial.values[0])
+    assert best.params["skip_1"]
+    assert not best.params["skip_3"]
+
+
+def test_the_surrogate_asks_for_no_config_twice_however_its_skipped_layers_retain():
+    study = search_in_depth("surrogate", 120, seed=0)
+    configs = DEPTH.configs_of(study.trials[20:])
+    rows = {
+        (shares.round(9).tobytes(), skips.tobytes())
+        for shares, skips in zip(configs.shares_CN, configs.skipped_CN, strict=True)
+    }
+    assert len(rows) == 100
+
+
+def test_the_last_layer_that_is_computed_keeps_the_least_where_the_head_reads_the_first_token():
+    study = search_in_depth("surrogate", 80, seed=0, reads_first=True)
+    bred = DEPTH.configs_of(study.trials[40:])
+    retention = bred.shares_CN / np.insert(bred.shares_CN, 0, 1.0, axis=1)[:, :-1]
+    last = bred.last_computed()
+    np.testing.assert_allclose(retention[np.arange(len(bred)), last], 0.2)
+    assert set(last.tolist()) == {2, 3}
+
+
+def test_the_surrogate_reads_what_decides_quality():
+    screening = SurrogateScreening(
+        retentions=DEPTH, cost_of=cost_in_depth, generation=1, brood=1, reads_first=True, generator=None
+    )
+    retention = np.array([[0.5, 0.8, 0.6, 0.9], [0.5, 0.8, 0.3, 0.9], [0.5, 1.0, 0.6, 0.9], [0.5, 1.0, 0.6, 0.3]])
+    skipped = np.zeros((4, LAYERS), dtype=bool)
+    skipped[:2, 3] = skipped[2, 1] = True
+    first, second, third, fourth = screening._inputs(DEPTH.configs(retention, skipped))
+    np.testing.assert_allclose(first, second)  # they differ in what the last computed layer keeps, alone
+    np.testing.assert_allclose(first, [0.5, 0.4, 0.4, 0, 1])
+    np.testing.assert_allclose(third, [0.5, 0.5, 0.3, 1, 0])
+    np.testing.assert_allclose(fourth, [0.5, 0.5, 0.3, 0, 0])
 
 
 def test_stopped_trials_are_not_asked_for_again():
@@ -268,15 +406,25 @@ def test_where_the_head_reads_the_first_token_the_last_layer_keeps_the_least():
 
 def test_candidates_that_share_a_beginning_with_a_pick_take_less():
     retention = np.array([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.9], [0.5, 0.5, 1.0, 0.5], [0.5, 1.0, 0.5, 0.5]])
-    effort = SharedEffort.of(retention)
+    effort = SharedEffort.of(retention, np.zeros(retention.shape, dtype=bool))
     # of four layers the first two are remembered and the last takes next to nothing, so the third decides
     np.testing.assert_allclose(effort.of_each() - LEAST_EFFORT, [0.25, 0.25, 0.25, 0.5])
     effort.pick(2)
     np.testing.assert_allclose(effort.of_each() - LEAST_EFFORT, [0.0, 0.0, 0.0, 0.5])
-    deeper = SharedEffort.of(np.hstack([retention, np.ones((4, 1))]))
+    deeper = SharedEffort.of(np.hstack([retention, np.ones((4, 1))]), np.zeros((4, 5), dtype=bool))
     np.testing.assert_allclose(deeper.of_each() - LEAST_EFFORT, [0.375, 0.375, 0.5, 0.75])
     deeper.pick(0)
     np.testing.assert_allclose(deeper.of_each() - LEAST_EFFORT, [0.0, 0.0, 0.25, 0.75])
+
+
+def test_a_skipped_layer_takes_no_effort():
+    retention = np.array([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5], [0.5, 1.0, 0.5, 0.5]])
+    skipped = np.zeros((3, LAYERS), dtype=bool)
+    skipped[1, 2] = skipped[2, 1] = True
+    effort = SharedEffort.of(retention, skipped)
+    np.testing.assert_allclose(effort.of_each() - LEAST_EFFORT, [0.25, 0.0, 0.5])
+    effort.pick(0)
+    np.testing.assert_allclose(effort.of_each() - LEAST_EFFORT, [0.0, 0.0, 0.5])
 
 
 def test_lat_breeds_from_the_hull_in_turn_by_mutation_and_mean():

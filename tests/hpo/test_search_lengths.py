@@ -1,11 +1,14 @@
 """The length study: its first generation, reuse, resuming, and what ends up in the database."""
 
+import copy
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 import hpo.mirror
@@ -13,14 +16,16 @@ import hpo.search_lengths
 from hpo.early_stopping import Defeat, Rivals, bits_from_text
 from hpo.errors import HpoError, StudyChanged
 from hpo.front import compute_front
-from hpo.search_lengths import config_of, constant_rates, search_lengths
+from hpo.samplers import RetentionSpace
+from hpo.search_lengths import config_of, constant_rates, search_lengths, shallow_networks
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
+from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, predict, score, stratified_blocks
 from model.length_config import LengthConfig
 from model.macs import mean_macs
 from model.training import TrainingDiverged
-from studies.loader import SAMPLERS
+from studies.loader import SAMPLERS, Range
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +40,8 @@ def run(lengths, workload, tiny_encoder, storage, tmp_path):
 
     def call(trials, definition=lengths, **changes):
         arguments = {"trials": trials, "storage": storage, "runs": tmp_path / "runs", **changes}
-        given = arguments.pop("workload", workload)
-        return search_lengths(definition, given, Path(tiny_encoder), **arguments)
+        given, checkpoint = arguments.pop("workload", workload), arguments.pop("checkpoint", tiny_encoder)
+        return search_lengths(definition, given, Path(checkpoint), **arguments)
 
     return call
 
@@ -298,6 +303,135 @@ def test_only_a_share_of_examples_is_stopped_early(run, stopping, workload):
     study = run(30, definition=stopping, workload=by_f1).study
     assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
     assert not any("correct" in trial.user_attrs for trial in study.trials)
+
+
+# Depth
+
+
+@pytest.fixture
+def deep(lengths):
+    """A study in which the last two of three layers may be skipped."""
+    return dataclasses.replace(lengths, skippable=(2, 1))
+
+
+@pytest.fixture
+def decided_encoder(workload, tiny_encoder, tmp_path):
+    """An encoder, trained with LayerDrop by its own account, whose layers and tokens decide its answers."""
+    loaded = load_workload(workload, tiny_encoder)
+    model = load_encoder(tiny_encoder, loaded.corpus)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.network.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.5, generator=generator)
+    model.layer_drop = 0.1
+    model.save_pretrained(tmp_path / "decided")
+    loaded.tokenizer.save_pretrained(tmp_path / "decided")
+    return tmp_path / "decided"
+
+
+def test_the_first_generation_of_a_search_in_depth_holds_shallow_networks(run, deep):
+    study = run(len(constant_rates(deep)) + 3, definition=deep).study
+    rates, shallow = study.trials[:-3], study.trials[-3:]
+    assert [trial.params["retention_0"] for trial in rates] == constant_rates(deep)
+    assert all(trial.user_attrs["skipped"] == [] for trial in rates)
+    assert [trial.user_attrs["skipped"] for trial in shallow] == [[1, 2], [1], [2]]
+    assert [trial.user_attrs["shares"] for trial in shallow] == [[1.0] * 3] * 3
+    assert list(rates[0].params) == ["retention_0", "retention_1", "retention_2", "skip_1", "skip_2"]
+    front = compute_front(study, "sqlite:///hpo.db")
+    assert front.full.trial == 0
+    assert len(front.constant_rate) == len(rates)
+
+
+def test_of_many_layers_some_are_skipped_alone():
+    names = tuple(f"retention_{layer}" for layer in range(24))
+    skips = [
+        [layer for layer in range(24) if params.get(f"skip_{layer}")]
+        for params in shallow_networks(RetentionSpace(names, 0.4, 1.0, 0.1, tuple(range(1, 24))))
+    ]
+    assert skips == [list(range(1, 24)), [1], [7], [12], [17], [23]]
+    assert shallow_networks(RetentionSpace(names, 0.4, 1.0, 0.1)) == []
+
+
+def test_values_in_depth_equal_those_of_networks_without_the_layers(run, deep, workload, decided_encoder):
+    study = run(25, definition=deep, checkpoint=decided_encoder).study
+    loaded = load_workload(workload, decided_encoder)
+    network = load_encoder(decided_encoder, loaded.corpus).network
+    skipping = [trial for trial in study.trials if trial.user_attrs["skipped"]]
+    assert len({trial.values[0] for trial in skipping}) > 3
+    for trial in skipping:
+        left = [layer for layer in range(3) if not trial.params.get(f"skip_{layer}")]
+        rest = copy.deepcopy(network)
+        rest.bert.encoder.layer = torch.nn.ModuleList(rest.bert.encoder.layer[layer] for layer in left)
+        rest.config.num_hidden_layers = len(left)
+        shallow = LengthAdaptiveModel(rest).eval()
+        config = LengthConfig.from_retention([trial.params[f"retention_{layer}"] for layer in left])
+        metric = score(shallow, loaded.search, [config], loaded.metric)[0]
+        assert trial.values == pytest.approx([metric, mean_macs(shallow.shape, loaded.search.num_tokens, config)])
+        if f"report_metric:{trial.number}" in study.user_attrs:
+            reported = study.user_attrs[f"report_metric:{trial.number}"]
+            assert reported == pytest.approx(score(shallow, loaded.report, [config], loaded.metric)[0])
+
+
+def test_the_front_in_depth_is_that_of_all_configs(run, lengths, workload, decided_encoder):
+    """Of two retentions for each layer and one layer to skip, random trials meet them all."""
+    coarse = dataclasses.replace(
+        lengths, retention=Range(low=0.5, high=1.0, step=0.5), skippable=(1,), sampler="random", population_size=100
+    )
+    search = run(100, definition=coarse, checkpoint=decided_encoder)
+    assert search.evaluated == 2**3 + 2**2, "where a layer is skipped, its retention makes no other config"
+    loaded = load_workload(workload, decided_encoder)
+    model = load_encoder(decided_encoder, loaded.corpus).eval()
+    points = set()
+    for retention, skipped in itertools.product(itertools.product((0.5, 1.0), repeat=3), ((), (1,))):
+        config = LengthConfig.from_retention(retention, skipped)
+        metric = score(model, loaded.search, [config], loaded.metric)[0]
+        points.add((mean_macs(model.shape, loaded.search.num_tokens, config), metric))
+    best = sorted(a for a in points if not any(b != a and b[0] <= a[0] and b[1] >= a[1] for b in points))
+    found = compute_front(search.study, "sqlite:///hpo.db").points
+    np.testing.assert_allclose([(point.macs, point.metric) for point in found], best)
+    assert [point.skipped for point in found] == [(1,), ()], "one of each kind, so that both count"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_resumes_a_search_in_depth(run, deep, sampler):
+    definition = dataclasses.replace(deep, sampler=sampler)
+    before = run(14, definition=definition).study.get_trials()
+    after = run(45, definition=definition).study.get_trials()
+    assert [trial.state for trial in after] == [TrialState.COMPLETE] * 45
+    assert [(t.params, t.values) for t in after[:14]] == [(t.params, t.values) for t in before]
+    assert len({tuple(trial.user_attrs["skipped"]) for trial in after[20:]}) > 1
+
+
+def test_a_study_does_not_go_on_in_other_depths(run, lengths, deep):
+    run(4)
+    with pytest.raises(StudyChanged, match="another search space"):
+        run(5, definition=deep)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((1, 3), r"\[depth\] layers names layer 3, but the encoder's 3 are 0 to 2; leave it out\.$"),
+        ((0, 1, 2), r"\[depth\] layers names all 3 layers of the encoder; let at least one always stay\.$"),
+    ],
+)
+def test_layers_that_the_encoder_cannot_skip_are_refused_before_a_study_is_made(run, lengths, storage, layers, message):
+    with pytest.raises(HpoError, match=message):
+        run(4, definition=dataclasses.replace(lengths, skippable=layers))
+    assert optuna.get_all_study_names(open_storage(storage)) == []
+
+
+def test_depth_over_an_encoder_that_never_dropped_a_layer_is_warned_of(run, deep, tiny_encoder, caplog):
+    run(3)
+    assert "LayerDrop" not in caplog.text
+    run(3, definition=dataclasses.replace(deep, name="deep"))
+    assert f"{tiny_encoder} records no training with LayerDrop" in caplog.text
+
+
+def test_depth_over_an_encoder_trained_with_layer_drop_is_not(run, deep, decided_encoder, caplog):
+    run(3, definition=deep, checkpoint=decided_encoder)
+    assert "LayerDrop" not in caplog.text
 
 
 # Seeds of another method

@@ -213,21 +213,20 @@ def test_scores_are_asked_for_only_where_a_layer_drops(model, make_batch):
 
 
 @pytest.mark.parametrize("skipped", [(0,), (2,), (3,), (1, 2)], ids=str)
-@pytest.mark.parametrize("config", [None, SHORTENED[0], SHORTENED[4]], ids=str)
+@pytest.mark.parametrize("config", [None, (0.9, 0.7, 0.7, 0.5), (0.3, 1.0, 0.8, 0.6)], ids=str)
 def test_skipping_layers_equals_deleting_them(model, make_batch, config, skipped):
     remaining = [layer for layer in range(4) if layer not in skipped]
     network = copy.deepcopy(model.network)
     network.bert.encoder.layer = nn.ModuleList(network.bert.encoder.layer[layer] for layer in remaining)
     network.config.num_hidden_layers = len(remaining)
     if config is None:
-        shorter = None
-    elif config.shares is not None:
-        shorter = LengthConfig.from_shares([config.shares[layer] for layer in remaining])
+        shorter, skipping = None, LengthConfig.full(4, skipped)
     else:
-        shorter = LengthConfig.from_lengths([config.caps[layer] for layer in remaining], config.max_length)
+        shorter = LengthConfig.from_retention([config[layer] for layer in remaining])
+        skipping = LengthConfig.from_retention(config, skipped)
     batch = make_batch(LENGTHS)
     torch.testing.assert_close(
-        model(**batch, length_config=config, skip_layers=skipped).logits,
+        model(**batch, length_config=skipping).logits,
         LengthAdaptiveModel(network)(**batch, length_config=shorter).logits,
     )
 

@@ -16,9 +16,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = [9, 4, 9, 21, 2, 9, 21, 1, 4, 9, 33, 9]
 
 
-def random_configs(count, seed):
+def random_configs(count, seed, skip=0.0):
+    """Random configs that skip a layer with this probability, but not every layer."""
     generator = np.random.default_rng(seed)
-    return [LengthConfig.from_retention(retention) for retention in generator.choice([0.4, 0.7, 0.9, 1.0], (count, 4))]
+    retentions = generator.choice([0.4, 0.7, 0.9, 1.0], (count, 4))
+    skips = generator.random((count, 4)) < skip
+    skips[skips.all(axis=1)] = False
+    return [LengthConfig.from_retention(row, np.flatnonzero(skip)) for row, skip in zip(retentions, skips, strict=True)]
 
 
 @pytest.fixture
@@ -29,8 +33,8 @@ def model(make_network):
 
 @pytest.fixture
 def configs():
-    """Shares and caps, the full length, and two that are equal."""
-    random = random_configs(12, seed=0)
+    """Shares and caps, the full length, some that skip layers, and two that are equal."""
+    random = [*random_configs(12, seed=0), *random_configs(12, seed=1, skip=0.4)]
     caps = LengthConfig.from_lengths((20, 20, 8, 3), max_length=64)
     return [random[3], LengthConfig.full(4), *random, caps, random[3]]
 
@@ -150,6 +154,64 @@ def test_configs_with_a_common_beginning_share_its_computation(model, rows, make
     assert sum(rows.fed) == 2 * (10 + (8 + 10) + (6 + 8 + 10) + 4 * 1)
     assert sum(rows.projected) == 2 * (10 + 10 + (8 + 10) + (6 + 8 + 10))
     assert rows.scored == 2 * (10 + 8 + 6)  # where a config drops: at the root, after 8, after 8-6
+
+
+def path_of(config, num_tokens):
+    """The length, then what each layer keeps that is computed and 0 for the others; of the last one the first token."""
+    counts = [0 if layer in config.skipped else kept for layer, kept in enumerate(config.lengths(num_tokens))]
+    counts[config.computed[-1]] = 1
+    return (num_tokens, *counts)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [18, 2048])
+def test_a_skipped_layer_is_not_computed(model, rows, split, rows_per_chunk):
+    """And of the other layers each distinct beginning is, once per example."""
+    configs = random_configs(40, seed=1, skip=0.4)
+    Evaluator(model, split, rows_per_chunk=rows_per_chunk, cache_bytes=0).predict(configs)
+    attended = fed = read_first = 0
+    for num_tokens in LENGTHS:
+        for layer in range(4):
+            children = {}
+            for config in configs:
+                path = path_of(config, num_tokens)
+                children.setdefault(path[: layer + 1], set()).add(path[layer + 1])
+            for prefix, kept in children.items():
+                arriving = [count for count in prefix if count][-1] * (max(kept) > 0)
+                attended += arriving * (layer < 3)
+                read_first += arriving * (layer == 3)
+                fed += max(kept)
+    assert (rows.mixed, rows.read_first, sum(rows.fed)) == (attended, read_first, fed)
+    # of the queries, keys and values none is computed that no layer asks for
+    assert sum(rows.projected) <= attended + read_first
+
+
+def test_one_config_asks_each_layer_for_what_arrives_there(model, rows, make_batch, unpadded):
+    split = unpadded(make_batch([10, 10]))
+    skipping = LengthConfig.from_lengths((8, 8, 8, 3), max_length=10, skipped=(1, 2))
+    Evaluator(model, split, cache_bytes=0).predict([skipping])
+    assert (rows.projected, rows.mixed, rows.read_first, rows.fed) == ([20, 16], 20, 16, [16, 2])
+    rows.projected.clear()
+    Evaluator(model, split, cache_bytes=0).predict([LengthConfig.full(4, (1, 2, 3))])
+    assert rows.projected == [20]
+
+
+def test_configs_of_one_effect_share_one_answer(model, rows, split):
+    evaluator = Evaluator(model, split)
+    first, second = (LengthConfig.from_retention((0.7, 0.9, last, 0.5), skipped=(0, 3)) for last in (0.2, 0.8))
+    answers = evaluator.predict([first])
+    computed = evaluator.rows_computed
+    np.testing.assert_array_equal(evaluator.predict([second]), answers)
+    assert evaluator.rows_computed == computed, "what the last layer keeps decides nothing, whichever is the last"
+
+
+@pytest.mark.parametrize("rows_per_chunk", [18, 2048])
+def test_what_is_remembered_serves_configs_that_skip_other_layers(model, split, rows_per_chunk):
+    evaluator = Evaluator(model, split, rows_per_chunk=rows_per_chunk, num_blocks=2)
+    for seed in range(5):
+        configs = [*random_configs(6, seed, skip=0.5), *random_configs(2, seed)]
+        expected = predict(model, split, configs)
+        np.testing.assert_array_equal(evaluator.predict(configs), expected)
+        np.testing.assert_array_equal(evaluator.predict(configs[::2]), expected[::2])
 
 
 @pytest.mark.parametrize("rows_per_chunk", [18, 2048])

@@ -1,5 +1,6 @@
 """What every family of encoders has to pass, on random weights; a new one needs a line in `SMALL`."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +70,8 @@ VARIANTS = {
     ),
 }
 SHORT = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5))
+SKIPS = ((0,), (3,), (1, 2), (0, 1, 3))
+SHORT_AND_SHALLOW = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5), skipped=(0, 2))
 LENGTHS = (19, 30, 3, 30, 12)
 
 
@@ -101,6 +104,32 @@ def batch_of(network, lengths, seed=0):
     if getattr(network.config, "type_vocab_size", 0) > 1 and network.config.model_type != "mpnet":
         batch["token_type_ids"] = torch.randint(0, 2, size, generator=generator) * mask
     return batch
+
+
+def without_layers(network, skipped):
+    """A copy of a transformers network from whose list of layers some are gone."""
+    shallow = copy.deepcopy(network)
+    config, base = shallow.config, shallow.base_model
+    remaining = [layer for layer in range(LAYERS) if layer not in skipped]
+    if config.model_type == "albert":
+        base.encoder.albert_layer_groups = nn.ModuleList(albert_use(config, base.encoder, layer) for layer in remaining)
+        config.num_hidden_groups, config.inner_group_num = len(remaining), 1
+    elif config.model_type == "modernbert":
+        base.layers = nn.ModuleList(base.layers[layer] for layer in remaining)
+        config.layer_types = [config.layer_types[layer] for layer in remaining]
+    else:
+        encoder = base.transformer if config.model_type == "distilbert" else base.encoder
+        encoder.layer = nn.ModuleList(encoder.layer[layer] for layer in remaining)
+    config.num_hidden_layers = len(remaining)
+    return shallow
+
+
+def albert_use(config, encoder, layer):
+    """One use of ALBERT's shared layers, as a group of its own."""
+    use, inner = divmod(layer, config.inner_group_num)
+    group = copy.deepcopy(encoder.albert_layer_groups[use * config.num_hidden_groups // config.num_hidden_layers])
+    group.albert_layers = nn.ModuleList([group.albert_layers[inner]])
+    return group
 
 
 @pytest.fixture(params=VARIANTS)
@@ -151,6 +180,28 @@ def test_keeping_everything_is_the_plain_model(model):
     batch = batch_of(model.network, LENGTHS)
     full = model(**batch, length_config=LengthConfig.full(model.num_layers)).logits
     torch.testing.assert_close(full, model(**batch).logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skipped", SKIPS, ids=str)
+def test_skipping_layers_is_the_transformers_model_without_them(network, model, skipped):
+    batch = batch_of(network, LENGTHS)
+    expected = without_layers(network, skipped)(**batch).logits
+    logits = model(**batch, length_config=LengthConfig.full(LAYERS, skipped)).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert (logits - model(**batch).logits).abs().max() > 1e-2, "a layer should matter"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skipped", SKIPS, ids=str)
+def test_skipping_layers_and_dropping_tokens_go_together(network, scored_model, skipped):
+    batch, retention = batch_of(network, LENGTHS), (0.9, 0.7, 0.7, 0.5)
+    shallow = LengthAdaptiveModel(without_layers(network, skipped)).eval()
+    remaining = [kept for layer, kept in enumerate(retention) if layer not in skipped]
+    expected = shallow(**batch, length_config=LengthConfig.from_retention(remaining)).logits
+    config = LengthConfig.from_retention(retention, skipped)
+    torch.testing.assert_close(scored_model(**batch, length_config=config).logits, expected, rtol=0, atol=1e-5)
+    assert shallow.macs(30, LengthConfig.from_retention(remaining)) == scored_model.macs(30, config)
 
 
 @torch.no_grad()
@@ -207,6 +258,21 @@ def test_a_token_head_reads_what_the_transformers_model_reads(token_model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("skipped", SKIPS, ids=str)
+def test_a_token_head_reads_past_skipped_layers(token_model, skipped):
+    batch, retention = batch_of(token_model.network, LENGTHS), (0.9, 0.7, 0.7, 0.5)
+    real = batch["attention_mask"].bool()
+    network = without_layers(token_model.network, skipped)
+    logits = token_model(**batch, length_config=LengthConfig.full(LAYERS, skipped)).logits
+    torch.testing.assert_close(logits[real], every_logit(network(**batch))[real], rtol=1e-5, atol=1e-5)
+    remaining = [kept for layer, kept in enumerate(retention) if layer not in skipped]
+    shallow = LengthAdaptiveModel(network, token_model.task).eval()
+    expected = shallow(**batch, length_config=LengthConfig.from_retention(remaining)).logits
+    logits = token_model(**batch, length_config=LengthConfig.from_retention(retention, skipped)).logits
+    torch.testing.assert_close(logits[real], expected[real], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_restored_tokens_do_not_depend_on_padding_or_batch_mates(token_model):
     batch = batch_of(token_model.network, LENGTHS)
     together = token_model(**batch, length_config=SHORT).logits
@@ -249,12 +315,20 @@ def test_a_loss_is_that_of_transformers(token_model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [None, SHORT, LengthConfig.from_shares((1.0, 0.6, 0.6, 0.1))], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 17, 30])
+@pytest.mark.parametrize(
+    ("config", "num_tokens"),
+    [
+        *((config, n) for config in (None, SHORT, LengthConfig.from_shares((1.0, 0.6, 0.6, 0.1))) for n in (1, 17, 30)),
+        (SHORT_AND_SHALLOW, 17),
+        (LengthConfig.full(LAYERS, (1, 2, 3)), 30),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("task", HEADS)
 def test_a_forward_pass_does_the_products_that_are_counted(family_variant, task, num_tokens, config):
     model = LengthAdaptiveModel(build(family_variant, task), task).eval()
-    shape, lengths = model.shape, (config or LengthConfig.full(LAYERS)).lengths(num_tokens)
+    config = config or LengthConfig.full(LAYERS)
+    shape, lengths = model.shape, [config.lengths(num_tokens)[layer] for layer in config.computed]
     batch = batch_of(model.network, [num_tokens])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**batch, length_config=config)
@@ -266,7 +340,7 @@ def test_a_forward_pass_does_the_products_that_are_counted(family_variant, task,
     )
     products += shape.head_macs_per_sequence + num_tokens * shape.head_macs_per_token
     counted = products + num_tokens * embedding_products(model)
-    assert counter.get_total_flops() == 2 * (counted + distance_products(model))
+    assert counter.get_total_flops() == 2 * (counted + distance_products(model, len(lengths)))
     embedding = num_tokens * (shape.embedding_macs_per_token or shape.hidden_size)
     assert model.macs(num_tokens, config) == embedding + products + sum(norms)
 
@@ -278,13 +352,13 @@ def embedding_products(model):
     return narrow * WIDTH if narrow != WIDTH or config.model_type == "albert" else 0
 
 
-def distance_products(model):
+def distance_products(model, layers):
     """DeBERTa's projections of its distances: of weights alone, so that they are no sequence's cost."""
     config = model.network.config
     if not getattr(config, "relative_attention", False):
         return 0
     distances = 2 * (config.position_buckets if config.position_buckets > 0 else config.max_relative_positions)
-    return LAYERS * len(config.pos_att_type) * distances * WIDTH * WIDTH
+    return layers * len(config.pos_att_type) * distances * WIDTH * WIDTH
 
 
 @torch.no_grad()
@@ -338,7 +412,8 @@ def test_the_engine_gives_the_answers_of_the_plain_forward_pass(scored_model, ro
     batch = batch_of(model.network, [9, 4, 21, 2, 9, 30, 1, 21] * 3, seed=3)
     split = unpadded(batch)
     generator = np.random.default_rng(0)
-    configs = [LengthConfig.from_retention(row) for row in generator.choice([0.4, 0.7, 0.9, 1.0], (8, LAYERS))]
+    configs = [LengthConfig.from_retention(row) for row in generator.choice([0.4, 0.7, 0.9, 1.0], (4, LAYERS))]
+    configs += [LengthConfig.from_retention((0.7, 0.9, 1.0, 0.4), skipped) for skipped in SKIPS]
     configs.append(LengthConfig.full(LAYERS))
     predictions = Evaluator(model, split, rows_per_chunk=rows_per_chunk).predict(configs)
     with torch.no_grad():
@@ -366,7 +441,8 @@ def test_the_engine_gives_the_logits_of_every_task(family_variant, task, rows_pe
     outputs = model.network.config.num_labels
     split = unpadded(batch, outputs=outputs, per_token=task in TOKEN_TASKS)
     generator = np.random.default_rng(0)
-    configs = [LengthConfig.from_retention(row) for row in generator.choice([0.4, 0.7, 0.9, 1.0], (8, LAYERS))]
+    configs = [LengthConfig.from_retention(row) for row in generator.choice([0.4, 0.7, 0.9, 1.0], (4, LAYERS))]
+    configs += [LengthConfig.from_retention((0.7, 0.9, 1.0, 0.4), skipped) for skipped in SKIPS]
     configs.append(LengthConfig.full(LAYERS))
     evaluator = Evaluator(model, split, rows_per_chunk=rows_per_chunk, num_blocks=2)
     answers = evaluator.predict(configs)

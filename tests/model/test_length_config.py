@@ -21,7 +21,12 @@ cap_configs = st.builds(
     st.lists(st.integers(2, 512), min_size=1, max_size=12),
     st.integers(0, 100),
 )
-any_configs = share_configs | cap_configs
+skipping_configs = st.lists(st.tuples(st.floats(0.02, 1.0), st.booleans()), min_size=2, max_size=12).map(
+    lambda layers: LengthConfig.from_retention(
+        [kept for kept, _ in layers], [layer for layer, (_, skip) in enumerate(layers[:-1]) if skip]
+    )
+)
+any_configs = share_configs | cap_configs | skipping_configs
 
 
 @given(twentieths, token_counts)
@@ -75,6 +80,55 @@ def test_full_keeps_every_token():
     assert LengthConfig.full(3).lengths(77) == (77, 77, 77)
 
 
+def test_a_skipped_layer_drops_nothing_whatever_its_retention():
+    config = LengthConfig.from_retention((0.9, 0.1, 0.5, 0.3), skipped=(3, 1))
+    assert config.skipped == (1, 3)
+    assert config.computed == (0, 2)
+    assert config.shares == (0.9, 0.9, 0.45, 0.45)
+    assert config == LengthConfig.from_retention((0.9, 1.0, 0.5, 1.0), skipped=np.array([1, 3]))
+    assert config != LengthConfig.from_shares(config.shares)
+    assert LengthConfig.from_retention((0.2, 0.5), skipped=[0]).lengths(100) == (100, 50)
+
+
+def test_a_skipped_layer_drops_nothing_of_a_sequence_longer_than_its_caps_were_made_for():
+    config = LengthConfig.from_lengths((40, 30, 30), max_length=40, skipped=(0, 2))
+    assert config.lengths(30) == (30, 30, 30)
+    assert config.lengths(60) == (60, 30, 30)
+
+
+def test_a_skipped_layer_is_written_as_a_hyphen():
+    shares = LengthConfig.from_shares((1.0, 0.5, 0.5), skipped=(0, 2))
+    assert str(shares) == "-,0.5,-"
+    assert shares.to_json() == '{"shares": [1.0, 0.5, 0.5], "skipped": [0, 2]}'
+    caps = LengthConfig.from_lengths((384, 252, 252), max_length=384, skipped=(0, 2))
+    assert str(caps) == "-,252,-@384"
+    assert LengthConfig.parse(" - , 252, -@384") == caps
+
+
+@pytest.mark.parametrize(
+    ("skipped", "message"),
+    [
+        ((0,), r"layer 0 is skipped and leaves 0\.9, but 1\.0 arrive; give it 1\.0"),
+        ((2,), r"layer 2 is skipped and leaves 0\.5, but 0\.9 arrive; give it 0\.9"),
+        ((3,), "skipped layer 3 is none of the 3; choose from 0 to 2"),
+        ((-1,), "skipped layer -1 is none of the 3"),
+        ((1.0,), r"skipped layer 1\.0 is none of the 3"),
+        ((True,), "skipped layer True is none of the 3"),
+        (("1",), "skipped layer '1' is none of the 3"),
+        ((1, 1), r"skipped=\[1, 1\]; name each layer once"),
+        ((0, 1, 2), "all 3 layers are skipped; let at least one stay"),
+    ],
+)
+def test_impossible_skips_are_refused_by_value(skipped, message):
+    with pytest.raises(ValueError, match=message):
+        LengthConfig.from_shares((0.9, 0.9, 0.5), skipped)
+
+
+def test_skipped_layers_of_caps_leave_what_arrives():
+    with pytest.raises(ValueError, match="layer 0 is skipped and leaves 30, but 40 arrive; give it 40"):
+        LengthConfig.from_lengths((30, 20), max_length=40, skipped=(0,))
+
+
 @given(any_configs)
 def test_text_and_json_give_the_same_config_back(config):
     assert LengthConfig.parse(str(config)) == config
@@ -85,6 +139,7 @@ def test_text_and_json_give_the_same_config_back(config):
 @given(any_configs)
 def test_json_holds_plain_numbers_under_the_names_of_its_form(config):
     fields = json.loads(config.to_json())
+    assert tuple(fields.pop("skipped", ())) == config.skipped
     if config.shares is not None:
         assert fields == {"shares": list(config.shares)}
     else:
@@ -184,7 +239,24 @@ def test_a_sequence_has_a_token(num_tokens):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", ",", "@", "abc", "0.9;0.8", "0.9,", "[0.5]", "nan", "inf", "True", "0.5,0.6", "1.5", "0", "-0.5"),
+        *(
+            "",
+            ",",
+            "@",
+            "abc",
+            "0.9;0.8",
+            "0.9,",
+            "[0.5]",
+            "nan",
+            "inf",
+            "True",
+            "0.5,0.6",
+            "1.5",
+            "0",
+            "-0.5",
+            "-",
+            "-,-",
+        ),
         *("9,8@", "9,8@x", "9.0@12", "9@8", "9@8@7", "1@8", "__import__('os')"),
     ],
 )
@@ -202,6 +274,7 @@ def test_unreadable_text_is_quoted_with_both_forms(text):
     [
         *("", "{", "3", "[0.5]", "{}", '{"shares": 0.5}', '{"shares": [0.5], "max_length": 3}', '{"lengths": [5]}'),
         *('{"lengths": [5], "max_length": 7.5}', '{"lengths": [5], "max_length": 9, "shares": [0.5]}'),
+        *('{"shares": [0.5, 0.5], "skipped": 1}', '{"shares": [0.5, 0.5], "skipped": [1], "more": 2}'),
     ],
 )
 def test_json_of_another_shape_is_quoted(text):
@@ -220,6 +293,8 @@ def test_json_of_another_shape_is_quoted(text):
         ('{"shares": [[1]]}', r"share of layer 0 is \[1\]"),
         ('{"lengths": [5, "4"], "max_length": 8}', "length of layer 1 is '4'"),
         ('{"lengths": [9], "max_length": 8}', "rises from 8 to 9"),
+        ('{"shares": [1.0, 0.5], "skipped": [null]}', "skipped layer None"),
+        ('{"shares": [1.0, 0.5], "skipped": [[0]]}', r"skipped layer \[0\]"),
     ],
 )
 def test_json_with_wrong_values_is_refused_by_value(text, message):

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.encoder import LengthAdaptiveModel
 from model.length_config import LengthConfig
-from model.macs import EncoderShape, constant_rate_config, mean_macs, sequence_macs
+from model.macs import EncoderShape, constant_rate_config, mean_macs, mean_macs_of_shares, sequence_macs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,6 +115,19 @@ def test_every_sequence_costs_the_sum_of_its_products(shape, retention, num_toke
     expected = [enumerated_macs(shape, count, config.lengths(count)) for count in num_tokens]
     assert sequence_macs(shape, num_tokens, config).tolist() == expected
     assert mean_macs(shape, np.array(num_tokens), config) == pytest.approx(sum(expected) / len(expected), rel=1e-12)
+
+
+@given(st.lists(st.tuples(st.floats(0.05, 1.0), st.booleans()), min_size=2, max_size=2), st.floats(0.05, 1.0))
+def test_a_skipped_layer_costs_nothing(layers, last):
+    retention, skips = [kept for kept, _ in layers] + [last], [skip for _, skip in layers] + [False]
+    config = LengthConfig.from_retention(retention, np.flatnonzero(skips))
+    computed = [layer for layer in range(3) if not skips[layer]]
+    shallow = EncoderShape(num_layers=len(computed), hidden_size=8, feed_forward_size=20, head_macs_per_sequence=88)
+    remaining = LengthConfig.from_retention([retention[layer] for layer in computed])
+    expected = sequence_macs(shallow, LENGTHS, remaining)
+    np.testing.assert_array_equal(sequence_macs(TINY, LENGTHS, config), expected)
+    many = mean_macs_of_shares(TINY, LENGTHS, np.array([config.shares, (1.0,) * 3]), np.array([skips, [False] * 3]))
+    assert many.tolist() == pytest.approx([expected.mean(), mean_macs(TINY, LENGTHS)])
 
 
 def test_no_config_costs_the_full_length():

@@ -94,7 +94,7 @@ def batch_of(model):
 def logits_of_layers(model, batch, layers):
     """The teacher's logits if it had only these layers."""
     left_out = [layer for layer in range(model.num_layers) if layer not in layers]
-    return model(**batch, skip_layers=left_out).logits
+    return model(**batch, length_config=LengthConfig.full(model.num_layers, left_out)).logits
 
 
 @pytest.fixture(params=VARIANTS)

@@ -75,21 +75,20 @@ def test_first_pass_of_each_step_is_full_and_the_second_the_smallest(model, spli
     forward = LengthAdaptiveModel.forward
 
     @functools.wraps(forward)  # the Trainer reads its columns off the signature
-    def spy(self, *args, length_config=None, skip_layers=(), **kwargs):
-        calls.append((length_config, frozenset(skip_layers)))
-        return forward(self, *args, length_config=length_config, skip_layers=skip_layers, **kwargs)
+    def spy(self, *args, length_config=None, **kwargs):
+        calls.append(length_config)
+        return forward(self, *args, length_config=length_config, **kwargs)
 
     monkeypatch.setattr(LengthAdaptiveModel, "forward", spy)
     train(model, split, tokenizer, dataclasses.replace(SETTINGS, layer_drop=0.5))
-    assert calls[:4] == [(None, frozenset())] * 4  # the plain epoch: four batches
-    smallest = LengthConfig.from_retention((0.7, 0.7, 0.7))
+    assert calls[:4] == [None] * 4  # the plain epoch: four batches
     steps = [calls[start : start + 4] for start in range(4, len(calls), 4)]
     assert len(steps) == 8
     for step in steps:
-        assert step[0] == (None, frozenset())  # LayerDrop never touches the teacher
-        assert step[1][0] == smallest
-        assert all(config is not None for config, _ in step[1:])
-    assert any(skipped for step in steps for _, skipped in step[1:])
+        assert step[0] is None  # LayerDrop never touches the teacher
+        assert step[1] == LengthConfig.from_retention((0.7, 0.7, 0.7), step[1].skipped)
+        assert all(config is not None for config in step[1:])
+    assert any(config.skipped for step in steps for config in step[1:])
 
 
 def test_gradient_of_a_step_is_the_mean_over_its_passes(model, split, tokenizer):
@@ -109,8 +108,8 @@ def test_gradient_of_a_step_is_the_mean_over_its_passes(model, split, tokenizer)
     full = reference(**batch)
     loss = F.cross_entropy(full.logits, labels)
     target = (full.logits.detach() / 2).softmax(-1)
-    for short_pass in sample_sandwich(settings, 3, np.random.default_rng(settings.seed)):
-        logits = reference(**batch, length_config=short_pass.length_config).logits
+    for config in sample_sandwich(settings, 3, np.random.default_rng(settings.seed)):
+        logits = reference(**batch, length_config=config).logits
         divergence = (target * (target.log() - (logits / 2).log_softmax(-1))).sum(-1).mean()
         loss = loss + 0.7 * 4 * divergence + 0.3 * F.cross_entropy(logits, labels)
     (loss / 4).backward()
@@ -170,8 +169,8 @@ def test_sampled_retentions_fill_the_range_of_length_drop():
     generator = np.random.default_rng(0)
     settings = dataclasses.replace(SETTINGS, length_drop=0.25, sandwich_size=200, layer_drop=0.0)
     smallest, *sampled = sample_sandwich(settings, 4, generator)
-    assert smallest.length_config == LengthConfig.from_retention((0.75,) * 4)
-    shares = np.array([short_pass.length_config.shares for short_pass in sampled])
+    assert smallest == LengthConfig.from_retention((0.75,) * 4)
+    shares = np.array([config.shares for config in sampled])
     retention = shares / np.hstack([np.ones((200, 1)), shares[:, :-1]])
     assert retention.min() >= 0.75 - 1e-12
     assert retention.max() <= 1.0 + 1e-12
@@ -180,8 +179,24 @@ def test_sampled_retentions_fill_the_range_of_length_drop():
 
 def test_layer_drop_rate_is_the_one_asked_for():
     settings = dataclasses.replace(SETTINGS, layer_drop=0.2, sandwich_size=999)
-    skipped = [len(short_pass.skip_layers) for short_pass in sample_sandwich(settings, 6, np.random.default_rng(0))]
+    skipped = [len(config.skipped) for config in sample_sandwich(settings, 6, np.random.default_rng(0))]
     assert abs(np.mean(skipped) / 6 - 0.2) < 0.02
+
+
+def test_layer_drop_leaves_a_layer_in_every_pass():
+    settings = dataclasses.replace(SETTINGS, layer_drop=0.9, sandwich_size=99)
+    computed = [len(config.computed) for config in sample_sandwich(settings, 2, np.random.default_rng(0))]
+    assert min(computed) == 1
+    assert max(computed) == 2
+
+
+def test_a_checkpoint_records_the_layer_drop_it_was_trained_with(model, split, tokenizer, tmp_path):
+    assert model.layer_drop == 0.0
+    train(model, split, tokenizer, dataclasses.replace(SETTINGS, plain_epochs=0, epochs=1, layer_drop=0.25))
+    model.save_pretrained(tmp_path)
+    assert LengthAdaptiveModel.from_pretrained(tmp_path).layer_drop == 0.25
+    train(model, split, tokenizer, dataclasses.replace(SETTINGS, plain_epochs=1, epochs=0, layer_drop=0.0))
+    assert model.layer_drop == 0.0
 
 
 def test_one_step_changes_every_parameter(model, split, tokenizer):

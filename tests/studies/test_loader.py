@@ -129,6 +129,32 @@ def test_a_lengths_study_reads_as_written(write):
     )
 
 
+def test_depth_is_searched_where_layers_are_listed(write):
+    assert load_lengths(write(LENGTHS)).skippable == ()
+    assert load_lengths(write(LENGTHS + "[depth]\n")).skippable == ()
+    assert load_lengths(write(LENGTHS + "[depth]\nlayers = []\n")).skippable == ()
+    assert load_lengths(write(LENGTHS + "[depth]\nlayers = [4, 1]\n")).skippable == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("depth", "says"),
+    [
+        ("depth = 3", "depth=3; write it as a table, [depth]"),
+        ("[depth]\nskip = true", "[depth] has no setting skip; it takes layers"),
+        ("[depth]\nlayers = 2", "[depth] layers=2; list the layers that may be skipped, from 0"),
+        ("[depth]\nlayers = true", "[depth] layers=True; list the layers"),
+        ('[depth]\nlayers = "all"', "[depth] layers='all'; list the layers"),
+        ("[depth]\nlayers = [1.0]", "[depth] layers=[1.0]; list the layers"),
+        ("[depth]\nlayers = [true]", "[depth] layers=[True]; list the layers"),
+        ('[depth]\nlayers = ["1"]', "[depth] layers=['1']; list the layers"),
+        ("[depth]\nlayers = [1, -1]", "[depth] layers=[1, -1]; list the layers"),
+        ("[depth]\nlayers = [2, 1, 2]", "[depth] layers=[2, 1, 2] names a layer twice"),
+    ],
+)
+def test_impossible_layers_are_refused(write, depth, says):
+    assert says in refusal(write(LENGTHS + depth if depth.startswith("[") else f"{depth}\n{LENGTHS}"))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_can_be_named_alone(write, sampler):
     text = f'kind = "lengths"\n[retention]\nlow = 0.4\nhigh = 1.0\n[sampler]\nname = "{sampler}"\n'
@@ -227,6 +253,19 @@ def test_the_fingerprint_ignores_how_the_space_is_searched(write, text, old, new
     study = load(write(edited(text, old, new)))
     assert study != load(write(text))
     assert study.space_fingerprint() == load(write(text)).space_fingerprint()
+
+
+def test_the_fingerprint_without_depth_is_that_of_studies_made_before_there_was_any(write):
+    """So that they can be continued."""
+    before = "94f869380b2e4c718c4f313d7afccf8452b7d79e2f9ade4af74ce629a42b8c2f"
+    assert load_lengths("lengths").space_fingerprint() == before
+
+
+def test_the_fingerprint_depends_on_which_layers_may_be_skipped_in_any_order(write):
+    texts = (LENGTHS, LENGTHS + "[depth]\nlayers = [1, 2]", LENGTHS + "[depth]\nlayers = [1, 3]")
+    assert len({load(write(text)).space_fingerprint() for text in texts}) == 3
+    reordered = load(write(LENGTHS + "[depth]\nlayers = [2, 1]"))
+    assert reordered.space_fingerprint() == load(write(texts[1])).space_fingerprint()
 
 
 # The wrong study for a command
