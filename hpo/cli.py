@@ -516,6 +516,132 @@ def pareto_command(
     _show_front(front, chosen, as_json)
 
 
+@app.command("export")
+def export_command(
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the folder goes.")],
+    study: Annotated[str, typer.Option(metavar="NAME", help="A lengths study.")] = LENGTHS,
+    max_drop: MaxDrop = None,
+    budget: Budget = None,
+    trial: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Choose this completed trial.", show_default=False)
+    ] = None,
+    format: Annotated[
+        str, typer.Option(metavar="hf|onnx", help="For transformers with the whole front, or one ONNX graph.")
+    ] = "hf",
+    fixed_length: Annotated[
+        int | None,
+        typer.Option(min=4, metavar="N", help="onnx: pad to N tokens, as TensorRT needs.", show_default="any length"),
+    ] = None,
+    opset: Annotated[
+        int | None, typer.Option(metavar="N", help="onnx: version of the operators.", show_default="18")
+    ] = None,
+    int8: Annotated[
+        str | None,
+        typer.Option(metavar="dynamic|static", help="onnx: quantise, and measure again.", show_default="float32"),
+    ] = None,
+    storage: Storage = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Write a point of the front as a folder that serves it, checked against the model."""
+    _check_choice(max_drop, budget)
+    if (trial is None) == (max_drop is None and budget is None):
+        raise typer.BadParameter("give one of --max-drop, --budget and --trial")
+    if format != "onnx" and (fixed_length or opset or int8):
+        raise typer.BadParameter("--fixed-length, --opset and --int8 go with --format onnx")
+    from hpo.export import FORMATS, INT8, NOTABLE, export
+    from hpo.runs import runs_folder
+    from hpo.storage import find_study, open_storage, storage_url
+    from model.onnx_export import OPSET
+
+    if format not in FORMATS:
+        raise typer.BadParameter(f"--format {format}: choose {' or '.join(FORMATS)}")
+    if int8 is not None and int8 not in INT8:
+        raise typer.BadParameter(f"--int8 {int8}: choose {' or '.join(INT8)}")
+    _quieten_libraries()
+    url = storage_url(storage)
+    with _database(url):
+        found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
+        done = export(
+            found,
+            url,
+            runs_folder(runs),
+            out_folder,
+            format=format,
+            max_drop=max_drop,
+            budget=budget,
+            trial=trial,
+            fixed_length=fixed_length,
+            opset=OPSET if opset is None else opset,
+            int8=int8,
+        )
+    chosen, lost = done.front.chosen, (done.float32 or 0.0) - (done.int8 or 0.0)
+    if lost > NOTABLE:
+        err.print(f"int8 loses {lost:.4f} of {done.front.metric} on the report split; float32 may serve better.")
+    if as_json:
+        _print_json(
+            {
+                "folder": str(out_folder),
+                "format": format,
+                "trial": chosen.trial,
+                "relative_macs": chosen.relative_macs,
+                "metric": {"name": done.front.metric, "search": chosen.metric, "report": chosen.report_metric},
+                "largest_difference": done.difference,
+                "float32": done.float32,
+                "int8": done.int8,
+            }
+        )
+        return
+    out.print(
+        f"Trial {chosen.trial}, {chosen.relative_macs:.1%} of full length, is in {out_folder}; its logits differ from "
+        f"the model's by at most {done.difference:.1g}.",
+        markup=False,
+        soft_wrap=True,
+    )
+    if done.int8 is not None and done.float32 is not None:
+        out.print(
+            f"{done.front.metric} on the report split: {done.float32:.4f} in float32, {done.int8:.4f} in int8.",
+            markup=False,
+        )
+    if format == "hf":
+        out.print(f"Next: hpo predict {out_folder} --budget 0.5 < in.jsonl", markup=False, soft_wrap=True)
+
+
+@app.command("predict")
+def predict_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `hpo export` wrote.")],
+    max_drop: MaxDrop = None,
+    budget: Budget = None,
+) -> None:
+    """Read JSON lines, write a prediction for each, in order; lines that cannot be read are told and passed over."""
+    _check_choice(max_drop, budget)
+    _quieten_libraries()
+    from hpo.predict import predict_lines
+    from model.pipeline import LengthAdaptivePipeline
+
+    answered, unread = 0, 0
+    try:
+        pipeline = LengthAdaptivePipeline(folder)
+        point = pipeline.front.choose(max_drop=max_drop, budget=budget)
+        for answer in predict_lines(pipeline, sys.stdin.buffer, point):
+            sys.stdout.buffer.write(f"{answer.to_json()}\n".encode())
+            answered += 1
+            if answer.problem is not None:
+                unread += 1
+                err.print(f"Line {answer.number} {answer.problem}", markup=False, highlight=False, soft_wrap=True)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # whoever read the predictions has enough; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        sys.stdout.buffer.flush()
+        err.print(f"\nInterrupted after {answered} lines.", markup=False)
+        raise typer.Exit(130) from None
+    if unread:
+        err.print(f"{unread} of {answered} lines could not be read.", markup=False)
+        raise typer.Exit(1)
+
+
 @app.command("studies")
 def studies_command(storage: Storage = None, as_json: Json = False) -> None:
     """List the studies of a database, their states and best values."""
@@ -678,9 +804,10 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, HpoError | StudyFileError):
         return str(error)
     from model.encoder import CheckpointError
+    from model.front_file import ExportError
     from model.rows import DataError
 
-    if isinstance(error, DataError | CheckpointError):
+    if isinstance(error, DataError | CheckpointError | ExportError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
         place = f" {error.filename}" if error.filename else ""

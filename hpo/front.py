@@ -3,7 +3,6 @@
 Everything here is recomputed from the study's database; `hpo.plot` draws it.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,8 +16,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+import model.front_file
 from hpo.errors import EmptyFront, HpoError
 from hpo.storage import display_url, finished_trials
+from model.front_file import choose_point, smallest_budget
 
 BASELINE = "the same model at full length without padding"
 FLOPS_PER_MAC = 2
@@ -29,7 +30,6 @@ ORIGIN = "origin"
 ORIGINS = {"power-bert": "PoWER-BERT's configs"}
 """What they are called where people look."""
 DECIMALS = 9  # beyond these, retentions differ only in how a grid's step was added up
-SLACK = 1e-9  # lets a metric of 0.89 pass a bound of 0.9 - 0.01, however the two were rounded
 SHARES_PER_LINE = 6  # keeps the table within 80 columns
 
 
@@ -231,23 +231,13 @@ def choose(front: Front, *, max_drop: float | None = None, budget: float | None 
         NothingFits: Every point exceeds the budget.
         ValueError: Both or no wish is given, or its value is out of range.
     """
-    if (max_drop is None) == (budget is None):
-        raise ValueError(f"max_drop={max_drop} and budget={budget}; give exactly one of them.")
-    if max_drop is not None:
-        if not max_drop >= 0.0:
-            raise ValueError(f"max_drop={max_drop}; choose 0 or more, in units of {front.metric}.")
-        floor = front.full.metric - max_drop - SLACK
-        return next(point for point in front.points if point.metric >= floor)  # some point is as good as full length
-    if budget is None or not 0.0 < budget <= 1.0:
-        raise ValueError(f"budget={budget}; choose a share of full length in (0, 1].")
-    affordable = [point for point in front.points if point.relative_macs <= budget + SLACK]
-    if not affordable:
-        cheapest = front.points[0]
+    try:
+        return choose_point(front.points, front.full.metric, max_drop=max_drop, budget=budget)
+    except model.front_file.NothingFits as error:
         raise NothingFits(
             f"No point of study {front.study!r} costs {budget:g} of full length or less; the cheapest is trial "
-            f"{cheapest.trial}: ask for a budget of {math.ceil(cheapest.relative_macs * 1e4) / 1e4:g} or more."
-        )
-    return affordable[-1]
+            f"{front.points[0].trial}: ask for a budget of {smallest_budget(front.points):g} or more."
+        ) from error
 
 
 def front_to_json(front: Front, chosen: FrontPoint | None) -> dict[str, Any]:

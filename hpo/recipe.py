@@ -12,13 +12,14 @@ import transformers
 
 from hpo.errors import HpoError
 from hpo.runs import CACHE, StudyRuns
-from hpo.workload import LoadedWorkload, load_encoder, load_tokenizer
+from hpo.workload import LoadedWorkload, load_encoder
 from model.distill import DistillError, DistillSettings, distil
 from model.encoder import LengthAdaptiveModel, read_config
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.processes import check_processes, train_in_processes
 from model.students import cut_student
+from model.tokenizer import load_tokenizer
 from model.train import TrainingSettings, train
 from model.training import TrainingReport
 from studies.loader import STAGES, Choices, FinetuneStudy, StudyFileError

@@ -49,6 +49,32 @@ def new_folder_name(study_name: str) -> str:
     return f"{study_name}-{uuid.uuid4().hex[:8]}"
 
 
+def write_folder(place: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside its place and rename it into it, in place of one that is there.
+
+    Args:
+        place: Where it shall be.
+        write: Fills the folder it is given.
+    Raises:
+        HpoError: The disk is full or the folder cannot be written; the message is the reason alone.
+    """
+    temporary = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        shutil.rmtree(place, ignore_errors=True)
+        temporary.rename(place)
+    except Exception as error:
+        reason = str((isinstance(error, OSError) and error.strerror) or error)
+        if not isinstance(error, OSError) and "os error" not in reason:
+            raise
+        # safetensors and tokenizers give a full disk as their own exceptions, ending in "(os error 28)"
+        raise HpoError(reason) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 class StudyRuns:
     """One study's part of the runs folder.
 
@@ -98,24 +124,13 @@ class StudyRuns:
             HpoError: The disk is full or the folder cannot be written.
         """
         place = self.folder / name
-        temporary = self.folder / f".{name}.partial"
-        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            shutil.rmtree(place, ignore_errors=True)
-            temporary.rename(place)
-        except Exception as error:
-            reason = str((isinstance(error, OSError) and error.strerror) or error)
-            if not isinstance(error, OSError) and "os error" not in reason:
-                raise
-            # safetensors and tokenizers give a full disk as their own exceptions, ending in "(os error 28)"
+            write_folder(place, write)
+        except HpoError as error:
             raise HpoError(
-                f"Cannot write the checkpoint {place} ({reason}); make room or choose another folder "
+                f"Cannot write the checkpoint {place} ({error}); make room or choose another folder "
                 "with --runs, and run the same command again to continue."
             ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return f"{self.folder.name}/{name}"
 
     def write_model(self, name: str, model: "LengthAdaptiveModel", tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -219,6 +219,7 @@ def open_search(
         attributes={
             "kind": "lengths",
             "workload": loaded.workload.to_attribute(),
+            "text_columns": list(loaded.corpus.columns.texts),
             "checkpoint": str(checkpoint),
             "seed": seed,
             "versions": library_versions(),

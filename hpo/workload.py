@@ -8,16 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hpo.errors import HpoError
 from model.data import KINDS, Corpus, DataSpec, encode, load_corpus
 from model.encoded import EncodedSplit
-from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, explain_load_failure, max_tokens
-from model.hub import only_local_files
+from model.encoder import LengthAdaptiveModel, check_task, max_tokens
 from model.question_answering import DEFAULT_STRIDE
 from model.rows import DataError
 from model.tasks import Metric, choose_metric
+from model.tokenizer import load_tokenizer
 
 DEFAULT_MAX_LENGTH = 512
 SHARED_PART = 3
@@ -135,10 +135,7 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
     except ValueError as error:
         raise DataError(f"The dataset is for {corpus.kind}: {error}") from error
     tokenizer = load_tokenizer(encoder)
-    max_length = min(workload.max_length, tokenizer.model_max_length, max_tokens(encoder))
-    stride = workload.stride
-    if stride == DEFAULT_STRIDE:
-        stride = min(stride, max_length // SHARED_PART)
+    max_length, stride = lengths_of(workload, tokenizer, encoder)
     train, search, report = (
         encode(split, tokenizer, max_length, corpus.kind, stride)
         for split in (corpus.train, corpus.search, corpus.report)
@@ -155,26 +152,11 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
     )
 
 
-def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id.
-
-    Raises:
-        CheckpointError: There is none, or it cannot be read.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            encoder, local_files_only=only_local_files(encoder)
-        )
-    except Exception as error:  # the library raises whatever its parsers do
-        if not Path(encoder).is_dir():
-            raise CheckpointError(explain_load_failure(encoder, error)) from error
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"Cannot load a tokenizer from {encoder} ({first_line}); the folder needs tokenizer.json or vocab.txt."
-        ) from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where there are no files
-        raise CheckpointError(f"{encoder} holds no tokenizer; the folder needs tokenizer.json or vocab.txt.")
-    return tokenizer
+def lengths_of(workload: Workload, tokenizer: PreTrainedTokenizerBase, encoder: str | Path) -> tuple[int, int | None]:
+    """Most tokens of a sequence, and those that neighbouring windows share, as far as an encoder allows."""
+    max_length = min(workload.max_length, tokenizer.model_max_length, max_tokens(encoder))
+    stride = workload.stride
+    return max_length, min(stride, max_length // SHARED_PART) if stride == DEFAULT_STRIDE else stride
 
 
 def load_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveModel:

@@ -59,15 +59,15 @@ def attention(
         scored = _attention_written_once(query_BHLd, key_BHLd, value_BHLd, by_value, together)
         if scored is not None:
             return scored
-    if with_scores and together < len(query_BHLd):
+    if with_scores and together < query_BHLd.size(0):
         arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL, bias_BHLL)
-        parts = zip(*(_parts(argument, together, len(query_BHLd)) for argument in arguments), strict=True)
+        parts = zip(*(_parts(argument, together, query_BHLd.size(0)) for argument in arguments), strict=True)
         results = [attention(q, k, v, mask, dropout, True, by_value, bias) for q, k, v, mask, bias in parts]
         return torch.cat([context for context, _ in results]), torch.cat(
             [score for _, score in results if score is not None]
         )
     mask_or_bias = _mask_or_bias(mask_BL, bias_BHLL)
-    if not with_scores:
+    if not with_scores and not torch.compiler.is_exporting():  # a graph needs the fused one's parts in any case
         context = F.scaled_dot_product_attention(query_BHLd, key_BHLd, value_BHLd, mask_or_bias, dropout_p=dropout)
         return context, None
     weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
@@ -76,6 +76,9 @@ def attention(
     elif mask_or_bias is not None:
         weights = weights + mask_or_bias
     weights = weights.softmax(-1)
+    context = F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd
+    if not with_scores:
+        return context, None
     received = weights.detach().float()
     if mask_BL is not None:
         received = received * mask_BL[:, None, :, None]
@@ -83,7 +86,7 @@ def attention(
     if by_value:
         received_BHL = received_BHL * value_BHLd.detach().float().norm(dim=-1)
     score_BL = received_BHL.sum(dim=1)
-    return F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd, score_BL
+    return context, score_BL
 
 
 def _infers_on_processor(query_BHLd: Tensor) -> bool:
@@ -134,9 +137,9 @@ def _mask_or_bias(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | 
 
 
 def _sequences_in_cache(query_BHLd: Tensor, key_BHLd: Tensor) -> int:
-    """How many sequences' attention weights stay in a processor's cache together; all of them on a GPU."""
+    """How many sequences' attention weights stay in a processor's cache together; all, on a GPU or in a graph."""
     size, heads, queries, _ = query_BHLd.shape
-    if query_BHLd.device.type != "cpu":
+    if query_BHLd.device.type != "cpu" or torch.compiler.is_exporting():
         return size
     return max(1, WEIGHT_BYTES // (heads * queries * key_BHLd.size(2) * query_BHLd.element_size()))
 

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from model.attention import TOKEN_SCORES, token_score
 from model.encoded import IGNORED
 from model.families import FAMILIES, TOKEN_TASKS, attend
+from model.front_file import FRONT_FILE, ServedFront
 from model.hub import only_local_files
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, sequence_macs
@@ -48,6 +49,8 @@ MULTI_LABEL = "multi_label_classification"
 """The `problem_type` of a config whose classes do not exclude each other, as transformers writes it."""
 LAYER_DROP = "layer_drop"
 """Where a config records it."""
+EXPORT_FIELDS = frozenset({"auto_map", "length_config"})
+"""Of the config.json of an export, what tells plain transformers about its length config."""
 LAYER = re.compile(r"\.layers?\.\d+\.")
 """In the names of a layer's weights."""
 
@@ -66,6 +69,7 @@ class LengthAdaptiveModel(nn.Module):
         network: The transformers model that holds the weights.
         task: What the head predicts.
         shape: The sizes that decide the cost.
+        front: Where the folder it was loaded from is an export, the length configs that serve it; else None.
     """
 
     def __init__(self, network: PreTrainedModel, task: str = "classification") -> None:
@@ -76,6 +80,7 @@ class LengthAdaptiveModel(nn.Module):
         check_task(task)
         self.network = network
         self.task = task
+        self.front: ServedFront | None = None
         self.family = FAMILIES[model_type]
         if refusal := self.family.refusal(network.config, task):
             raise CheckpointError(f"The {model_type} encoder {refusal}.")
@@ -85,7 +90,7 @@ class LengthAdaptiveModel(nn.Module):
     def from_pretrained(
         cls,
         folder_or_id: str | Path,
-        task: str = "classification",
+        task: str | None = None,
         num_labels: int | None = None,
         label_names: Collection[str] | None = None,
         multi_label: bool | None = None,
@@ -94,14 +99,17 @@ class LengthAdaptiveModel(nn.Module):
 
         Args:
             folder_or_id: Folder that `save_pretrained` wrote (ours or transformers'), or a hub id.
-            task: What the head predicts.
+            task: What the head predicts; None takes an export's own task, and classification of any other folder.
             num_labels: Classes; None takes the checkpoint's.
             label_names: Names of the classes, in order of their ids.
             multi_label: Whether any number of classes may apply to a text; None takes the checkpoint's word.
         Raises:
             CheckpointError: There is no such model, its weights are damaged or of another architecture.
+            ExportError: It is an export of a later version of this tool.
             ValueError: Unknown task.
         """
+        front = ServedFront.read(folder_or_id) if (Path(folder_or_id) / FRONT_FILE).is_file() else None
+        task = task or (front.task if front else "classification")
         check_task(task)
         num_labels = {"regression": 1, "question-answering": 2}.get(task, num_labels)
         labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
@@ -111,6 +119,9 @@ class LengthAdaptiveModel(nn.Module):
         if task == "classification" and multi_label is not None:
             labels["problem_type"] = MULTI_LABEL if multi_label else "single_label_classification"
         config = read_config(folder_or_id, **labels)
+        if front is not None:  # what plain transformers is told; a checkpoint saved from here is no export
+            for name in EXPORT_FIELDS & vars(config).keys():
+                delattr(config, name)
         try:
             network, report = HEADS[task].from_pretrained(
                 folder_or_id,
@@ -123,6 +134,7 @@ class LengthAdaptiveModel(nn.Module):
         except Exception as error:  # the library raises whatever its parsers do
             raise CheckpointError(explain_load_failure(folder_or_id, error)) from error
         model = cls(network, task)
+        model.front = front if front is not None and front.task == task else None
         if absent := sorted(key for key in report["missing_keys"] if model._is_encoder_weight(key)):
             raise CheckpointError(
                 f"{folder_or_id} lacks {len(absent)} of the encoder's weights (first: {absent[0]}); "

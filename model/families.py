@@ -137,13 +137,14 @@ class EncoderFamily(abc.ABC):
         first_BD: Tensor,
         projected_BLQ: Tensor,
         positions_BL: Tensor,
+        mask_BL: Tensor | None = None,
     ) -> Tensor:
-        """The context (B, D) of each sequence's first token alone, whose vector is given; all tokens are real."""
+        """The context (B, D) of each sequence's first token alone, whose vector is given; no mask, no padding."""
         query_BD = self.query_of_first(network, layer, first_BD).to(projected_BLQ.dtype)
-        query = query_BD.view(len(query_BD), network.config.num_attention_heads, 1, -1)
+        query = query_BD.view(query_BD.size(0), network.config.num_attention_heads, 1, -1)
         key, value = self.heads(network, projected_BLQ)
         query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL[:, :1], positions_BL))
-        return attention(query, key, value, None, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
+        return attention(query, key, value, mask_BL, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
 
     def prepare(self, network: Any, layer: int, query_BHQd: Tensor, key_BHLd: Tensor, places: Places) -> Prepared:
         """Bring in where tokens stood, for families that tell their layers.
@@ -454,15 +455,16 @@ class DebertaV2Family(BertFamily):
     def prepare(self, network: Any, layer: int, query_BHQd: Tensor, key_BHLd: Tensor, places: Places) -> Prepared:
         config, block = network.config, self.layer(network, layer).attention.self
         terms = self._terms(config)
-        query = query_BHQd * (1 + len(terms)) ** -0.5
+        share = (1 + len(terms)) ** -0.5
+        query = query_BHQd * share
         if not config.relative_attention:
             return query, key_BHLd, None
-        span, scale = self._span(config), query.size(-1) ** -0.5
+        span, scale = self._span(config), share * query.size(-1) ** -0.5
         bucket_BQL = -places.distances()
         if block.position_buckets > 0:
             bucket_BQL = make_log_bucket_position(bucket_BQL, block.position_buckets, block.max_relative_positions)
         index_B1QL = (bucket_BQL.long() + span).clamp(0, 2 * span - 1)[:, None]
-        index_BHQL = index_B1QL.expand(len(query), config.num_attention_heads, -1, -1)
+        index_BHQL = index_B1QL.expand(-1, config.num_attention_heads, -1, -1)
         distances_SD = block.pos_dropout(network.base_model.encoder.get_rel_embedding()[: 2 * span])
 
         def heads_of(projection: Any) -> Tensor:
@@ -473,11 +475,10 @@ class DebertaV2Family(BertFamily):
         shared = block.share_att_key
         bias = torch.zeros_like(index_B1QL, dtype=query.dtype)
         if "c2p" in terms:
-            seen_BHQS = query @ heads_of(block.key_proj if shared else block.pos_key_proj)
+            seen_BHQS = query_BHQd @ heads_of(block.key_proj if shared else block.pos_key_proj)
             bias = bias + seen_BHQS.gather(-1, index_BHQL) * scale
         if "p2c" in terms:
-            asking_HdS = heads_of(block.query_proj if shared else block.pos_query_proj) * (1 + len(terms)) ** -0.5
-            seen_BHLS = key_BHLd @ asking_HdS
+            seen_BHLS = key_BHLd @ heads_of(block.query_proj if shared else block.pos_query_proj)
             bias = bias + seen_BHLS.gather(-1, index_BHQL.transpose(-1, -2)).transpose(-1, -2) * scale
         return query, key_BHLd, bias
 

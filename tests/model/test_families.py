@@ -1,6 +1,10 @@
 """What every family of encoders has to pass, on random weights; a new one needs a line in `SMALL`."""
 
+import ast
 import copy
+import json
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +21,7 @@ from model.evaluate import Evaluator
 from model.families import FAMILIES, TOKEN_TASKS
 from model.length_config import LengthConfig
 from model.macs import layer_macs
+from model.remote_code import standalone_source
 from model.train import TrainingSettings, train
 from model.training import with_dropout
 
@@ -72,6 +77,7 @@ VARIANTS = {
 SHORT = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5))
 SKIPS = ((0,), (3,), (1, 2), (0, 1, 3))
 SHORT_AND_SHALLOW = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5), skipped=(0, 2))
+SKIPPING = LengthConfig.from_retention((0.8, 1.0, 0.7, 1.0), skipped=(1, 3))
 LENGTHS = (19, 30, 3, 30, 12)
 
 
@@ -500,3 +506,55 @@ def test_what_a_family_cannot_do_is_said(variant, changes, message, tmp_path):
     build(variant, **changes).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         LengthAdaptiveModel.from_pretrained(tmp_path)
+
+
+def loaded_from(source, name):
+    """A class of a file that is not on the path."""
+    module = types.ModuleType("standalone")
+    sys.modules["standalone"] = module  # where dataclasses look for their own module
+    try:
+        exec(compile(source, "standalone", "exec"), module.__dict__)
+    finally:
+        del sys.modules["standalone"]
+    return getattr(module, name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", HEADS)
+def test_the_standalone_file_gives_the_same_logits(family_variant, task):
+    """The file is the graph's code too, so that every family's graph is tested here."""
+    network = build(family_variant, task)
+    model = LengthAdaptiveModel(network, task).eval()
+    model.token_score = "value_norm"
+    source, name = standalone_source(network, model.family, task)
+    assert "model" not in get_imports_of(source)
+    standalone = loaded_from(source, name)(network.config).eval()
+    standalone.load_state_dict(network.state_dict())
+    for config in (SHORT, SKIPPING, LengthConfig.full(LAYERS)):
+        standalone.config.length_config = json.loads(config.to_json())
+        for lengths in (LENGTHS, (7,)):
+            batch = batch_of(network, lengths)
+            expected, got = model(**batch, length_config=config).logits, every_logit(standalone(**batch))
+            real = batch["attention_mask"].bool() if expected.dim() == 3 else slice(None)
+            torch.testing.assert_close(got[real], expected[real], rtol=0, atol=1e-5)
+
+
+def get_imports_of(source):
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [getattr(node, "module", None) or node.names[0].name for node in statements]
+    return {module.partition(".")[0] for module in modules}
+
+
+def test_the_standalone_file_holds_one_family_and_says_what_it_cannot(network):
+    source, name = standalone_source(network, FAMILIES[network.config.model_type], "classification")
+    families = {type(family).__name__ for family in FAMILIES.values()}
+    used = type(FAMILIES[network.config.model_type])
+    assert {family for family in families if f"class {family}(" in source} == {
+        base.__name__ for base in used.__mro__ if base.__name__ in families
+    }
+    standalone = loaded_from(source, name)(network.config)
+    batch = batch_of(network, (4, 3))
+    with pytest.raises(ValueError, match="pad on the right"):
+        standalone(batch["input_ids"], batch["attention_mask"].flip(1))
+    with pytest.raises(ValueError, match="without trust_remote_code to train"):
+        standalone(**batch, labels=torch.zeros(2))

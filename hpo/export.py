@@ -1,0 +1,289 @@
+"""`hpo export`: a point of a study's front as a folder that serves it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import optuna
+
+from hpo.errors import HpoError
+from hpo.front import BASELINE, Front, FrontPoint, choose, compute_front, flops_text, percents
+from hpo.runs import write_folder
+from hpo.storage import IDENTITY
+from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload
+from model.data import load_corpus
+from model.encoder import CheckpointError, LengthAdaptiveModel
+from model.export import RUNNER_FILE, quantise_folder, write_onnx_folder, write_transformers_folder
+from model.front_file import FRONT_FILE, ServedFront, ServedPoint
+from model.length_config import LengthConfig
+from model.onnx_export import OPSET, require_onnx
+from model.pipeline import LengthAdaptivePipeline
+from model.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["hf", "onnx"]
+FORMATS: tuple[Format, ...] = ("hf", "onnx")
+Int8 = Literal["dynamic", "static"]
+INT8: tuple[Int8, ...] = ("dynamic", "static")
+CALIBRATION = 128
+"""Sequences of the search split that fix the ranges of a static quantisation."""
+NOTABLE = 0.01
+"""A loss to int8 that a user is warned of: one point."""
+PIPELINE_TAGS = {
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "question-answering": "question-answering",
+    "token-classification": "token-classification",
+}
+"""What the hub calls the tasks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A folder that was written.
+
+    Attributes:
+        folder: Where it is.
+        front: What it serves.
+        difference: The largest difference between logits of the folder, in float32, and of the encoder.
+        float32: The metric on the report split before quantisation; None where nothing was quantised.
+        int8: The same afterwards.
+    """
+
+    folder: Path
+    front: ServedFront
+    difference: float
+    float32: float | None = None
+    int8: float | None = None
+
+
+def export(
+    study: optuna.Study,
+    storage: str,
+    runs: Path,
+    out: Path,
+    *,
+    format: Format = "hf",
+    max_drop: float | None = None,
+    budget: float | None = None,
+    trial: int | None = None,
+    fixed_length: int | None = None,
+    opset: int = OPSET,
+    int8: Int8 | None = None,
+) -> Exported:
+    """Write a point of a lengths study's front as a folder, checked against the encoder.
+
+    Args:
+        study: What `hpo search-lengths` made.
+        storage: URL of its database.
+        runs: Folder of the checkpoints.
+        out: Where to write; an earlier export there is replaced.
+        format: "hf" for transformers, with the whole front; "onnx" for a graph of the chosen point.
+        max_drop: Choose the cheapest point that loses at most this much on the search split.
+        budget: Choose the best point of at most this share of full length.
+        trial: Choose this completed trial, on the front or not.
+        fixed_length: Tokens that a graph's sequences are padded to; None leaves their length free.
+        opset: Of ONNX.
+        int8: Quantise the graph; "static" with ranges from the search split.
+    Raises:
+        HpoError: The study has no front or no such point, its checkpoint is gone or another one, or `out` is in use.
+        ExportError: The graph cannot be written as asked, or does not compute what the encoder does.
+    """
+    if format == "onnx":
+        require_onnx()
+    _check_place(out)
+    front = compute_front(study, storage)
+    chosen = _chosen(front, max_drop=max_drop, budget=budget, trial=trial)
+    checkpoint = _checkpoint(study, runs)
+    workload = Workload.from_attribute(front.workload)
+    model = LengthAdaptiveModel.from_pretrained(checkpoint, workload.task).eval()
+    if model.fingerprint() != study.user_attrs.get(IDENTITY, {}).get("model"):
+        raise HpoError(f"The model in {checkpoint} is not the one that study {front.study!r} searched; restore it.")
+    tokenizer = load_tokenizer(checkpoint)
+    loaded = load_workload(workload, checkpoint) if int8 else None
+    max_length, stride = lengths_of(workload, tokenizer, checkpoint)
+    is_text = model.task in ("regression", "question-answering")
+    served = ServedFront(
+        task=model.task,
+        kind="multi-label" if model.is_multi_label else model.task,
+        label_names=() if is_text else tuple((model.network.config.id2label or {}).values()),
+        text_columns=_text_columns(study, workload),
+        max_length=max_length,
+        stride=stride if model.task == "question-answering" else None,
+        metric=front.metric,
+        full=_served(front.full),
+        points=tuple(map(_served, front.points)),
+        chosen=_served(chosen),
+        versions=library_versions(),
+    )
+    measured: dict[str, float] = {}
+    results: list[Exported] = []
+
+    def write(folder: Path) -> None:
+        if format == "hf":
+            difference = write_transformers_folder(folder, model, tokenizer, served)
+        else:
+            difference = write_onnx_folder(folder, model, tokenizer, served, fixed_length=fixed_length, opset=opset)
+        if int8 and loaded:
+            measured["float32"] = _report_quality(folder, loaded)
+            few = loaded.search.take(np.arange(min(CALIBRATION, len(loaded.search))))
+            quantise_folder(folder, tokenizer.pad_token_id or 0, few if int8 == "static" else None)
+            measured["int8"] = _report_quality(folder, loaded)
+        written = ServedFront.read(folder)
+        (folder / "README.md").write_text(model_card(front, chosen, written, measured), encoding="utf-8")
+        results.append(Exported(folder=out, front=written, difference=difference, **measured))
+
+    try:
+        write_folder(out, write)
+    except HpoError as error:
+        raise HpoError(f"Cannot write {out} ({error}); make room or choose another --out.") from error
+    return results[0]
+
+
+def model_card(front: Front, chosen: FrontPoint, served: ServedFront, measured: Mapping[str, float]) -> str:
+    """The folder's README.md.
+
+    Args:
+        front: The study's.
+        chosen: The exported point.
+        served: What the folder holds.
+        measured: The metric on the report split in "float32" and "int8", where it was quantised.
+    """
+    data = Path(str(front.workload["data"]["dataset"]).split("=")[-1])
+    dataset = data.name if data.is_absolute() else str(data)
+    graph = served.graph
+    lines = [
+        "---",
+        f"library_name: {'onnx' if graph else 'transformers'}",
+        f"pipeline_tag: {PIPELINE_TAGS[served.task]}",
+        "tags: [length-adaptive, hpo]",
+        "---",
+        "",
+        f"# {served.kind.replace('-', ' ').capitalize()} with fewer tokens from layer to layer",
+        "",
+        "Trained once with LengthDrop; a study searched how many tokens each layer keeps. Every row below is the same",
+        f"weights under another length config. The dataset is {dataset}, from the columns "
+        f"{', '.join(served.text_columns)}; texts are cut after {served.max_length} tokens.",
+        "",
+        f"| trial | share of FLOPs | {front.metric}, search split | {front.metric}, report split | tokens left, % |",
+        "| --- | --- | --- | --- | --- |",
+        *(_card_row(point, chosen) for point in front.points),
+        *([_card_row(chosen, chosen)] if chosen.trial not in {point.trial for point in front.points} else []),
+        f"| full length | 100 % | {front.full.metric:.4f} | {_or_dash(front.full.report_metric)} | 100 |",
+        "",
+        f"The bold row is what this folder was exported for. Shares are of {BASELINE}, {flops_text(front.full.macs)}",
+        "per sequence of the search split, and count multiply-accumulates: they promise work saved, not time, which",
+        "depends on the machine. Points were chosen on the search split; the report split was looked at once for each.",
+        "",
+        *_usage(served),
+    ]
+    if measured:
+        lines += [
+            f"The graph is quantised to {graph.precision if graph else ''}: {front.metric} on the report split is "
+            f"{measured['int8']:.4f}, in float32 it was {measured['float32']:.4f}.",
+            "",
+        ]
+    made = ", ".join(f"{name} {version}" for name, version in served.versions.items())
+    return "\n".join([*lines, f"Made with {made}.", ""])
+
+
+def _usage(served: ServedFront) -> list[str]:
+    """How to run the folder, for its card."""
+    if served.graph is None:
+        names = {"question-answering": "QuestionAnswering", "token-classification": "TokenClassification"}
+        auto = f"AutoModelFor{names.get(served.task, 'SequenceClassification')}"
+        return [
+            "```python",
+            "from model import LengthAdaptivePipeline  # of hpo",
+            "",
+            'LengthAdaptivePipeline("FOLDER")(inputs, budget=0.5)  # or max_drop=0.01; neither runs the bold row',
+            "",
+            f"from transformers import {auto}",
+            "",
+            f'{auto}.from_pretrained("FOLDER")  # full length, transformers alone',
+            f'{auto}.from_pretrained("FOLDER", trust_remote_code=True)  # the bold row, by length_adaptive.py',
+            "```",
+            "",
+        ]
+    shape = "any batch and length" if served.graph.fixed_length is None else f"{served.graph.fixed_length} tokens"
+    return [
+        f"`{served.graph.file}` (opset {served.graph.opset}, {served.graph.precision}) takes {shape}, padded on the",
+        f"right; `{RUNNER_FILE}` needs onnxruntime, tokenizers and numpy:",
+        "",
+        "```python",
+        "from runner import Runner",
+        "",
+        'Runner("FOLDER")(inputs)',
+        "```",
+        "",
+    ]
+
+
+def _card_row(point: FrontPoint, chosen: FrontPoint) -> str:
+    kept = " ".join(percents(point.shares, point.skipped).split())
+    cells = [str(point.trial), f"{point.relative_macs:.1%}", f"{point.metric:.4f}", _or_dash(point.report_metric), kept]
+    if point.trial == chosen.trial:
+        cells = [f"**{cell}**" for cell in cells]
+    return f"| {' | '.join(cells)} |"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place that something else is in."""
+    if out.exists() and not out.is_dir():
+        raise HpoError(f"{out} is a file; choose another --out.")
+    entries = list(out.iterdir()) if out.is_dir() else []
+    if entries and (not (out / FRONT_FILE).is_file() or any(entry.is_dir() for entry in entries)):
+        raise HpoError(f"{out} holds files that no export wrote; choose another --out, or empty it.")
+
+
+def _chosen(front: Front, *, max_drop: float | None, budget: float | None, trial: int | None) -> FrontPoint:
+    if trial is None:
+        return choose(front, max_drop=max_drop, budget=budget)
+    completed = {point.trial: point for point in (*front.dominated, *front.points, front.full)}
+    if trial not in completed:
+        on_front = ", ".join(str(point.trial) for point in front.points)
+        raise HpoError(
+            f"Study {front.study!r} has no completed trial {trial} to export; choose one of its front: {on_front}."
+        )
+    return completed[trial]
+
+
+def _checkpoint(study: optuna.Study, runs: Path) -> Path:
+    """The folder of the encoder that was searched: where it was, or in a runs folder that has moved."""
+    recorded = Path(str(study.user_attrs.get("checkpoint", "")))
+    for folder in (recorded, runs / Path(*recorded.parts[-2:])):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"The model of study {study.study_name!r} is not at {recorded}; pass its runs folder as --runs."
+    )
+
+
+def _text_columns(study: optuna.Study, workload: Workload) -> tuple[str, ...]:
+    """The dataset's names of what a prediction starts from; studies of earlier versions do not record them."""
+    if "text_columns" in study.user_attrs:
+        return tuple(study.user_attrs["text_columns"])
+    return workload.data.text_columns or load_corpus(workload.data, workload.task).columns.texts
+
+
+def _served(point: FrontPoint) -> ServedPoint:
+    return ServedPoint(
+        trial=point.trial,
+        length_config=LengthConfig.from_shares(point.shares, point.skipped or ()),
+        metric=point.metric,
+        report_metric=point.report_metric,
+        macs=point.macs,
+        relative_macs=point.relative_macs,
+    )
+
+
+def _report_quality(folder: Path, loaded: LoadedWorkload) -> float:
+    return LengthAdaptivePipeline(folder).quality(loaded.report, loaded.metric)

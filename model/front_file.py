@@ -1,0 +1,216 @@
+"""The front of an exported model: which length configs it may run under, how good each is and what it costs.
+
+It lies as JSON beside the weights, so that a folder can be served without the study it came from.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from model.length_config import LengthConfig
+
+FRONT_FILE = "length_front.json"
+FORMAT = 1
+"""Of the file; a reader refuses what a later version wrote."""
+SLACK = 1e-9  # lets a metric of 0.89 pass a bound of 0.9 - 0.01, however the two were rounded
+
+
+class ExportError(ValueError):
+    """A folder that is no usable export, or a wish it cannot serve; the message says what to do."""
+
+
+class NothingFits(ExportError):
+    """Every point of the front exceeds the budget asked for."""
+
+
+class Scored(Protocol):
+    """What a choice among points looks at."""
+
+    @property
+    def metric(self) -> float:
+        """Quality on the search split."""
+
+    @property
+    def relative_macs(self) -> float:
+        """Cost as a share of full length."""
+
+
+Point = TypeVar("Point", bound=Scored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedPoint:
+    """One length config that a model may run under.
+
+    Attributes:
+        trial: Number of the trial that found it.
+        length_config: Tokens left after each layer, and layers that are skipped.
+        metric: Quality on the search split, on which it was selected.
+        report_metric: Quality on the report split; None where it was not scored there.
+        macs: Mean MACs of the search split's real sequences.
+        relative_macs: `macs` as a share of the same model at full length without padding.
+    """
+
+    trial: int
+    length_config: LengthConfig
+    metric: float
+    report_metric: float | None
+    macs: float
+    relative_macs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """An ONNX graph beside the file; it runs under the chosen config alone.
+
+    Attributes:
+        file: Its name.
+        opset: ONNX's.
+        precision: "float32", "int8-dynamic" or "int8-static".
+        fixed_length: Tokens that every sequence is padded to; None where the length is free.
+        token_types: Whether the tokenizer tells the texts of a pair apart; else all tokens are of type 0.
+    """
+
+    file: str
+    opset: int
+    precision: str
+    fixed_length: int | None
+    token_types: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedFront:
+    """All that serving a folder needs beside weights and tokenizer.
+
+    Attributes:
+        task: What the head predicts.
+        kind: What is predicted, one of `model.data.KINDS`.
+        label_names: Names of the classes or tags, in order of their ids; empty where there are none.
+        text_columns: The dataset's names of what a prediction starts from.
+        max_length: Tokens after which a text is cut, or a window of a question's context.
+        stride: Tokens that neighbouring windows of a context share; None where there are no windows.
+        metric: Name of the quality.
+        full: The full length.
+        points: The front by rising cost and quality.
+        chosen: The point that the folder was exported for; it may lie off the front.
+        versions: Libraries it was made with.
+        graph: An ONNX graph; None where the folder holds a transformers model.
+    """
+
+    task: str
+    kind: str
+    label_names: tuple[str, ...]
+    text_columns: tuple[str, ...]
+    max_length: int
+    stride: int | None
+    metric: str
+    full: ServedPoint
+    points: tuple[ServedPoint, ...]
+    chosen: ServedPoint
+    versions: Mapping[str, str] = field(default_factory=dict)
+    graph: Graph | None = None
+
+    def choose(self, *, max_drop: float | None = None, budget: float | None = None) -> ServedPoint:
+        """The point that serves a wish, as `choose_point` says; without one the point it was exported for.
+
+        Raises:
+            NothingFits: Every point exceeds the budget.
+            ExportError: Both are given, or a value is out of range.
+        """
+        if max_drop is None and budget is None:
+            return self.chosen
+        return choose_point(self.points, self.full.metric, max_drop=max_drop, budget=budget)
+
+    def write(self, folder: Path) -> None:
+        """Write the file into a folder."""
+        fields = asdict(self)
+        for name in ("full", "chosen"):
+            fields[name] = _point_to_json(getattr(self, name))
+        fields["points"] = [_point_to_json(point) for point in self.points]
+        document = {"format": FORMAT, **fields}
+        (folder / FRONT_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ServedFront":
+        """Read the file of a folder.
+
+        Raises:
+            ExportError: There is none, it is damaged, or a later version of this tool wrote it.
+        """
+        path = Path(folder) / FRONT_FILE
+        if not path.is_file():
+            raise ExportError(f"{folder} is no export: it has no {FRONT_FILE}; make one with `hpo export`.")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            written = fields.pop("format")
+            if written != FORMAT:
+                raise ExportError(
+                    f"{path} has the format {written!r}, this version of hpo reads {FORMAT}; use the version that "
+                    "wrote it, or export again with this one."
+                )
+            for name in ("full", "chosen"):
+                fields[name] = _point_from_json(fields[name])
+            fields["points"] = tuple(_point_from_json(point) for point in fields["points"])
+            fields["graph"] = None if fields["graph"] is None else Graph(**fields["graph"])
+            for name in ("label_names", "text_columns"):
+                fields[name] = tuple(fields[name])
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ExportError):
+                raise
+            raise ExportError(f"{path} cannot be read ({error!r}); export the model again.") from error
+
+
+def choose_point(
+    points: Sequence[Point], full_metric: float, *, max_drop: float | None = None, budget: float | None = None
+) -> Point:
+    """The point of a front that serves a wish; exactly one wish is given.
+
+    Args:
+        points: By rising cost and quality; one is as good as full length, unless they are the choice of another.
+        full_metric: Quality of full length.
+        max_drop: The cheapest point whose metric is at most this far below full length's, in the metric's units.
+        budget: The best point that costs at most this share of full length, in (0, 1].
+    Raises:
+        NothingFits: Every point exceeds the budget, or loses more.
+        ExportError: Both or no wish is given, or its value is out of range.
+    """
+    if (max_drop is None) == (budget is None):
+        raise ExportError(f"max_drop={max_drop} and budget={budget}; give exactly one of them.")
+    if max_drop is not None:
+        if not max_drop >= 0.0:
+            raise ExportError(f"max_drop={max_drop}; choose 0 or more, in units of the metric.")
+        good = [point for point in points if point.metric >= full_metric - max_drop - SLACK]
+        if not good:
+            lost = full_metric - points[-1].metric
+            raise NothingFits(f"Every point loses more than {max_drop:g}; the least loss is {lost:.4g}: ask for more.")
+        return good[0]
+    if budget is None or not 0.0 < budget <= 1.0:
+        raise ExportError(f"budget={budget}; choose a share of full length in (0, 1].")
+    affordable = [point for point in points if point.relative_macs <= budget + SLACK]
+    if not affordable:
+        raise NothingFits(
+            f"No point costs {budget:g} of full length or less; ask for a budget of {smallest_budget(points):g} or "
+            "more, the smallest there is."
+        )
+    return affordable[-1]
+
+
+def smallest_budget(points: Sequence[Scored]) -> float:
+    """The cost of the cheapest point, rounded up to what a person would write."""
+    return math.ceil(points[0].relative_macs * 1e4) / 1e4
+
+
+def _point_to_json(point: ServedPoint) -> dict[str, Any]:
+    fields = {name: getattr(point, name) for name in ("trial", "metric", "report_metric", "macs", "relative_macs")}
+    config: dict[str, Any] = json.loads(point.length_config.to_json())
+    return {"trial": fields.pop("trial"), "skipped": [], **config, **fields}
+
+
+def _point_from_json(fields: Mapping[str, Any]) -> ServedPoint:
+    own = {name: fields[name] for name in ("trial", "metric", "report_metric", "macs", "relative_macs")}
+    config = {name: value for name, value in fields.items() if name not in own}
+    return ServedPoint(length_config=LengthConfig.from_json(json.dumps(config)), **own)

@@ -1,0 +1,134 @@
+"""One length config of an encoder as a graph of tensor operations.
+
+`LengthAdaptiveModel` asks for each batch, in Python, which layers drop tokens and whether anything is padded. A graph
+that another runtime computes cannot ask. Here every decision is either known before, from the config, or a tensor: how
+many tokens a sequence keeps is looked up by how many it has, and each layer hands on as many as the sequence that keeps
+most, the others' surplus being masked. So later layers really work on fewer tokens.
+
+Shape letters: B sequences, L tokens arriving, K tokens handed on, D hidden size, M layers, N lengths from 0 up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.families import EncoderFamily, attend
+from model.length_config import MIN_TOKENS, LengthConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphPlan:
+    """What a length config decides before any sequence is seen.
+
+    Attributes:
+        layers: Layers that are computed.
+        dropping: Those that drop tokens of some sequence.
+        sizes: Tokens that each dropping layer hands on, whatever the batch; empty where the batch decides.
+        left_NM: Tokens left after each layer of a sequence of 0, 1, ... tokens, int64.
+    """
+
+    layers: tuple[int, ...]
+    dropping: frozenset[int]
+    sizes: Mapping[int, int]
+    left_NM: Tensor
+
+    @classmethod
+    def of(cls, length_config: LengthConfig, longest: int, *, fixed_length: bool = False) -> "GraphPlan":
+        """The plan for sequences of at most `longest` tokens, or of exactly that many with their padding."""
+        num_tokens_N = np.arange(longest + 1)
+        left_NM = length_config.count_table(num_tokens_N)
+        arriving_NM = np.column_stack([num_tokens_N, left_NM[:, :-1]])
+        dropping = np.flatnonzero((left_NM < arriving_NM).any(axis=0)).tolist()
+        sizes = {layer: max(MIN_TOKENS, int(left_NM[-1, layer])) for layer in dropping} if fixed_length else {}
+        return cls(
+            layers=length_config.computed,
+            dropping=frozenset(dropping),
+            sizes=sizes,
+            left_NM=torch.from_numpy(left_NM),
+        )
+
+
+def graph_logits(
+    family: EncoderFamily,
+    network: Any,
+    plan: GraphPlan,
+    reads_first: bool,
+    input_ids_BL: Tensor,
+    attention_mask_BL: Tensor,
+    token_type_ids_BL: Tensor | None,
+    left_NM: Tensor,
+) -> Tensor:
+    """The logits of `LengthAdaptiveModel.forward` under one length config.
+
+    Where the head reads the first token alone, the last layer computes that one only.
+
+    Args:
+        family: The adapter of the network's architecture.
+        network: The transformers network, in evaluation mode.
+        plan: What the length config decides.
+        reads_first: Whether the head reads the first token alone.
+        input_ids_BL: int64 token ids, 2 or more to a sequence; padding, if any, on the right.
+        attention_mask_BL: 1 at real tokens.
+        token_type_ids_BL: int64, or None.
+        left_NM: That of the plan, where the network is.
+    Source: Kim & Cho 2021, "Drop-and-Restore".
+    """
+    size, length = input_ids_BL.size(0), input_ids_BL.size(1)
+    mask_BL = attention_mask_BL.bool()
+    left_BM = left_NM[mask_BL.sum(dim=1)]
+    positions_BL = torch.arange(length, device=input_ids_BL.device).expand(size, length)
+    hidden = family.embed(network, input_ids_BL, token_type_ids_BL, positions_BL)
+    restored = None
+    for layer in plan.layers:
+        if reads_first and layer == plan.layers[-1]:
+            first_BD, projected = hidden[:, 0], family.project_for_first(network, layer, hidden)
+            context_BD = family.mix_first(network, layer, first_BD, projected, positions_BL, mask_BL)
+            attended = family.merge(network, layer, context_BD[:, None], first_BD[:, None])
+            return family.classify(network, family.feed_forward(network, layer, attended))
+        drops = layer in plan.dropping
+        if drops and not reads_first:
+            restored = _put_back(restored, hidden, positions_BL, mask_BL)
+        hidden, score = attend(family, network, layer, hidden, positions_BL, mask_BL, with_scores=drops)
+        if score is not None:
+            arriving, keep_B = hidden.size(1), left_BM[:, layer]
+            most = plan.sizes.get(layer) or keep_B.max().clamp(min=MIN_TOKENS).item()
+            torch._check(most >= MIN_TOKENS)  # type: ignore[no-untyped-call]  # what an export cannot see for itself
+            torch._check(most <= arriving)  # type: ignore[no-untyped-call]
+            places_BK, mask_BL = _most_attended(score, keep_B, mask_BL, most)
+            rows_BK = places_BK + arriving * torch.arange(size, device=places_BK.device)[:, None]
+            hidden = F.embedding(rows_BK, hidden.flatten(0, 1))  # whole vectors are copied faster than their elements
+            positions_BL = positions_BL.gather(1, places_BK)
+        hidden = family.feed_forward(network, layer, hidden)
+    if restored is not None:
+        hidden = _put_back(restored, hidden, positions_BL, mask_BL)[:, :length]
+    return family.read_tokens(network, hidden)
+
+
+def _most_attended(score_BL: Tensor, keep_B: Tensor, mask_BL: Tensor, most: Any) -> tuple[Tensor, Tensor]:
+    """The places of [CLS] and the most attended other tokens, (B, K), and which of them are within their count.
+
+    Here equal scores may fall either way, since `topk` promises nothing; ONNX prefers the earlier token, as the
+    encoder does.
+    """
+    length = score_BL.size(1)
+    place_L = torch.arange(length, device=score_BL.device)
+    score_BL = score_BL.masked_fill(~mask_BL, -torch.inf).masked_fill(place_L == 0, torch.inf)
+    places_BK = score_BL.topk(most, dim=1).indices
+    surplus_BK = torch.arange(most, device=score_BL.device) >= keep_B[:, None]
+    places_BK = places_BK.masked_fill(surplus_BK, length).sort(dim=1).values  # behind every real place
+    return places_BK.clamp(max=length - 1), places_BK < length
+
+
+def _put_back(restored: Tensor | None, hidden_BKD: Tensor, positions_BK: Tensor, mask_BK: Tensor) -> Tensor:
+    """Newer vectors at their places among all tokens' last ones, which are followed by a place for padding."""
+    if restored is None:
+        return F.pad(hidden_BKD, (0, 0, 0, 1))
+    size, nowhere = restored.size(0), restored.size(1) - 1
+    places_BK = positions_BK.masked_fill(~mask_BK, nowhere)
+    rows_B1 = torch.arange(size, device=places_BK.device)[:, None]
+    return restored.index_put((rows_B1, places_BK), hidden_BKD)

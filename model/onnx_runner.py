@@ -1,0 +1,148 @@
+"""Run an exported ONNX graph with onnxruntime, tokenizers and numpy alone.
+
+`hpo export --format onnx` puts this file beside the graph. From Python:
+
+    from runner import Runner
+    Runner("FOLDER")(["a fine film", "a poor one"])
+
+or from a shell, one JSON value in and one out per line: `echo '"a fine film"' | python FOLDER/runner.py`. An input is a
+text; a list of two texts, or of a question and its context; of token classification a list of words.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import tokenizers
+
+BATCH = 32
+MAX_ANSWER_TOKENS = 30
+
+
+class Runner:
+    """Texts in, predictions out, under the one length config that the graph was made for; threads may share it."""
+
+    def __init__(self, folder: str | Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        """Load graph and tokenizer.
+
+        Args:
+            folder: What was exported.
+            providers: ONNX Runtime's execution providers.
+        """
+        self.front = json.loads((Path(folder) / "length_front.json").read_text(encoding="utf-8"))
+        self.graph = self.front["graph"]
+        self.session = onnxruntime.InferenceSession(Path(folder) / self.graph["file"], providers=list(providers))
+        self.names = [given.name for given in self.session.get_inputs()]
+        self.is_question = self.front["kind"] == "question-answering"
+        self.is_words = self.front["kind"] == "token-classification"
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        settings = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        pad = settings.get("pad_token") or "[PAD]"
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        self.pad = self.tokenizer.token_to_id(pad) or 0
+        stride = self.front["stride"] if self.is_question else 0
+        strategy = "only_second" if self.is_question else "longest_first"
+        self.tokenizer.enable_truncation(self.front["max_length"], stride=stride or 0, strategy=strategy)
+        self.hears_spaces = self._tokens("a") != self._tokens(" a")
+
+    def __call__(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
+        """Predict, in the order of the inputs."""
+        encodings, owners = [], []
+        for number, given in enumerate(inputs):
+            for encoding in self._windows(given):
+                encodings.append(encoding)
+                owners.append(number)
+        logits: list[Any] = [None] * len(encodings)
+        order = sorted(range(len(encodings)), key=lambda number: len(encodings[number].ids))
+        for start in range(0, len(order), BATCH):
+            part = order[start : start + BATCH]
+            for number, row in zip(part, self._logits([encodings[number] for number in part]), strict=True):
+                logits[number] = row
+        said: list[Any] = [None] * len(inputs)
+        for number, encoding, row in zip(owners, encodings, logits, strict=True):
+            said[number] = self._better(said[number], self._said(inputs[number], encoding, row))
+        return [{name: value for name, value in one.items() if name != "logit"} for one in said]
+
+    def _windows(self, given: Any) -> list[Any]:
+        """The sequences that an input becomes: one, or the windows of a context."""
+        if self.is_words:
+            words = [word if word.startswith(" ") or not self.hears_spaces else f" {word}" for word in given]
+            return [self.tokenizer.encode(words, is_pretokenized=True)]
+        text, *pair = [given] if isinstance(given, str) else given
+        if not self.is_question:
+            return [self.tokenizer.encode(text, *pair)]
+        first = self.tokenizer.encode(text.strip(), *pair)
+        return [first, *first.overflowing]
+
+    def _logits(self, encodings: Sequence[Any]) -> np.ndarray[Any, Any]:
+        length = self.graph["fixed_length"] or max(2, *(len(encoding.ids) for encoding in encodings))
+        arrays = {name: np.zeros((len(encodings), length), dtype=np.int64) for name in self.names}
+        arrays["input_ids"][:] = self.pad
+        fields = {"input_ids": "ids", "attention_mask": "attention_mask"}
+        if self.graph["token_types"]:
+            fields["token_type_ids"] = "type_ids"
+        for row, encoding in enumerate(encodings):
+            for name in fields.keys() & arrays.keys():
+                arrays[name][row, : len(encoding.ids)] = getattr(encoding, fields[name])
+        logits: np.ndarray[Any, Any] = self.session.run(None, arrays)[0]
+        return logits
+
+    def _said(self, given: Any, encoding: Any, logits: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """What the logits of one sequence mean."""
+        names, kind = self.front["label_names"], self.front["kind"]
+        if kind == "question-answering":
+            return self._span(given[1], encoding, logits)
+        if kind == "token-classification":
+            tags = logits.argmax(axis=-1)
+            first: dict[int, int] = {}
+            for token, word in enumerate(encoding.word_ids):
+                if word is not None:
+                    first.setdefault(word, token)
+            return {"tags": [names[tags[first[word]]] if word in first else "O" for word in range(len(given))]}
+        if kind == "regression":
+            return {"value": float(logits[0])}
+        if kind == "multi-label":
+            scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
+            labels = [name for name, logit in zip(names, logits, strict=True) if logit > 0]
+            return {"labels": labels, "scores": dict(zip(names, scores.tolist(), strict=True))}
+        weights = np.exp(logits.astype(np.float64) - logits.max())
+        return {"label": names[int(logits.argmax())], "score": float(weights.max() / weights.sum())}
+
+    def _span(self, context: str, encoding: Any, logits: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """The best span of a window's context; `logit` is its start's and its end's, added."""
+        inside = np.array([sequence == 1 for sequence in encoding.sequence_ids])
+        size = len(inside)
+        start, end = np.where(inside[:, None], logits[:size], -np.inf).T
+        follows = np.arange(size)[None, :] - np.arange(size)[:, None]
+        scores = np.where((follows >= 0) & (follows < MAX_ANSWER_TOKENS), start[:, None] + end, -np.inf)
+        first, last = divmod(int(scores.argmax()), size)
+        if not np.isfinite(scores[first, last]):
+            return {"answer": "", "start": 0, "end": 0, "logit": -np.inf}
+        begin, stop = encoding.offsets[first][0], encoding.offsets[last][1]
+        text = context[begin:stop]
+        begin, text = begin + len(text) - len(text.lstrip()), text.strip()
+        return {"answer": text, "start": begin, "end": begin + len(text), "logit": float(scores[first, last])}
+
+    def _better(self, one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+        """Of two windows' answers the likelier one."""
+        return other if one is None or other["logit"] > one["logit"] else one
+
+    def _tokens(self, text: str) -> list[str]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).tokens)
+
+
+def main() -> None:
+    """Answer standard input line by line."""
+    runner = Runner(Path(__file__).parent)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(runner([json.loads(line)])[0], ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

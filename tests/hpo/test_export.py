@@ -1,0 +1,315 @@
+"""A study's front as folders, and predictions from them, from the command line."""
+
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hpo.predict import predict_lines
+from hpo.search_lengths import search_lengths
+from hpo.storage import open_storage
+from model import LengthAdaptiveModel, LengthAdaptivePipeline
+from model.encoder import CheckpointError
+from model.front_file import FRONT_FILE, ExportError, NothingFits, ServedFront
+from model.rows import DataError
+
+OUTSIDE = """
+import json, sys
+import torch
+from transformers import AutoModelForSequenceClassification as Auto, AutoTokenizer
+
+assert "model" not in sys.modules and "hpo" not in sys.modules
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+plain, chosen = Auto.from_pretrained(folder), Auto.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    logits = [network.eval()(**batch).logits.tolist() for network in (plain, chosen)]
+assert not any(name == "model" or name.startswith(("model.", "hpo")) for name in sys.modules)
+print(json.dumps([*logits, type(plain).__name__]))
+"""
+TEXTS = ["the film was good", "a poor plot", "music", "the story is very fine and the actor was not great"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_encoder, tmp_path_factory):
+    """The tiny encoder with weights large enough for attention to differ clearly between tokens."""
+    folder = tmp_path_factory.mktemp("large")
+    network = AutoModelForSequenceClassification.from_pretrained(tiny_encoder)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            weight.normal_(mean=mean, std=0.4 if weight.dim() > 1 else 0.1, generator=generator)
+    network.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def study(lengths, workload, encoder, storage, tmp_path):
+    return search_lengths(lengths, workload, encoder, trials=15, storage=storage, runs=tmp_path / "runs").study
+
+
+@pytest.fixture
+def served(command, study, tmp_path):
+    """An export for transformers of a middling budget."""
+    code, _, err = command("export", "--budget", "0.8", "--out", str(tmp_path / "served"))
+    assert code == 0, err
+    return tmp_path / "served"
+
+
+def shortest(folder):
+    return ServedFront.read(folder).points[0]
+
+
+def test_the_folder_loads_with_its_whole_front(served, encoder, study):
+    model = LengthAdaptiveModel.from_pretrained(served)
+    by_number = {trial.number: trial for trial in study.best_trials}
+    assert {point.trial for point in model.front.points} <= by_number.keys()
+    for point in model.front.points:
+        assert list(point.length_config.shares) == by_number[point.trial].user_attrs["shares"]
+        assert [point.metric, point.macs] == by_number[point.trial].values
+    assert model.front.chosen.relative_macs <= 0.8
+    assert model.front.text_columns == ("text",)
+    assert model.fingerprint() == LengthAdaptiveModel.from_pretrained(encoder).fingerprint()
+    assert LengthAdaptiveModel.from_pretrained(encoder).front is None
+
+
+def test_transformers_alone_runs_full_length_or_the_chosen_point(served, encoder, tmp_path):
+    environment = {
+        "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "PATH": "", "HOME": str(tmp_path),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", OUTSIDE, str(served), json.dumps(TEXTS)],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain, chosen, name = json.loads(done.stdout)
+    assert name == "BertForSequenceClassification"
+    model = LengthAdaptiveModel.from_pretrained(encoder).eval()
+    batch = AutoTokenizer.from_pretrained(encoder)(TEXTS, padding=True, return_tensors="pt")
+    config = ServedFront.read(served).chosen.length_config
+    with torch.no_grad():
+        for logits, length_config in ((plain, None), (chosen, config)):
+            expected = model(**batch, length_config=length_config).logits
+            torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)
+    assert not np.allclose(plain, chosen, atol=1e-3), "dropping tokens should matter"
+
+
+def test_a_model_trained_on_from_an_export_is_no_export(served, tmp_path):
+    LengthAdaptiveModel.from_pretrained(served).save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "auto_map" not in config
+    assert "length_config" not in config
+
+
+def test_the_card_tells_the_front_and_no_path_of_this_machine(served, study, tmp_path, storage):
+    card = (served / "README.md").read_text()
+    front = ServedFront.read(served)
+    for point in (*front.points, front.full):
+        assert f"{point.metric:.4f} | {point.report_metric:.4f}" in card.replace("**", "")
+    assert f"**{front.chosen.trial}**" in card
+    assert "the same model at full length without padding" in card
+    assert str(tmp_path) not in card
+    assert str(Path(study.user_attrs["workload"]["data"]["dataset"])) not in card
+
+
+def test_predictions_are_those_of_the_model_at_every_budget(served, encoder):
+    pipeline = LengthAdaptivePipeline(served, tokens_per_batch=24)
+    model, tokenizer = LengthAdaptiveModel.from_pretrained(encoder).eval(), AutoTokenizer.from_pretrained(encoder)
+    generator = random.Random(0)
+    texts = [
+        " ".join(generator.choices(("good", "film", "poor", "the"), k=generator.randint(1, 20))) for _ in range(40)
+    ]
+    for point in pipeline.front.points:
+        said = pipeline(texts, budget=point.relative_macs)
+        for text, one in zip(texts, said, strict=True):
+            with torch.no_grad():
+                logits = model(**tokenizer(text, return_tensors="pt"), length_config=point.length_config).logits[0]
+            label = int(logits.argmax())
+            assert one == {"label": f"LABEL_{label}", "score": pytest.approx(float(logits.softmax(0)[label]), abs=1e-5)}
+
+
+def test_threads_may_share_a_pipeline(served):
+    pipeline = LengthAdaptivePipeline(served)
+    budgets = [point.relative_macs for point in pipeline.front.points]
+    expected = {budget: pipeline(TEXTS, budget=budget) for budget in budgets}
+    wrong, start = [], threading.Barrier(4)
+
+    def work(number):
+        start.wait()
+        for budget in itertools.islice(itertools.cycle(budgets[number % len(budgets) :] + budgets), 15):
+            try:
+                if pipeline(TEXTS, budget=budget) != expected[budget]:
+                    wrong.append(budget)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_wishes_and_inputs_that_cannot_be_served_are_told(served):
+    pipeline = LengthAdaptivePipeline(served)
+    with pytest.raises(NothingFits, match="budget of 0"):
+        pipeline(TEXTS, budget=0.001)
+    for given, message in [
+        ("a text", "into a list"),
+        ([3], "Input 0 .* no text"),
+        ([TEXTS[0], {"sentence": "x"}], "Input 1 .*no 'text', only 'sentence'"),
+        ([("a", "b")], "2 texts, but 1 are needed"),
+        ([" "], "no text in 'text'"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            pipeline(given)
+    assert pipeline([]) == []
+
+
+def test_predict_answers_line_by_line_and_goes_on_over_bad_ones(command, served, monkeypatch):
+    lines = [b'{"text": "a good film"}', b"{", b'"music"', b'{"other": 1}', b"\xff", b"", b'{"text": "bad"}']
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+    code, out, err = command("predict", str(served), "--max-drop", "1")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert code == 1
+    assert ["error" in answer for answer in answers] == [False, True, False, True, True, True, False]
+    pipeline = LengthAdaptivePipeline(served)
+    assert [answers[0], answers[2], answers[6]] == pipeline(["a good film", "music", "bad"], max_drop=1)
+    for number, reason in ((2, "JSON"), (4, "'text'"), (5, "UTF-8"), (6, "empty")):
+        assert f"Line {number} " in err
+        assert reason in err
+    assert "4 of 7 lines could not be read" in err
+
+
+def test_predict_holds_a_part_of_the_lines_at_a_time(served):
+    pipeline, read = LengthAdaptivePipeline(served), itertools.count()
+    lines = (json.dumps({"text": f"film {next(read)}"}).encode() for _ in itertools.count())
+    answers = predict_lines(pipeline, lines, pipeline.front.chosen, lines_at_once=8)
+    numbers = [next(answers).number for _ in range(20)]
+    assert numbers == list(range(1, 21))
+    assert next(read) == 24
+
+
+def test_predict_stops_quietly_where_nobody_reads_on(served):
+    program = f"{sys.executable} -m hpo.cli predict {served} < in.jsonl | head -1"
+    folder = served.parent
+    (folder / "in.jsonl").write_text('{"text": "a film"}\n' * 3000)
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, cwd=folder, check=False, env=here())
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+
+
+def here():
+    """This process's environment, with the checkout on the path."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def test_an_export_is_replaced_and_other_folders_are_left_alone(command, served, tmp_path):
+    code, _, err = command("export", "--max-drop", "0", "--out", str(served))
+    assert code == 0, err
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("keep")
+    code, _, err = command("export", "--max-drop", "0", "--out", str(mine))
+    assert code == 1
+    assert "no export wrote" in err
+    assert [entry.name for entry in mine.iterdir()] == ["notes.txt"]
+    assert not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ((), 2, "one of --max-drop, --budget and --trial"),
+        (("--budget", "0.01"), 1, "budget of 0"),
+        (("--trial", "999"), 1, "no completed trial 999"),
+        (("--budget", "0.9", "--format", "tflite"), 2, "hf or onnx"),
+        (("--budget", "0.9", "--int8", "dynamic"), 2, "--format onnx"),
+        (("--budget", "0.9", "--format", "onnx", "--fixed-length", "600"), 1, "choose 4 to 32"),
+        (("--budget", "0.9", "--format", "onnx", "--opset", "9"), 1, "opset 9; choose 18"),
+        (("--budget", "0.9", "--study", "other"), 1, "No study 'other'"),
+    ],
+)
+def test_bad_exports_are_told_in_a_sentence(command, study, tmp_path, flags, code, message):
+    got, out, err = command("export", "--out", str(tmp_path / "served"), *flags)
+    assert (got, out) == (code, "")
+    assert message in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_study_without_a_front_or_with_another_checkpoint_is_refused(
+    command, lengths, study, storage, encoder, tmp_path
+):
+    optuna.create_study(study_name="empty", storage=open_storage(storage), directions=["maximize", "minimize"])
+    code, _, err = command("export", "--study", "empty", "--budget", "0.9", "--out", str(tmp_path / "x"))
+    assert code == 1
+    assert "no completed trial yet" in err
+    study.set_user_attr("checkpoint", str(tmp_path / "gone"))
+    code, _, err = command("export", "--budget", "0.9", "--out", str(tmp_path / "x"))
+    assert code == 1
+    assert "pass its runs folder as --runs" in " ".join(err.split())
+
+
+def test_folders_of_other_kinds_and_versions_are_refused(command, served, encoder, tmp_path):
+    code, _, err = command("predict", str(encoder))
+    assert code == 1
+    assert "is no export" in err
+    path = served / FRONT_FILE
+    path.write_text(path.read_text().replace('"format": 1', '"format": 7'))
+    for load in (LengthAdaptivePipeline, LengthAdaptiveModel.from_pretrained):
+        with pytest.raises(ExportError, match="format 7"):
+            load(served)
+    path.write_text(path.read_text().replace('"format": 7', '"format": 1'))
+    (served / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="damaged"):
+        LengthAdaptivePipeline(served)
+
+
+def test_a_graph_is_quantised_measured_and_run_with_and_without_us(command, study, encoder, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    code, out, err = command(
+        "export", "--budget", "0.8", "--format", "onnx", "--int8", "static", "--out", str(tmp_path / "graph"), "--json"
+    )
+    assert code == 0, err
+    told = json.loads(out)
+    chosen = ServedFront.read(tmp_path / "graph").chosen
+    trial = next(trial for trial in study.best_trials if trial.number == chosen.trial)
+    assert told["float32"] == pytest.approx(study.user_attrs[f"report_metric:{trial.number}"], abs=0.02)
+    assert 0 <= told["int8"] <= 1
+    assert f"{told['int8']:.4f}" in (tmp_path / "graph" / "README.md").read_text()
+    pipeline = LengthAdaptivePipeline(tmp_path / "graph")
+    said = pipeline(TEXTS)
+    alone = subprocess.run(
+        [sys.executable, "-I", str(tmp_path / "graph" / "runner.py")],
+        input="\n".join(map(json.dumps, TEXTS)), capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    for line, expected in zip(alone.stdout.splitlines(), said, strict=True):
+        assert json.loads(line) == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=0.05)}
+    with pytest.raises(NothingFits, match="smallest there is"):
+        pipeline(TEXTS, budget=0.01)
+
+    class TooOld:
+        def __init__(self, *_, **__):
+            raise RuntimeError("ONNX opset 18 is under development")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "InferenceSession", TooOld)
+        with pytest.raises(ExportError, match=r"opset 18.*newer onnxruntime"):
+            LengthAdaptivePipeline(tmp_path / "graph")

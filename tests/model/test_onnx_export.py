@@ -1,0 +1,174 @@
+"""ONNX graphs of five families equal the encoder; the graph's own code is tested for all in test_families."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig
+
+from model.encoder import HEADS, LengthAdaptiveModel
+from model.front_file import ExportError
+from model.length_config import LengthConfig
+from model.onnx_export import padded, quantise, write_graph
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LONGEST, LAYERS = 40, 2
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "num_labels": 5,
+    "pad_token_id": 0,
+    **{name: 1 for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")},
+}
+FAMILIES = {
+    "bert": {},
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": LAYERS, "n_heads": 4},
+    "mpnet": {},
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 4,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "modernbert": {"local_attention": 6},
+}
+DISTILBERT_TOO = ("vocab_size", "max_position_embeddings", "num_labels", "pad_token_id")
+POINTS = tuple(LengthConfig.from_retention(retention) for retention in ((0.9, 0.8), (0.6, 0.7), (0.3, 0.5)))
+"""Three points whose layers both drop tokens, so that their graphs differ in the table of counts alone."""
+
+
+def build(model_type, task="classification"):
+    sizes = {name: size for name, size in SIZES.items() if model_type != "distilbert" or name in DISTILBERT_TOO}
+    config = AutoConfig.for_model(model_type, **{**sizes, **FAMILIES[model_type]})
+    config.num_labels = 2 if task == "question-answering" else config.num_labels
+    network = HEADS[task].from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            norm = weight.dim() == 1 and name.endswith("weight")
+            weight.normal_(mean=1.0 if norm else 0.0, std=0.3 if weight.dim() > 1 else 0.1, generator=generator)
+    model = LengthAdaptiveModel(network, task).eval()
+    model.token_score = "value_norm"
+    return model
+
+
+def with_counts(path, old, new, longest=LONGEST):
+    """A graph with another config's table of counts, in place of the one it holds."""
+    graph = onnx.load(path)
+    table = old.count_table(np.arange(longest + 1))
+    (home,) = [
+        tensor
+        for tensor in graph.graph.initializer
+        if tuple(tensor.dims) == table.shape and (onnx.numpy_helper.to_array(tensor) == table).all()
+    ]
+    home.CopyFrom(onnx.numpy_helper.from_array(new.count_table(np.arange(longest + 1)), home.name))
+    return graph.SerializeToString()
+
+
+def check(session, model, config, make_batch, lengths, seed=0, length=None):
+    batch = make_batch(lengths, seed)
+    names = [given.name for given in session.get_inputs()]
+    room = 0 if length is None else length - batch["input_ids"].size(1)
+    padded = {name: torch.nn.functional.pad(part, (0, room)) for name, part in batch.items()}
+    if "token_type_ids" not in names:
+        del batch["token_type_ids"]
+    with torch.no_grad():
+        expected = model(**batch, length_config=config).logits
+    got = torch.from_numpy(session.run(None, {name: padded[name].numpy() for name in names})[0])
+    assert got.shape[1:] == (*((padded["input_ids"].size(1),) if not model.reads_first else ()), expected.size(-1))
+    for row, count in enumerate(lengths):
+        own = slice(None) if model.reads_first else slice(count)
+        torch.testing.assert_close(got[row][own], expected[row][own], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_graph_gives_the_encoders_logits_at_three_points(model_type, make_batch, tmp_path):
+    model, path = build(model_type), tmp_path / "model.onnx"
+    write_graph(model, POINTS[0], path, longest=LONGEST)
+    for config in POINTS:
+        session = onnxruntime.InferenceSession(with_counts(path, POINTS[0], config))
+        for seed, lengths in enumerate([(19, 30, 3, 30, 12), (40,), (2, 2), (5, 40, 9, 2)]):
+            check(session, model, config, make_batch, lengths, seed)
+
+
+@pytest.fixture(scope="module")
+def span_graph(tmp_path_factory):
+    """A span head over a graph that skips no layer and drops in both."""
+    model, path = build("bert", "question-answering"), tmp_path_factory.mktemp("graph") / "model.onnx"
+    write_graph(model, POINTS[0], path, longest=LONGEST)
+    return model, path
+
+
+def test_heads_that_read_every_token_get_the_dropped_ones_back(span_graph, make_batch):
+    model, path = span_graph
+    for config in POINTS:
+        session = onnxruntime.InferenceSession(with_counts(path, POINTS[0], config))
+        for seed, lengths in enumerate([(19, 30, 3, 30, 12), (40,), (2, 2)]):
+            check(session, model, config, make_batch, lengths, seed)
+
+
+def test_later_layers_work_on_fewer_tokens(span_graph, make_batch):
+    """What each feed-forward half widens is looked at while the graph runs."""
+    _, path = span_graph
+    graph = onnx.load(path)
+    widened = [node.output[0] for node in graph.graph.node if node.op_type == "Erf"]
+    assert len(widened) == LAYERS
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in widened)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    batch = make_batch((30, 20, 9), 0)
+    names = [given.name for given in session.get_inputs()]
+    _, *inner = session.run(None, {name: batch[name].numpy() for name in names})
+    assert [part.shape[1] for part in inner] == list(POINTS[0].lengths(30))
+
+
+def test_a_fixed_length_makes_every_count_a_constant(make_batch, tmp_path):
+    model, path, config = build("bert"), tmp_path / "model.onnx", POINTS[1]
+    write_graph(model, config, path, longest=24, fixed_length=True)
+    graph = onnx.load(path).graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    counts = [constants[node.input[1]] for node in graph.node if node.op_type == "TopK"]
+    assert counts, "the first layer should choose tokens"
+    assert {int(count.item()) for count in counts} == {config.lengths(24)[0]}
+    assert graph.input[0].type.tensor_type.shape.dim[1].dim_value == 24
+    session = onnxruntime.InferenceSession(path)
+    for lengths in [(24,), (24, 5), (7, 2, 13)]:
+        check(session, model, config, make_batch, lengths, length=24)
+
+
+def test_int8_keeps_what_the_graph_says(span_graph, make_batch, unpadded, tmp_path):
+    """Both ways make the weights int8; the answers of a random network stay close."""
+    _, path = span_graph
+    batch = make_batch((19, 30, 3, 30, 12), 0)
+    split = unpadded(batch)
+    arrays = padded(split, range(len(split)), pad=0)
+    expected = onnxruntime.InferenceSession(path).run(None, arrays)[0]
+    for name, calibration in (("dynamic", None), ("static", split)):
+        target = tmp_path / f"{name}.onnx"
+        quantise(path, target, calibration=calibration)
+        kinds = {tensor.data_type for tensor in onnx.load(target).graph.initializer if len(tensor.dims) == 2}
+        assert onnx.TensorProto.INT8 in kinds
+        got = onnxruntime.InferenceSession(target).run(None, arrays)[0]
+        real = arrays["attention_mask"].astype(bool)
+        assert np.corrcoef(got[real].ravel(), expected[real].ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("opset", [11, 99])
+def test_an_opset_out_of_range_is_refused(model, tmp_path, opset):
+    with pytest.raises(ExportError, match=rf"opset {opset}; choose 18 to \d+"):
+        write_graph(model, LengthConfig.full(4), tmp_path / "model.onnx", longest=16, opset=opset)
+
+
+def test_without_its_libraries_it_says_what_to_install(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ExportError, match=r"onnxscript.*pip install 'hpo\[onnx\]'"):
+        write_graph(model, LengthConfig.full(4), tmp_path / "model.onnx", longest=16)

@@ -1,0 +1,161 @@
+"""Every task from an exported folder, against the model run on one input at a time."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, PreTrainedTokenizerFast
+
+from model.encoder import HEADS, MULTI_LABEL, LengthAdaptiveModel
+from model.export import write_onnx_folder, write_transformers_folder
+from model.front_file import ServedFront, ServedPoint
+from model.length_config import LengthConfig
+from model.pipeline import FIELDS, LengthAdaptivePipeline, batches
+from model.rows import DataError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = ("film", "plot", "scene", "music", "actor", "story", "good", "poor", "fine", "was", "the", "##s")
+CONFIG = LengthConfig.from_shares((0.7, 0.4))
+SENTENCES = ("the film was good", "music", "poor plots, fine scenes: the story was the music of the actors")
+NAMES = {
+    "classification": ("no", "yes", "maybe"),
+    "multi-label": ("praise", "blame", "doubt"),
+    "token-classification": ("O", "B-x", "I-x"),
+}
+INPUTS = {
+    "classification": [(one, other) for one in SENTENCES for other in SENTENCES],
+    "multi-label": list(SENTENCES),
+    "regression": list(SENTENCES),
+    "question-answering": [("was the film good", SENTENCES[2] * 5), ("who", "the actor"), ("which plot", SENTENCES[0])],
+    "token-classification": [sentence.split() for sentence in SENTENCES],
+}
+
+
+def make_tokenizer(with_types=True):
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: index for index, token in enumerate([*specials, *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {f"{name.strip('[]').lower()}_token": name for name in specials}
+    given = ["input_ids", "token_type_ids", "attention_mask"] if with_types else ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, model_input_names=given, **names)
+
+
+def make(kind):
+    """A random model of a kind, and a front whose only point drops tokens in both layers."""
+    task = "classification" if kind == "multi-label" else kind
+    names = NAMES.get(kind, ())
+    config = BertConfig(
+        vocab_size=5 + len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=32, num_labels=len(names) or {"regression": 1}.get(kind, 2),
+        problem_type=MULTI_LABEL if kind == "multi-label" else None,
+    )  # fmt: skip
+    network = HEADS[task].from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            weight.normal_(mean=mean, std=0.4 if weight.dim() > 1 else 0.1, generator=generator)
+    point = ServedPoint(trial=3, length_config=CONFIG, metric=0.8, report_metric=0.7, macs=5e5, relative_macs=0.5)
+    columns = FIELDS[kind] if kind in ("classification", "question-answering") else FIELDS[kind][:1]
+    front = ServedFront(
+        task=task, kind=kind, label_names=names, text_columns=columns, max_length=24,
+        stride=6 if kind == "question-answering" else None, metric="f1", full=point, points=(point,), chosen=point,
+    )  # fmt: skip
+    return LengthAdaptiveModel(network, task).eval(), front
+
+
+def alone(model, tokenizer, *texts, **options):
+    """The logits of one input, its encoding, by the model itself."""
+    encoding = tokenizer(*texts, truncation=True, max_length=24, return_tensors="pt", **options)
+    with torch.no_grad():
+        return model(**encoding, length_config=CONFIG).logits[0].double(), encoding
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_pipeline_says_what_the_model_says_of_each_input_alone(kind, tmp_path):
+    model, front = make(kind)
+    tokenizer = make_tokenizer()
+    assert write_transformers_folder(tmp_path, model, tokenizer, front) < 1e-4
+    pipeline = LengthAdaptivePipeline(tmp_path, tokens_per_batch=40)
+    inputs = INPUTS[kind]
+    as_rows = [dict(zip(front.text_columns, pipeline.read(given), strict=True)) for given in inputs]
+    said = pipeline(inputs, budget=0.5)
+    assert pipeline(as_rows) == said
+    for given, one in zip(inputs, said, strict=True):
+        match kind:
+            case "classification":
+                scores = alone(model, tokenizer, *given)[0].softmax(0)
+                assert one == {"label": NAMES[kind][scores.argmax()], "score": pytest.approx(float(scores.max()))}
+            case "multi-label":
+                scores = alone(model, tokenizer, given)[0].sigmoid().tolist()
+                assert one["scores"] == pytest.approx(dict(zip(NAMES[kind], scores, strict=True)))
+                assert one["labels"] == [name for name, score in one["scores"].items() if score > 0.5]
+            case "regression":
+                assert one == {"value": pytest.approx(float(alone(model, tokenizer, given)[0]), abs=1e-5)}
+            case "token-classification":
+                logits, encoding = alone(model, tokenizer, given, is_split_into_words=True)
+                words = encoding.word_ids()
+                tags = [NAMES[kind][logits[words.index(word)].argmax()] for word in range(len(given))]
+                assert one == {"tags": tags}
+            case "question-answering":
+                assert one["answer"] == given[1][one["start"] : one["end"]]
+                assert one["answer"] == best_span(model, tokenizer, *given)
+                assert 0 < one["score"] <= 1
+
+
+def best_span(model, tokenizer, question, context):
+    """The likeliest span of at most 30 tokens in any window, by trying all."""
+    options = {"truncation": "only_second", "stride": 6, "return_overflowing_tokens": True}
+    windows = tokenizer(question, context, max_length=24, return_offsets_mapping=True, **options)
+    found = []
+    for window, ids in enumerate(windows["input_ids"]):
+        types = torch.tensor([windows["token_type_ids"][window]])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), None, types, length_config=CONFIG).logits[0]
+        inside = [place for place, side in enumerate(windows.sequence_ids(window)) if side == 1]
+        offsets = windows["offset_mapping"][window]
+        found += [
+            (float(logits[first, 0] + logits[last, 1]), context[offsets[first][0] : offsets[last][1]])
+            for first in inside
+            for last in inside
+            if first <= last < first + 30
+        ]
+    return max(found)[1]
+
+
+@pytest.mark.parametrize("kind", ["question-answering", "token-classification"])
+def test_the_runner_beside_a_graph_says_what_the_pipeline_says(kind, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, front = make(kind)
+    assert write_onnx_folder(tmp_path, model, make_tokenizer(with_types=kind != "question-answering"), front) < 1e-4
+    spec = importlib.util.spec_from_file_location("runner", tmp_path / "runner.py")
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    said = runner.Runner(tmp_path)(INPUTS[kind])
+    for one, other in zip(said, LengthAdaptivePipeline(tmp_path)(INPUTS[kind]), strict=True):
+        assert one == {name: value for name, value in other.items() if name != "score"}
+
+
+def test_a_list_of_words_has_to_be_one(tmp_path):
+    model, front = make("token-classification")
+    write_transformers_folder(tmp_path, model, make_tokenizer(), front)
+    pipeline = LengthAdaptivePipeline(tmp_path)
+    for given in ("the film", [], ["film", " "], [3]):
+        with pytest.raises(DataError, match=r"no list of words|no text or blank"):
+            pipeline([given])
+
+
+def test_batches_hold_every_sequence_once_and_near_equal_lengths():
+    num_tokens = np.array([5, 30, 3, 7, 7, 50, 6])
+    made = list(batches(num_tokens, 21))
+    assert [num_tokens[batch].tolist() for batch in made] == [[3, 5, 6], [7, 7], [30], [50]]
+    assert sorted(np.concatenate(made).tolist()) == list(range(7))
