@@ -27,7 +27,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 unit: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 3 --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO).db $(DEMO).db-shm $(DEMO).db-wal
