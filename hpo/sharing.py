@@ -91,20 +91,21 @@ def complete_study(mirror: MirroredStudy, plan: Plan, trials: int, times: Search
     times = SearchTimes() if times is None else times
     wait_s, failures = SHORTEST_WAIT_S, 0
     while True:
+        asked: list[AskedTrial] = []  # outside the block at whose end a Ctrl-C is raised, so that none is forgotten
         with times.measure("total"):
-            with times.measure("storage"), uninterrupted():
-                mirror.sync()
-                plan.learn(mirror.take_news())
-                if mirror.ended >= trials:
-                    mirror.clear_queue("not needed: the study was complete without it")
-                    return
-                asked = _ask(mirror, plan, trials)
-            if not asked:
-                time.sleep(wait_s)
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-                continue
-            wait_s = SHORTEST_WAIT_S
             try:
+                with times.measure("storage"), uninterrupted():
+                    mirror.sync()
+                    plan.learn(mirror.take_news())
+                    if mirror.ended >= trials:
+                        mirror.clear_queue("not needed: the study was complete without it")
+                        return
+                    asked = _ask(mirror, plan, trials)
+                if not asked:
+                    time.sleep(wait_s)
+                    wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                    continue
+                wait_s = SHORTEST_WAIT_S
                 told = plan.evaluate(asked)
                 with times.measure("storage"), uninterrupted():
                     mirror.tell(told)
@@ -144,6 +145,8 @@ def _ask(mirror: MirroredStudy, plan: Plan, trials: int) -> list[AskedTrial]:
 
 def _abandon(mirror: MirroredStudy, asked: Sequence[AskedTrial], error: BaseException) -> None:
     """Fail trials that this process asked for and will not tell, as far as the database still answers."""
+    if not asked:
+        return
     reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
     if isinstance(error, KeyboardInterrupt):
         reason = "interrupted"

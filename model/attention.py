@@ -90,10 +90,8 @@ def attention(
 
 
 def _infers_on_processor(query_BHLd: Tensor) -> bool:
-    """Whether a processor computes in float32 what needs no gradient, and is not being traced."""
-    needs_gradient = torch.is_grad_enabled() and query_BHLd.requires_grad
-    is_float = query_BHLd.device.type == "cpu" and query_BHLd.dtype == torch.float32
-    return is_float and not needs_gradient and not torch.compiler.is_compiling()
+    """Whether a processor computes in float32, in torch's inference mode."""
+    return torch.is_inference_mode_enabled() and query_BHLd.device.type == "cpu" and query_BHLd.dtype == torch.float32
 
 
 def _attention_written_once(

@@ -120,7 +120,8 @@ def _most_attended(score_BL: Tensor, keep_B: Tensor, mask_BL: Tensor, most: Any)
     score_BL = score_BL.masked_fill(~mask_BL, -torch.inf).masked_fill(place_L == 0, torch.inf)
     places_BK = score_BL.topk(most, dim=1).indices
     surplus_BK = torch.arange(most, device=score_BL.device) >= keep_B[:, None]
-    places_BK = places_BK.masked_fill(surplus_BK, length).sort(dim=1).values  # behind every real place
+    places_BK = places_BK.masked_fill(surplus_BK, length)  # behind every real place
+    places_BK = places_BK.topk(most, dim=1, largest=False).values  # a sort, whose ONNX form would look up its length
     return places_BK.clamp(max=length - 1), places_BK < length
 
 

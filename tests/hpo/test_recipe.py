@@ -131,7 +131,7 @@ def test_a_run_killed_in_every_stage_ends_as_an_unbroken_one(arguments, tmp_path
     )
     assert ended.returncode == 0, ended.stderr
     study = optuna.load_study(study_name="distill", storage=open_storage(environment(broken)["HPO_STORAGE"]))
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 3 + [TrialState.COMPLETE]
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]  # it went on where it was
     there, expected = weights_of(broken), weights_of(whole)
     assert there.keys() == expected.keys()
     assert all(bool((there[name] == expected[name]).all()) for name in expected)

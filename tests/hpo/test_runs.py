@@ -220,6 +220,7 @@ def test_what_other_workers_have_under_way_stays(filled):
     filled.keep_only(f"{filled.folder.name}/trial-1", begun={"trial-2"}, newer=4)
     assert visible(filled) == [
         ".trial-4.partial",
+        ".trial-7.partial",
         "front.html",
         "trial-1",
         "trial-2",

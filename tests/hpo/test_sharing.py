@@ -1,5 +1,6 @@
 """What workers of one study see of each other: nothing is lost, run twice or waited for in vain."""
 
+import signal
 import time
 
 import optuna
@@ -238,6 +239,19 @@ def test_other_errors_are_not_tried_again(study, worker):
         complete_study(worker(), plan, 6)
     assert plan.evaluated == [[0, 1]]
     assert {trial.user_attrs["failure"] for trial in study.trials} == {"ZeroDivisionError: oh"}
+
+
+def test_ctrl_c_while_trials_are_asked_for_leaves_none_running(study, worker, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    plan = Plan([])
+    monkeypatch.setattr(plan, "attributes_of", lambda params: signal.raise_signal(signal.SIGINT) or {})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            complete_study(worker(), plan, 6)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not plan.evaluated
+    assert {(trial.state, trial.user_attrs["failure"]) for trial in study.trials} == {(TrialState.FAIL, "interrupted")}
 
 
 def test_what_a_user_queued_is_run_within_the_total(study, worker):

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import hpo.recipe
 import hpo.tune
 from hpo.errors import HpoError, StudyChanged
+from hpo.runs import SPOOL
 from hpo.storage import open_storage
 from hpo.tune import best_checkpoint, check_settings, tune
 from hpo.workload import load_encoder, load_workload
@@ -32,7 +33,7 @@ def run(finetune, workload, storage, tmp_path):
 
 
 def checkpoints(runs: Path) -> list[str]:
-    return sorted(folder.name for folder in runs.glob("finetune-*/*/"))
+    return sorted(folder.name for folder in runs.glob("finetune-*/*/") if folder.name != SPOOL)
 
 
 def test_best_checkpoint_is_a_transformers_folder_and_the_only_one(run, tmp_path):
