@@ -1,5 +1,6 @@
 """Reading and checking the TOML files that declare what is searched."""
 
+import copyreg
 import dataclasses
 import hashlib
 import json
@@ -32,6 +33,13 @@ Value: TypeAlias = bool | int | float | str
 
 class StudyFileError(ValueError):
     """A study file that is absent, unreadable or declares something impossible; the message says what."""
+
+
+def _read_only(values: Mapping[str, Any]) -> MappingProxyType[str, Any]:
+    return MappingProxyType(dict(values))
+
+
+copyreg.pickle(MappingProxyType, lambda proxy: (_read_only, (dict(proxy),)))  # definitions are sent to workers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,18 @@ population_size = 5
 """
 
 
+FINETUNE = """
+kind = "finetune"
+name = "finetune"
+[space]
+learning_rate = { low = 1e-3, high = 1e-2, log = true }
+[fixed]
+plain_epochs = 1
+epochs = 0
+precision = "fp32"
+"""
+
+
 def with_secret(url: str) -> str:
     """The URL with a password that has every special character."""
     user, at, rest = url.partition("@")
@@ -79,11 +91,15 @@ def test_the_password_is_seen_nowhere(
     monkeypatch.setenv("HPO_STORAGE", url)
     monkeypatch.delenv("PGPASSWORD", raising=False)
     given = ("--checkpoint", str(tiny_encoder), "--dataset", str(tiny_dataset))
+    (tmp_path / "finetune.toml").write_text(FINETUNE)
+    trained = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--study", str(tmp_path / "finetune.toml"))
     said = []
     for arguments in (
+        ("-v", "tune", "--trials", "2", "--workers", "2", *trained),
         ("-v", "search-lengths", "--study", study_file, "--trials", "6", *given),
         ("-v", "pareto"),
         ("pareto", "--json"),
+        ("-v", "export", "--max-drop", "1", "--out", str(tmp_path / "exported")),
         ("pareto", "--study", "no such study"),
         ("-v", "studies"),
         ("studies", "--json"),
@@ -96,8 +112,8 @@ def test_the_password_is_seen_nowhere(
         assert code == (1 if "no such study" in arguments or arguments[-2:] == (url, url) else 0), err
         said += [out, err]
     assert_secret_free(*said, all_rows(url), all_rows(f"sqlite:///{tmp_path}/copy.db"))
-    written = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
-    assert written
+    written = [file for place in ("runs", "exported") for file in (tmp_path / place).rglob("*") if file.is_file()]
+    assert {"front.html", "README.md"} <= {file.name for file in written}
     assert_secret_free(*(file.read_bytes().decode(errors="replace") for file in written))
 
 

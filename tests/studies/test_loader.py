@@ -1,3 +1,4 @@
+import pickle
 import re
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def refusal(path):
 
 
 # The files that come with the tool
+
+
+@pytest.mark.parametrize("name", built_in())
+def test_a_definition_can_be_sent_to_another_process(name):
+    definition = load(name)
+    assert pickle.loads(pickle.dumps(definition)) == definition
 
 
 def test_built_in_studies_are_those_of_the_folder():
