@@ -42,6 +42,11 @@ PASSING_MYSQL_NUMBERS = frozenset({1020, 1040, 1053, 1205, 1213, 1317, 1927, 200
 """MySQL and MariaDB: changed since it was read, too many connections, stopping, lock timeout, deadlock, interrupted,
 killed, not reachable, lost."""
 
+LOST_TURNS = frozenset({"40001", "40P01", 1020, 1213})
+"""Of these, what a database says that is there and has let another's transaction go first."""
+LOST_TURN_S = 10.0
+"""Seconds for which such a call is tried again even where nobody waits for a database that is away."""
+
 PASSING_SQLITE_CODES = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
 
 
@@ -106,7 +111,8 @@ class Patience:
                 self._come_back()
                 return result
             while True:
-                left_s = 0.0 if self._gave_up.is_set() else started + self.timeout_s - time.monotonic()
+                timeout_s = max(self.timeout_s, LOST_TURN_S) if _is_lost_turn(failure) else self.timeout_s
+                left_s = 0.0 if self._gave_up.is_set() else started + timeout_s - time.monotonic()
                 self._go_away(time.monotonic() - started, failure)
                 if left_s <= 0:
                     raise self._give_up(failure) from failure
@@ -177,6 +183,14 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, DatabaseAway):
         return False
     return any(_passes(cause) for cause in _causes(error))
+
+
+def _is_lost_turn(error: BaseException) -> bool:
+    return any(
+        getattr(cause, "sqlstate", None) in LOST_TURNS or (bool(cause.args) and cause.args[0] in LOST_TURNS)
+        for cause in _causes(error)
+        if type(cause).__module__.partition(".")[0] in ("psycopg", "psycopg2", "pymysql", "MySQLdb")
+    )
 
 
 def _passes(error: BaseException) -> bool:

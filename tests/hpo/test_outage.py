@@ -159,6 +159,20 @@ def test_a_deadlock_is_repeated_without_a_word(caplog, monkeypatch):
     assert (states, caplog.messages) == ([], [])
 
 
+@pytest.mark.parametrize(
+    "deadlock",
+    [
+        psycopg.errors.DeadlockDetected("deadlock detected"),
+        psycopg.errors.SerializationFailure("could not serialize access"),
+        pymysql.err.OperationalError(1213, "Deadlock found when trying to get lock"),
+    ],
+    ids=["postgresql", "serialization", "mysql"],
+)
+def test_a_turn_that_was_lost_to_another_is_taken_again_where_nobody_waits(deadlock):
+    error = sqlalchemy.exc.OperationalError("UPDATE", {}, deadlock)
+    assert Patience("db").through(Database(3, error)) == "answer"
+
+
 def test_a_database_that_stays_away_ends_in_a_sentence_and_is_not_waited_for_again(said):
     patience = Patience("db", 0.02)
     with pytest.raises(
