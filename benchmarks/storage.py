@@ -30,6 +30,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import sqlalchemy
 from optuna.distributions import FloatDistribution
@@ -233,7 +234,7 @@ def sampler() -> NSGAIISampler:
 def filled(storage: Storage, size: int) -> optuna.Study:
     """A study that has so many finished trials, in generations as its sampler would have made them."""
     study = optuna.create_study(storage=storage, study_name=STUDY, directions=DIRECTIONS)
-    draws = RandomSampler(seed=1)._rng.rng
+    draws = np.random.default_rng(1)
     for start in range(0, size, FILLED_TOGETHER):
         trials = []
         for number in range(start, min(start + FILLED_TOGETHER, size)):
