@@ -318,14 +318,18 @@ class _Rows:
         parts = (self.hidden_RD, self.projected_RP, self.position_R, self.rank_R, self.said_TV)
         return sum(part.nbytes for part in parts if part is not None)
 
-    def take(self, rows: Ints, tokens: Ints) -> "_Rows":
-        """Some rows, with fillers, and what is said of some tokens."""
+    def take(self, rows: Ints, first_token: Ints, last_token: Ints) -> "_Rows":
+        """Some rows, with fillers, and what is said of the tokens from each first to before each last."""
+        said_TV = self.said_TV
+        if said_TV is not None:
+            tokens = _ranges(first_token, last_token)[1]
+            said_TV = said_TV[torch.from_numpy(tokens).to(said_TV.device)]
         return _Rows(
             _take(self.hidden_RD, rows),
             None if self.projected_RP is None else _take(self.projected_RP, rows),
             self.position_R[rows],
             self.rank_R[rows],
-            None if self.said_TV is None else self.said_TV[torch.from_numpy(tokens).to(self.said_TV.device)],
+            said_TV,
         )
 
     def part(self, rows: slice, tokens: slice) -> "_Rows":
@@ -387,11 +391,12 @@ class _Walk:
     def _entries(self) -> list[tuple[int, _Cells, list[_Rows]]]:
         """Where the walk begins: at which level, in which cells, and with what is remembered of each, if anything.
 
-        Sets, per cached level, for which (node, bundle) the walk computes the layer (`computed`), and which it takes
-        past it (`passed`).
+        Sets, per cached level, for which (node, bundle) the walk computes the layer (`computed`), which it takes
+        past it (`passed`), and either of both (`reached`).
         """
         self.computed: list[NDArray[np.bool_]] = []
         self.passed: list[NDArray[np.bool_]] = []
+        self.reached: list[NDArray[np.bool_]] = []
         entries = []
         bundles = len(self.bundles.size)
         reached = np.ones((len(self.tree.levels[self.cached_levels].kept), bundles), dtype=np.bool_)
@@ -414,6 +419,7 @@ class _Walk:
             self.computed.insert(0, computed)
             self.passed.insert(0, passed)
             reached = computed | passed
+            self.reached.insert(0, reached)
         cells = self._all_cells(0)
         cells = cells[reached[cells.node, cells.bundle]]
         if len(cells.node):
@@ -559,11 +565,9 @@ class _Walk:
         """The rows of some cells."""
         if chosen.all():
             return rows
-        numbers, tokens = (
-            _ranges(*(bound[chosen] for bound in _bounds(starts)))[1]
-            for starts in (cells.starts(), self._origins(cells))
-        )
-        return rows.take(numbers, tokens)
+        first, last = (bound[chosen] for bound in _bounds(cells.starts()))
+        first_token, last_token = (bound[chosen] for bound in _bounds(self._origins(cells)))
+        return rows.take(_ranges(first, last)[1], first_token, last_token)
 
     def _update(self, said_TV: Tensor, cells: _Cells, hidden_RD: Tensor, position_R: Ints) -> None:
         """Let the head read anew the tokens that are left, whose vectors are given."""
@@ -620,8 +624,7 @@ class _Walk:
         parent, node = _ranges(first_child[cells.node], first_child[cells.node + 1])
         wanted = self.tree.levels[depth + 1].skipped[node] == skipping
         if depth + 1 < self.cached_levels:
-            reached = self.computed[depth + 1] | self.passed[depth + 1]
-            wanted &= reached[node, cells.bundle[parent]]
+            wanted &= self.reached[depth + 1][node, cells.bundle[parent]]
         parent, node = parent[wanted], node[wanted]
         children, order = self._sorted(depth + 1, node, cells.bundle[parent])
         parent = parent[order]
@@ -630,8 +633,7 @@ class _Walk:
         for part in _cut(children.size * children.rows, self.evaluator._rows_per_chunk):
             cell, rows = _ranges(first[part], last[part])
             rows = rows[passed_on.rank_R[rows] < children.rows[part][cell]]
-            tokens = _ranges(first_token[part], last_token[part])[1]
-            self._expand(depth + 1, children[part], passed_on.take(rows, tokens))
+            self._expand(depth + 1, children[part], passed_on.take(rows, first_token[part], last_token[part]))
 
     def _remember(self, depth: int, cells: _Cells, made: _Rows) -> None:
         origins = self._origins(cells)
