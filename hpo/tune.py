@@ -336,7 +336,7 @@ def _scored_configs(
 
 
 def _key(params: Mapping[str, Any]) -> str:
-    return json.dumps(params, sort_keys=True)
+    return json.dumps(dict(params), sort_keys=True)
 
 
 def _distribution(declared: Range | Choices) -> BaseDistribution:

@@ -28,6 +28,8 @@ learning_rate = { low = 1e-3, high = 1e-2, log = true }
 plain_epochs = 1
 epochs = 1
 precision = "fp32"
+[[first]]
+learning_rate = 5e-3
 """
 
 TINY_LENGTHS = """

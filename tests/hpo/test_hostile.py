@@ -43,6 +43,8 @@ learning_rate = { low = 1e-3, high = 1e-2, log = true }
 plain_epochs = 1
 epochs = 0
 precision = "fp32"
+[[first]]
+learning_rate = 5e-3
 """
 
 
