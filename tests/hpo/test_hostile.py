@@ -175,9 +175,11 @@ def test_results_and_the_password_when_the_server_goes_away_for_good(
     assert_secret_free(out, err)
     code, _, err = command(*arguments)
     assert code == 0, err
-    study = optuna.load_study(study_name="lengths", storage=RDBStorage(server.url))
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
-    assert [study.trials[one["number"]].values for one in kept] == [one["values"] for one in kept]
+    storage = RDBStorage(server.url)
+    trials = optuna.load_study(study_name="lengths", storage=storage).trials
+    close(storage)
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
+    assert [trials[one["number"]].values for one in kept] == [one["values"] for one in kept]
 
 
 @pytest.mark.parametrize(

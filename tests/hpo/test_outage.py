@@ -337,11 +337,13 @@ def run_to(total, storage, part=5):
 
 
 def assert_complete(url, total):
-    study = optuna.load_study(study_name="s", storage=RDBStorage(url))
-    assert [trial.number for trial in study.trials] == list(range(total))
-    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
-    assert all(trial.values == [trial.params["x"], trial.params["y"]] for trial in study.trials)
-    assert len({tuple(trial.params.values()) for trial in study.trials}) == total
+    storage = RDBStorage(url)  # Optuna's own, without our patience
+    trials = optuna.load_study(study_name="s", storage=storage).trials
+    close(storage)
+    assert [trial.number for trial in trials] == list(range(total))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert all(trial.values == [trial.params["x"], trial.params["y"]] for trial in trials)
+    assert len({tuple(trial.params.values()) for trial in trials}) == total
 
 
 def finished(url):
