@@ -56,9 +56,7 @@ def attention(
     """
     together = _sequences_in_cache(query_BHLd, key_BHLd)
     if with_scores and mask_BL is None and bias_BHLL is None and _infers_on_processor(query_BHLd):
-        scored = _attention_written_once(query_BHLd, key_BHLd, value_BHLd, by_value, together)
-        if scored is not None:
-            return scored
+        return _attention_written_once(query_BHLd, key_BHLd, value_BHLd, by_value, together)
     if with_scores and together < query_BHLd.size(0):
         arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL, bias_BHLL)
         parts = zip(*(_parts(argument, together, query_BHLd.size(0)) for argument in arguments), strict=True)
@@ -96,13 +94,10 @@ def _infers_on_processor(query_BHLd: Tensor) -> bool:
 
 def _attention_written_once(
     query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor, by_value: bool, together: int
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Context and scores of unpadded sequences, with the weights in one buffer that stays in the cache.
 
-    Exponentials are not shifted by the greatest product first, which saves a pass over them.
-
-    Returns:
-        As `attention`; None where the exponentials leave the range of float32.
+    The weights are never divided by their sums: what is computed from them is, which is far smaller.
     """
     size, heads, length, width = query_BHLd.shape
     context_BLHd = value_BHLd.new_empty(size, length, heads, value_BHLd.size(3))
@@ -112,17 +107,29 @@ def _attention_written_once(
         part = slice(first, min(first + together, size))
         query_GLd, key_GLd, value_GLd = (tensor[part].flatten(0, 1) for tensor in (query_BHLd, key_BHLd, value_BHLd))
         weights_GLL = buffer[: len(query_GLd)]
-        torch.baddbmm(weights_GLL, query_GLd, key_GLd.mT, beta=0, alpha=width**-0.5, out=weights_GLL)
-        sum_GL1 = weights_GLL.exp_().sum(dim=2, keepdim=True)
-        least, most = torch.aminmax(sum_GL1)
-        if not (least > SUMS_IN_RANGE[0] and most < SUMS_IN_RANGE[1]):
-            return None
-        weights_GLL *= sum_GL1.reciprocal_()
-        context_BLHd[part] = (weights_GLL @ value_GLd).view(-1, heads, *value_GLd.shape[1:]).transpose(1, 2)
-        received_BHL[part] = weights_GLL.sum(dim=1).view(-1, heads, length)
+        share_GL1 = _exponentials(query_GLd, key_GLd, weights_GLL).reciprocal_()
+        context_GLd = (weights_GLL @ value_GLd).mul_(share_GL1)
+        context_BLHd[part] = context_GLd.view(-1, heads, length, value_BHLd.size(3)).transpose(1, 2)
+        received_BHL[part] = (share_GL1.mT @ weights_GLL).view(-1, heads, length)
     if by_value:
         received_BHL *= value_BHLd.norm(dim=-1)
     return context_BLHd.transpose(1, 2), received_BHL.sum(dim=1)
+
+
+def _exponentials(query_GLd: Tensor, key_GLd: Tensor, out_GLL: Tensor) -> Tensor:
+    """Fill `out_GLL` with the attention weights times their sums over the keys, and return the sums (G, L, 1).
+
+    They are not shifted by the greatest product first, which saves two passes, unless that leaves float32's range.
+    """
+    scale = query_GLd.size(2) ** -0.5
+    torch.baddbmm(out_GLL, query_GLd, key_GLd.mT, beta=0, alpha=scale, out=out_GLL)
+    sum_GL1 = out_GLL.exp_().sum(dim=2, keepdim=True)
+    least, most = torch.aminmax(sum_GL1)
+    if least > SUMS_IN_RANGE[0] and most < SUMS_IN_RANGE[1]:
+        return sum_GL1
+    torch.baddbmm(out_GLL, query_GLd, key_GLd.mT, beta=0, alpha=scale, out=out_GLL)
+    out_GLL -= out_GLL.amax(dim=2, keepdim=True)
+    return out_GLL.exp_().sum(dim=2, keepdim=True)
 
 
 def _mask_or_bias(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | None:
