@@ -113,7 +113,7 @@ def write_graph(
             key = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(key, f"{path.name}.data")
         onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
-    _forget_unused_domains(path)
+    _tidy(path)
 
 
 def quantise(
@@ -235,8 +235,12 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _forget_unused_domains(path: Path) -> None:
-    """Ask for no operators beyond those of the graph: the optimiser lists all that it knows."""
+def _tidy(path: Path) -> None:
+    """Leave out what the optimiser adds to a graph and readers stumble over.
+
+    It asks for all the operators' domains that it knows, and tells the shapes of weights a second time, which are wrong
+    once the quantiser has turned a weight around.
+    """
     import onnx
 
     graph = onnx.load(path, load_external_data=False)
@@ -244,4 +248,8 @@ def _forget_unused_domains(path: Path) -> None:
     kept = [entry for entry in graph.opset_import if entry.domain in used]
     del graph.opset_import[:]
     graph.opset_import.extend(kept)
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    shapes = [value for value in graph.graph.value_info if value.name not in weights]
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend(shapes)
     onnx.save(graph, path)
