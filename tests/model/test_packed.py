@@ -1,59 +1,64 @@
-"""Packed predictions equal the encoder's own, sequence by sequence, for every family and head."""
+"""What packed predictions leave alone and how far bf16 moves them; that they are the encoder's is in test_families."""
+
+import itertools
+import threading
 
 import pytest
 import torch
-from test_onnx_export import FAMILIES, POINTS, build
 
-from model.encoder import TASKS, LengthAdaptiveModel
 from model.length_config import LengthConfig
 from model.packed import PackedNetwork
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (19, 30, 3, 30, 12, 2, 31, 13)
+SHORT = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5))
 
 
-def apart(batch, lengths):
-    return [
-        [row[:count].tolist() for row, count in zip(batch[name], lengths, strict=True)]
-        for name in ("input_ids", "token_type_ids")
-    ]
+@pytest.fixture
+def sequences(make_batch, unpadded):
+    split = unpadded(make_batch(LENGTHS))
+    return split.input_ids, split.token_type_ids
 
 
-def alone(model, batch, row, count, config):
-    """The logits of one sequence by itself."""
-    names = ("input_ids", "token_type_ids")
-    given = {name: batch[name][row : row + 1, :count] for name in names}
-    if not getattr(model.network.config, "type_vocab_size", 0):
-        del given["token_type_ids"]
-    with torch.no_grad():
-        return model(**given, length_config=config).logits[0]
+def test_bf16_stays_close(model, sequences):
+    """At full length: where tokens are dropped, rounding may decide which."""
+    config = LengthConfig.full(4)
+    exact = torch.stack(PackedNetwork(model).logits(*sequences, config))
+    rounded = torch.stack(PackedNetwork(model, "bf16").logits(*sequences, config))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_packed_sequences_get_the_logits_they_get_alone(model_type, task, make_batch):
-    model, batch = build(model_type, task), make_batch(LENGTHS)
+def test_a_result_does_not_depend_on_batch_mates(model, sequences):
     packed = PackedNetwork(model)
-    for config in (*POINTS, LengthConfig.full(2), LengthConfig.from_retention((0.5, 0.5), skipped=(0,))):
-        for row, logits in enumerate(packed.logits(*apart(batch, LENGTHS), config)):
-            expected = alone(model, batch, row, LENGTHS[row], config)
-            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    together = packed.logits(*sequences, SHORT)
+    for row, (ids, types) in enumerate(zip(*sequences, strict=True)):
+        torch.testing.assert_close(packed.logits([ids], [types], SHORT)[0], together[row], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_bf16_stays_close(task, make_batch):
-    """Of a full-length config: where tokens are dropped, rounding may decide which."""
-    model, batch = build("bert", task), make_batch(LENGTHS)
-    said = PackedNetwork(model, "bf16").logits(*apart(batch, LENGTHS), LengthConfig.full(2))
-    for row, logits in enumerate(said):
-        expected = alone(model, batch, row, LENGTHS[row], None)
-        assert logits.dtype == torch.float32
-        assert (logits - expected).norm() < 0.05 * expected.norm()
-
-
-def test_the_encoder_is_left_as_it_was(model, make_batch):
+def test_the_encoder_is_left_as_it_was(model):
     before = model.fingerprint()
     PackedNetwork(model, "bf16")
     assert model.fingerprint() == before
-    assert isinstance(model, LengthAdaptiveModel)
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_threads_may_share_it(model, sequences):
+    packed = PackedNetwork(model)
+    configs = (SHORT, LengthConfig.full(4))
+    expected = [packed.logits(*sequences, config) for config in configs]
+    wrong, start = [], threading.Barrier(4)
+
+    def work(number):
+        start.wait()
+        for which in itertools.islice(itertools.cycle((number % 2, 1 - number % 2)), 20):
+            told = packed.logits(*sequences, configs[which])
+            wrong.extend(one for one, other in zip(told, expected[which], strict=True) if not torch.equal(one, other))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
