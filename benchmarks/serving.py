@@ -5,14 +5,14 @@ Usage: python benchmarks/serving.py --encoder DIR --work DIR [--parts realised,s
 Prints JSON lines. Within a part all that is compared takes turns in one process, after a first untimed round; times are
 medians of `--repeats` rounds and cover the model alone, from token ids to logits, tokenising left out.
 
-- `realised`: sequences of 128, 256 and 384 tokens, 1, 8 and 32 at a time, at a length config like those of a front
+- `realised`: reviews cut at 128, 256 and 384 tokens, 1, 8 and 32 at a time, at a length config like those of a front
   against the same engine at full length: (full time / time) / (full MACs / MACs). MACs are those of `model.macs`; as
-  every engine here computes the last layer for [CLS] alone, at full length too, `realised_of_computed` counts those
-  that are left of either.
+  every engine computes a classifier's last layer for [CLS] alone, at full length too, `realised_of_computed` counts
+  those that are left of either.
 - `sst2`: the same for sentences of SST-2's validation split (`--sst2`, a folder), 32 at a time as they come.
-- `imdb`: an export that `hpo export` wrote (`--imdb-hf`, `--imdb-onnx`, `--imdb-int8`) over reviews of the report split
-  (`--imdb`), 8 at a time as they come, against plain transformers (SDPA, padded to the longest of each batch) and ONNX
-  Runtime at full length.
+- `imdb`: an export that `hpo export` wrote (`--imdb-hf`, `--imdb-onnx`, `--imdb-int8`) over reviews (`--imdb`), 8 at a
+  time as they come, against plain transformers (SDPA, padded to the longest of each batch) and ONNX Runtime at full
+  length.
 - `bert`: BERT-base with random weights in plain transformers against MiniLM in int8 at the published lengths for SQuAD,
   32 sequences of 384 tokens.
 
@@ -79,12 +79,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sst2", help="folder with SST-2's validation split")
     parser.add_argument("--sentences", type=int, default=320, help="of SST-2")
-    parser.add_argument("--imdb", help="Parquet file of IMDb's report split")
+    parser.add_argument("--imdb", help="Parquet file of IMDb's test split")
     parser.add_argument("--reviews", type=int, default=96)
     parser.add_argument("--imdb-hf", type=Path)
     parser.add_argument("--imdb-onnx", type=Path)
     parser.add_argument("--imdb-int8", type=Path)
     parser.add_argument("--engines", default="torch fp32,torch bf16,onnx fp32,onnx int8")
+    parser.add_argument("--tasks", default="classification,question-answering", help="of `realised`")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="of `realised`")
     parser.add_argument("--prepare", action="store_true")
     arguments = parser.parse_args()
@@ -94,7 +95,12 @@ def main() -> None:
 
 
 def realised(arguments: argparse.Namespace) -> None:
-    model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "classification", num_labels=2).eval()
+    for task in arguments.tasks.split(","):
+        model = LengthAdaptiveModel.from_pretrained(arguments.encoder, task, num_labels=2).eval()
+        realised_by(model, arguments)
+
+
+def realised_by(model: LengthAdaptiveModel, arguments: argparse.Namespace) -> None:
     engines = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
     made = {
         (engine, config): engine_of(model, config, engine, arguments.work)
@@ -103,10 +109,11 @@ def realised(arguments: argparse.Namespace) -> None:
     if arguments.prepare:
         return
     for length, size in itertools.product(LENGTHS, map(int, arguments.batches.split(","))):
-        sequences = random_sequences(size, length, model.network.config.vocab_size)
+        sequences = long_reviews(arguments, size, length)
         timings = race({key: make([sequences]) for key, make in made.items()}, arguments.repeats)
+        fields = {"part": "realised", "task": model.task, "tokens": length, "batch": size}
         for engine in engines:
-            report_share(arguments, model, engine, timings, [sequences], part="realised", tokens=length, batch=size)
+            report_share(arguments, model, engine, timings, [sequences], **fields)
 
 
 def sst2(arguments: argparse.Namespace) -> None:
@@ -172,7 +179,7 @@ def bert(arguments: argparse.Namespace) -> None:
     if arguments.prepare:
         return
     base = transformers_engine(AutoModelForQuestionAnswering.from_config(BertConfig(), dtype=torch.float32).eval())
-    sequences = random_sequences(32, LONGEST, BertConfig().vocab_size)
+    sequences = long_reviews(arguments, 32, LONGEST)
     runs = {"BERT-base, transformers sdpa fp32": base([sequences])}
     timings = race(runs | {name: make([sequences]) for name, make in made.items()}, arguments.repeats)
     first = timings["BERT-base, transformers sdpa fp32"]
@@ -281,8 +288,9 @@ def report_share(
     line = {**fields, "engine": engine, "full_length_ms": round(1e3 * timings[engine, full].median, 3)}
     line |= {"speed_up": round(speed_up, 3), "macs_saved": round(macs[0] / macs[1], 3)}
     line |= {"realised": round(speed_up * macs[1] / macs[0], 3)}
-    line |= {"realised_of_computed": round(speed_up * computed[1] / computed[0], 3), "config": str(FRONT_LIKE)}
-    say(arguments, line, timings[engine, FRONT_LIKE])
+    if model.reads_first:
+        line["realised_of_computed"] = round(speed_up * computed[1] / computed[0], 3)
+    say(arguments, line | {"config": str(FRONT_LIKE)}, timings[engine, FRONT_LIKE])
 
 
 def macs_for_first(model: LengthAdaptiveModel, tokens: int, config: LengthConfig) -> int:
@@ -294,8 +302,11 @@ def macs_for_first(model: LengthAdaptiveModel, tokens: int, config: LengthConfig
     return model.macs(tokens, config) - whole + ours
 
 
-def random_sequences(size: int, length: int, vocabulary: int) -> list[NDArray[np.int64]]:
-    return list(np.random.default_rng(0).integers(1000, vocabulary, (size, length)))
+def long_reviews(arguments: argparse.Namespace, size: int, length: int) -> list[NDArray[np.int64]]:
+    """Reviews that are cut to one length."""
+    texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: 8 * LONGEST]
+    tokens = tokens_of(arguments.encoder, [text for text in texts if len(text) > 6 * length][: 2 * size], length)
+    return [ids for ids in tokens if len(ids) == length][:size]
 
 
 def tokens_of(folder: Path, texts: Sequence[str], longest: int) -> list[NDArray[np.int64]]:

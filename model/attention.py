@@ -15,7 +15,7 @@ TOKEN_SCORES = ("attention", "value_norm")
 
 WEIGHT_BYTES = 3 * 2**20
 """Attention weights that are worked on together where a processor has to write them out."""
-SUMS_IN_RANGE = (1e-20, 1e30)
+SUMS_IN_RANGE = (1e-20, 1e35)
 """Sums of exponentials, between which float32 has room for each of them."""
 
 

@@ -222,7 +222,8 @@ class _Calibration:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' remarks, which speak to their own programmers, off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", None)  # the quantiser speaks through the root
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
