@@ -2,17 +2,17 @@
 
 Usage: python benchmarks/serving.py --encoder DIR --work DIR [--parts realised,sst2,imdb,bert]
 
-Prints JSON lines. Within a part all that is compared takes turns in one process, after a first untimed round; times are
-medians of `--repeats` rounds and cover the model alone, from token ids to logits, tokenising left out.
+Prints JSON lines. Within a part all that is compared takes turns in one process, after two untimed rounds; times are
+medians of `--repeats` rounds or more and cover the model alone, from token ids to logits, tokenising left out.
 
 - `realised`: reviews cut at 128, 256 and 384 tokens, 1, 8 and 32 at a time, at a length config like those of a front
   against the same engine at full length: (full time / time) / (full MACs / MACs). MACs are those of `model.macs`; as
   every engine computes a classifier's last layer for [CLS] alone, at full length too, `realised_of_computed` counts
   those that are left of either.
 - `sst2`: the same for sentences of SST-2's validation split (`--sst2`, a folder), 32 at a time as they come.
-- `imdb`: an export that `hpo export` wrote (`--imdb-hf`, `--imdb-onnx`, `--imdb-int8`) over reviews (`--imdb`), 8 at a
-  time as they come, against plain transformers (SDPA, padded to the longest of each batch) and ONNX Runtime at full
-  length.
+- `imdb`: an export that `hpo export` wrote (`--imdb-hf`, `--imdb-onnx`, `--imdb-int8`) over reviews (`--imdb`) cut at
+  256 tokens, 8 at a time as they come, against plain transformers (SDPA, padded to the longest of each batch) and ONNX
+  Runtime at full length. Without an export it is the encoder at the config of `realised`, whose quality nobody knows.
 - `bert`: BERT-base with random weights in plain transformers against MiniLM in int8 at the published lengths for SQuAD,
   32 sequences of 384 tokens.
 
@@ -28,6 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ from model.tokenizer import load_tokenizer
 LENGTHS, BATCHES = (128, 256, 384), (1, 8, 32)
 FRONT_LIKE = LengthConfig.from_shares((0.85, 0.65, 0.5, 0.4, 0.3, 0.2))
 SQUAD = LengthConfig.from_lengths((315, 251, 242, 159, 142, 33), max_length=384)
-LONGEST = 384
+LONGEST, IMDB_CUT = 384, 256
+SECONDS_AT_LEAST, MOST_ROUNDS = 3, 25
+"""A comparison whose rounds are over soon has more of them."""
 
 Sequences = Sequence[NDArray[np.int64]]
 Run = Callable[[], Any]
@@ -64,11 +67,13 @@ class Timing:
         median: Over the rounds.
         least: Of all rounds.
         most: Of all rounds.
+        rounds: How many there were.
     """
 
     median: float
     least: float
     most: float
+    rounds: int
 
 
 def main() -> None:
@@ -113,7 +118,7 @@ def realised_by(model: LengthAdaptiveModel, arguments: argparse.Namespace) -> No
         timings = race({key: make([sequences]) for key, make in made.items()}, arguments.repeats)
         fields = {"part": "realised", "task": model.task, "tokens": length, "batch": size}
         for engine in engines:
-            report_share(arguments, model, engine, timings, [sequences], **fields)
+            report_share(model, engine, timings, [sequences], **fields)
 
 
 def sst2(arguments: argparse.Namespace) -> None:
@@ -131,23 +136,30 @@ def sst2(arguments: argparse.Namespace) -> None:
     timings = race({key: make(batches) for key, make in made.items()}, arguments.repeats)
     mean = float(np.mean([len(sequence) for batch in batches for sequence in batch]))
     for engine in engines:
-        report_share(arguments, model, engine, timings, batches, part="sst2", mean_tokens=round(mean, 1), batch=32)
+        report_share(model, engine, timings, batches, part="sst2", mean_tokens=round(mean, 1), batch=32)
 
 
 def imdb(arguments: argparse.Namespace) -> None:
-    folder = arguments.imdb_hf
-    model, front = LengthAdaptiveModel.from_pretrained(folder).eval(), ServedFront.read(folder)
-    config, full = front.chosen.length_config, LengthConfig.full(model.num_layers)
-    plain = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa").eval()
-    rounded = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa").bfloat16().eval()
+    folder = arguments.imdb_hf or arguments.encoder
+    model = LengthAdaptiveModel.from_pretrained(folder, "classification", num_labels=2).eval()
+    front = ServedFront.read(folder) if arguments.imdb_hf else None
+    config, full = front.chosen.length_config if front else FRONT_LIKE, LengthConfig.full(model.num_layers)
+    plain, rounded = (
+        AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    name = "imdb" if front else "random"
     made = {
         "transformers sdpa fp32": transformers_engine(plain),
-        "onnx fp32, full length": engine_of(model, full, "onnx fp32", arguments.work, name="imdb"),
-        "onnx int8, full length": engine_of(model, full, "onnx int8", arguments.work, name="imdb"),
+        "onnx fp32, full length": engine_of(model, full, "onnx fp32", arguments.work, name=name),
+        "onnx int8, full length": engine_of(model, full, "onnx int8", arguments.work, name=name),
         "torch fp32": engine_of(model, config, "torch fp32", arguments.work),
-        "onnx fp32": onnx_engine(arguments.imdb_onnx / "model.onnx"),
-        "onnx int8": onnx_engine(arguments.imdb_int8 / "model.onnx"),
+        "onnx fp32": engine_of(model, config, "onnx fp32", arguments.work, name=name),
+        "onnx int8": engine_of(model, config, "onnx int8", arguments.work, name=name),
     }
+    if front:
+        made["onnx fp32"] = onnx_engine(arguments.imdb_onnx / "model.onnx")
+        made["onnx int8"] = onnx_engine(arguments.imdb_int8 / "model.onnx")
     if computes_in_bf16():
         made["transformers sdpa bf16"] = transformers_engine(rounded)
         made["torch bf16, full length"] = engine_of(model, full, "torch bf16", arguments.work)
@@ -155,21 +167,25 @@ def imdb(arguments: argparse.Namespace) -> None:
     if arguments.prepare:
         return
     texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: arguments.reviews]
-    batches = in_batches(tokens_of(folder, texts, front.max_length), 8)
+    batches = in_batches(tokens_of(folder, texts, IMDB_CUT), 8)
+    counts = [len(sequence) for batch in batches for sequence in batch]
     timings = race({name: make(batches) for name, make in made.items()}, arguments.repeats)
     base = timings["transformers sdpa fp32"].median
     for name, timing in timings.items():
-        line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts)}
-        line |= {"cut_at": front.max_length, "ms_per_review": round(1e3 * timing.median / len(texts), 3)}
-        line |= {"baseline": "transformers sdpa fp32", "speed_up": round(base / timing.median, 3)}
+        line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts), "cut_at": IMDB_CUT}
+        line |= {"ms_per_review": round(1e3 * timing.median / len(texts), 3), "baseline": "transformers sdpa fp32"}
+        line["speed_up"] = round(base / timing.median, 3)
         same = {"onnx fp32": "onnx fp32", "torch fp32": "onnx fp32", "onnx int8": "onnx int8"}.get(name)
         if same:
             line["over_onnx_at_full_length"] = round(timings[f"{same}, full length"].median / timing.median, 3)
         if "full" not in name and "sdpa" not in name:
-            drop = round(front.full.metric - front.chosen.metric, 4)
-            line |= {"trial": front.chosen.trial, "relative_macs": round(front.chosen.relative_macs, 4)}
-            line |= {"drop_on_search_split": drop, "full": front.full.metric, "chosen": front.chosen.metric}
-        say(arguments, line, timing)
+            saved = sum(model.macs(tokens) for tokens in counts) / sum(model.macs(tokens, config) for tokens in counts)
+            line |= {"config": str(config), "macs_saved": round(saved, 3)}
+            if front:
+                chosen = front.chosen
+                line |= {"trial": chosen.trial, "full": front.full.metric, "chosen": chosen.metric}
+                line |= {"full_on_report": front.full.report_metric, "chosen_on_report": chosen.report_metric}
+        say(line, timing)
 
 
 def bert(arguments: argparse.Namespace) -> None:
@@ -187,7 +203,7 @@ def bert(arguments: argparse.Namespace) -> None:
         line: dict[str, Any] = {"part": "bert", "engine": name, "batch": 32, "tokens": LONGEST}
         line["ms_per_sequence"] = round(1e3 * timing.median / 32, 2)
         line["speed_up"] = round(first.median / timing.median, 3)
-        say(arguments, line | ({"lengths": str(SQUAD)} if name in made else {}), timing)
+        say(line | ({"lengths": str(SQUAD)} if name in made else {}), timing)
 
 
 PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
@@ -258,20 +274,23 @@ def padded(batch: Sequences) -> dict[str, NDArray[np.int64]]:
 
 
 def race(runs: Mapping[Any, Run], repeats: int) -> dict[Any, Timing]:
-    """Times of runs that take turns."""
+    """Times of runs that take turns: in as many rounds as asked for, or more where a round is over soon."""
     for run in runs.values():
         run()
+    start = time.perf_counter()
+    for run in runs.values():
+        run()
+    rounds = max(repeats, min(MOST_ROUNDS, round(SECONDS_AT_LEAST / (time.perf_counter() - start))))
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(statistics.median(own), min(own), max(own)) for name, own in seconds.items()}
+    return {name: Timing(statistics.median(own), min(own), max(own), rounds) for name, own in seconds.items()}
 
 
 def report_share(
-    arguments: argparse.Namespace,
     model: LengthAdaptiveModel,
     engine: str,
     timings: Mapping[Any, Timing],
@@ -290,7 +309,7 @@ def report_share(
     line |= {"realised": round(speed_up * macs[1] / macs[0], 3)}
     if model.reads_first:
         line["realised_of_computed"] = round(speed_up * computed[1] / computed[0], 3)
-    say(arguments, line | {"config": str(FRONT_LIKE)}, timings[engine, FRONT_LIKE])
+    say(line | {"config": str(FRONT_LIKE)}, timings[engine, FRONT_LIKE])
 
 
 def macs_for_first(model: LengthAdaptiveModel, tokens: int, config: LengthConfig) -> int:
@@ -318,10 +337,12 @@ def in_batches(sequences: Sequences, size: int) -> list[Sequences]:
     return [sequences[start : start + size] for start in range(0, len(sequences), size)]
 
 
-def say(arguments: argparse.Namespace, line: Mapping[str, Any], timing: Timing) -> None:
+def say(line: Mapping[str, Any], timing: Timing) -> None:
     spread = {"ms": timing.median, "least_ms": timing.least, "most_ms": timing.most}
-    about = {"repeats": arguments.repeats, "hardware": hardware(), "versions": library_versions()}
-    print(json.dumps({"benchmark": "serving", **line, **{k: round(1e3 * v, 3) for k, v in spread.items()}, **about}))
+    versions = library_versions() | {"onnxruntime": version("onnxruntime")}
+    about = {"rounds": timing.rounds, "hardware": hardware(), "versions": versions}
+    milliseconds = {name: round(1e3 * seconds, 3) for name, seconds in spread.items()}
+    print(json.dumps({"benchmark": "serving", **line, **milliseconds, **about}), flush=True)
 
 
 def hardware() -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 As in `model.evaluate`, rows of tokens from many sequences are packed together, attention runs over groups of sequences
 with equally many tokens, scores are computed in groups that drop tokens, and the last layer for the first token alone
-where the head reads only that. There is one length config, so nothing has to be shared or remembered.
+where the head reads only that. There is one length config, so nothing has to be shared or remembered. Short sequences
+of nearly equal length attend in one group, padded: there a call costs more than the arithmetic it saves.
 
-Shape letters: B sequences, L tokens of each of a group, R rows of a batch, T rows that entered the first layer, D
-hidden size, C outputs of the head.
+Shape letters: B sequences, L tokens of each of a group, K of them kept, R rows of a batch, T rows that entered the
+first layer, D hidden size, C outputs of the head.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.encoder import LengthAdaptiveModel, significance_order
+from model.encoder import LengthAdaptiveModel, significant
 from model.families import lay_side_by_side
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
@@ -27,6 +28,8 @@ FEW_ROWS = 512
 ROW_STEPS = 16, 64
 """Rows are filled up to a multiple of the first, or of the second where they are more than `FEW_ROWS`, in bf16: oneDNN
 builds a kernel for each number of rows it meets, and keeps about a thousand."""
+SHORT, SPREAD = 96, 8
+"""Sequences of at most so many tokens attend together where their lengths differ by no more than the second."""
 
 Ints = NDArray[np.int64]
 
@@ -84,19 +87,14 @@ class PackedNetwork:
                 restored_TD = self._put_back(restored_TD, hidden_RD, token_R)
             projected_RP = family.project(network, layer, hidden_RD)
             contexts, kept = [], []
-            for first, rows, length, keep in _groups(arriving_B, keep_B):
-                projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
-                place_BL = place_R[rows].view(-1, length)
-                context_BLD, score_BL = family.mix(network, layer, projected_BLP, place_BL, None, keep < length)
-                context_RD = context_BLD.flatten(0, 1)
-                if score_BL is None:
-                    contexts.append(context_RD)
-                    kept.append(torch.arange(rows.start, rows.stop))
-                else:
-                    kept_BK = significance_order(score_BL)[:, :keep].sort(dim=1).values
-                    row_R = (kept_BK + length * torch.arange(len(kept_BK))[:, None]).flatten()
-                    contexts.append(context_RD.index_select(0, row_R))
-                    kept.append(row_R + first)
+            for group in _groups(arriving_B, keep_B):
+                projected_BLP, place_BL = group.take(projected_RP).float(), group.take(place_R)
+                context_BLD, score_BL = family.mix(
+                    network, layer, projected_BLP, place_BL, group.mask_BL, group.keep_B is not None
+                )
+                slot_R, row_R = group.all_rows() if score_BL is None else group.kept_rows(score_BL)
+                contexts.append(context_BLD.flatten(0, 1) if slot_R is None else _rows(context_BLD, slot_R))
+                kept.append(row_R)
             context_RD = self._fill(contexts[0] if len(contexts) == 1 else torch.cat(contexts))
             if drops:
                 row_R = torch.cat(kept)
@@ -113,11 +111,12 @@ class PackedNetwork:
         first_BD = hidden_RD.index_select(0, self._fill(start_B))
         projected_RP = family.project_for_first(network, layer, hidden_RD)
         contexts, done = [], 0
-        for _, rows, length, _ in _groups(arriving_B, arriving_B):
-            projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
+        for group in _groups(arriving_B, arriving_B):
+            projected_BLP = group.take(projected_RP).float()
             own_BD = first_BD[done : done + len(projected_BLP)]
             done += len(own_BD)
-            contexts.append(family.mix_first(network, layer, own_BD, projected_BLP, place_R[rows].view(-1, length)))
+            place_BL = group.take(place_R)
+            contexts.append(family.mix_first(network, layer, own_BD, projected_BLP, place_BL, group.mask_BL))
         attended_BD = family.merge(network, layer, self._fill(torch.cat(contexts)), first_BD)
         last_BD = family.feed_forward(network, layer, attended_BD)
         return family.classify(network, last_BD[: len(arriving_B), None])
@@ -135,10 +134,63 @@ class PackedNetwork:
         return F.pad(rows_RX, (0, 0) * (rows_RX.dim() - 1) + (0, surplus)) if surplus else rows_RX
 
 
-def _groups(arriving_B: Ints, keep_B: Ints) -> Iterator[tuple[int, slice, int, int]]:
-    """Consecutive sequences of which as many tokens arrive and are kept: their first row, rows, and both counts."""
-    starts = np.concatenate([[0], np.cumsum(arriving_B)])
-    edges = np.flatnonzero(np.diff(arriving_B, prepend=-1, append=-1) | np.diff(keep_B, prepend=-1, append=-1))
-    for first, last in itertools.pairwise(edges.tolist()):
-        row = int(starts[first])
-        yield row, slice(row, int(starts[last])), int(arriving_B[first]), int(keep_B[first])
+@dataclass(frozen=True)
+class _Group:
+    """Consecutive sequences that attend together.
+
+    Attributes:
+        start_B: The row of each one's first token.
+        count_B: Tokens of each, ascending.
+        keep_B: Tokens that each keeps; None where all of them keep all.
+        mask_BL: True at tokens; None where all have equally many.
+    """
+
+    start_B: Ints
+    count_B: Ints
+    keep_B: Ints | None
+    mask_BL: Tensor | None
+
+    def take(self, rows_RX: Tensor) -> Tensor:
+        """The sequences' rows, (B, L, X); what pads them is anything."""
+        first, end, length = int(self.start_B[0]), int(self.start_B[-1] + self.count_B[-1]), int(self.count_B[-1])
+        if self.mask_BL is None:
+            return rows_RX[first:end].view(-1, length, *rows_RX.shape[1:])
+        row_BL = np.minimum(self.start_B[:, None] + np.arange(length), end - 1)
+        taken = rows_RX.index_select(0, torch.from_numpy(row_BL.ravel()))
+        return taken.view(*row_BL.shape, *rows_RX.shape[1:])
+
+    def all_rows(self) -> tuple[Tensor | None, Tensor]:
+        """Every token: its place in the group, None where that is the order of the rows, and its row."""
+        row_R = torch.arange(int(self.start_B[0]), int(self.start_B[-1] + self.count_B[-1]))
+        return None if self.mask_BL is None else self.mask_BL.flatten().nonzero()[:, 0], row_R
+
+    def kept_rows(self, score_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that are kept: their places in the group and their rows."""
+        assert self.keep_B is not None
+        place_BK, kept_BK = significant(score_BL, self.keep_B, self.mask_BL)
+        slot_BK = place_BK + score_BL.size(1) * torch.arange(len(place_BK))[:, None]
+        row_BK = place_BK + torch.from_numpy(self.start_B)[:, None]
+        return (slot_BK.flatten(), row_BK.flatten()) if kept_BK is None else (slot_BK[kept_BK], row_BK[kept_BK])
+
+
+def _groups(arriving_B: Ints, keep_B: Ints) -> Iterator[_Group]:
+    """Sequences in ascending order of length, in groups: of one length and count kept, or short and near each other."""
+    starts = np.cumsum(arriving_B) - arriving_B
+    counts, keeps = arriving_B.tolist(), keep_B.tolist()
+    first = 0
+    for end in range(1, len(counts) + 1):
+        if end < len(counts):
+            is_like = counts[end] == counts[first] and keeps[end] == keeps[first]
+            if is_like or (counts[end] <= SHORT and counts[end] - counts[first] <= SPREAD):
+                continue
+        own = slice(first, end)
+        drops = bool((keep_B[own] < arriving_B[own]).any())
+        mask_BL = None
+        if counts[first] < counts[end - 1]:
+            mask_BL = torch.from_numpy(np.arange(counts[end - 1]) < arriving_B[own, None])
+        yield _Group(starts[own], arriving_B[own], keep_B[own] if drops else None, mask_BL)
+        first = end
+
+
+def _rows(context_BLD: Tensor, slot_R: Tensor) -> Tensor:
+    return context_BLD.flatten(0, 1).index_select(0, slot_R)
