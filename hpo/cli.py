@@ -612,6 +612,9 @@ def predict_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `hpo export` wrote.")],
     max_drop: MaxDrop = None,
     budget: Budget = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Round the factors of large products: faster where the processor has bf16.")
+    ] = False,
 ) -> None:
     """Read JSON lines, write a prediction for each, in order; lines that cannot be read are told and passed over."""
     _check_choice(max_drop, budget)
@@ -621,7 +624,7 @@ def predict_command(
 
     answered, unread = 0, 0
     try:
-        pipeline = LengthAdaptivePipeline(folder)
+        pipeline = LengthAdaptivePipeline(folder, precision="bf16" if bf16 else "fp32")
         point = pipeline.front.choose(max_drop=max_drop, budget=budget)
         for answer in predict_lines(pipeline, sys.stdin.buffer, point):
             sys.stdout.buffer.write(f"{answer.to_json()}\n".encode())

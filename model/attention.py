@@ -15,8 +15,8 @@ TOKEN_SCORES = ("attention", "value_norm")
 
 WEIGHT_BYTES = 3 * 2**20
 """Attention weights that are worked on together where a processor has to write them out."""
-SUMS_IN_RANGE = (1e-20, 1e30)
-"""Sums of exponentials, between which float32 has room for each of them."""
+SUMS_IN_RANGE = (1e-20, 1e33)
+"""Sums of exponentials, between which float32 has room for each of them, and for its products with values."""
 
 
 def token_score(config: PreTrainedConfig) -> str:
@@ -64,8 +64,10 @@ def attention(
         return torch.cat([context for context, _ in results]), torch.cat(
             [score for _, score in results if score is not None]
         )
+    if torch.compiler.is_exporting():
+        return _attention_of_a_graph(query_BHLd, key_BHLd, value_BHLd, mask_BL, with_scores, by_value, bias_BHLL)
     mask_or_bias = _mask_or_bias(mask_BL, bias_BHLL)
-    if not with_scores and not torch.compiler.is_exporting():  # a graph needs the fused one's parts in any case
+    if not with_scores:
         context = F.scaled_dot_product_attention(query_BHLd, key_BHLd, value_BHLd, mask_or_bias, dropout_p=dropout)
         return context, None
     weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
@@ -87,6 +89,39 @@ def attention(
     return context, score_BL
 
 
+def _attention_of_a_graph(
+    query_BHLd: Tensor,
+    key_BHLd: Tensor,
+    value_BHLd: Tensor,
+    mask_BL: Tensor | None,
+    with_scores: bool,
+    by_value: bool,
+    bias_BHLL: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attention`, in operations that runtimes of graphs are quick at: they have the fused one in parts anyway.
+
+    A mask is added, once for all heads, rather than chosen by; and real queries' weights are summed by a product, which
+    reads them once.
+    """
+    weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
+    if bias_BHLL is not None:
+        weights = weights + bias_BHLL
+    if mask_BL is not None:
+        unseen_BL = torch.zeros_like(mask_BL, dtype=weights.dtype).masked_fill(~mask_BL, torch.finfo(weights.dtype).min)
+        weights = weights + unseen_BL[:, None, None, :]
+    weights = weights.softmax(-1)
+    context = weights @ value_BHLd
+    if not with_scores:
+        return context, None
+    if mask_BL is None:
+        received_BHL = weights.sum(dim=2)
+    else:
+        received_BHL = (mask_BL.to(weights.dtype)[:, None, None, :] @ weights).squeeze(2)
+    if by_value:
+        received_BHL = received_BHL * value_BHLd.norm(dim=-1)
+    return context, received_BHL.sum(dim=1)
+
+
 def _infers_on_processor(query_BHLd: Tensor) -> bool:
     """Whether a processor computes in float32, in torch's inference mode."""
     return torch.is_inference_mode_enabled() and query_BHLd.device.type == "cpu" and query_BHLd.dtype == torch.float32
@@ -99,7 +134,7 @@ def _attention_written_once(
 
     The weights are never divided by their sums: what is computed from them is, which is far smaller.
     """
-    size, heads, length, width = query_BHLd.shape
+    size, heads, length, _ = query_BHLd.shape
     context_BLHd = value_BHLd.new_empty(size, length, heads, value_BHLd.size(3))
     received_BHL = query_BHLd.new_empty(size, heads, length)
     buffer = query_BHLd.new_empty(min(together, size) * heads, length, length)

@@ -11,7 +11,9 @@ Shape letters: B sequences, L tokens arriving, R rows (any leading dimensions of
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,12 @@ class EncoderFamily(abc.ABC):
 
     What is here suits encoders that project queries, keys and values with a linear layer each; the abstract methods say
     what an architecture calls its parts.
+
+    Attributes:
+        has_projections_apart: Whether queries, keys and values are made by a linear layer each.
     """
+
+    has_projections_apart: ClassVar[bool] = True
 
     def refusal(self, config: Any, task: str) -> str | None:
         """Why an encoder with this configuration cannot drop tokens, in words that follow its name; None if it can."""
@@ -362,6 +369,8 @@ class ModernBertFamily(EncoderFamily):
     Tokens keep the positions they stood at, so that a window holds what is left of the tokens that were near.
     """
 
+    has_projections_apart = False
+
     def refusal(self, config: Any, task: str) -> str | None:
         if task not in TOKEN_TASKS and config.classifier_pooling != "cls":
             return f"has classifier_pooling={config.classifier_pooling!r}; set 'cls' in its config.json and train it"
@@ -500,8 +509,38 @@ class DebertaV2Family(BertFamily):
 
 def _together(hidden_RD: Tensor, *projections: Any) -> Tensor:
     """Several projections of the same rows as one product, in the precision of their weights."""
-    weight = torch.cat([projection.weight for projection in projections])
-    return F.linear(hidden_RD.to(weight.dtype), weight, torch.cat([projection.bias for projection in projections]))
+    weight = _as_one([projection.weight for projection in projections])
+    return F.linear(hidden_RD.to(weight.dtype), weight, _as_one([projection.bias for projection in projections]))
+
+
+def _as_one(parts: Sequence[Tensor]) -> Tensor:
+    """Weights one after the other; without a copy where that is how `lay_side_by_side` left them in memory."""
+    if parts[0].requires_grad or torch.compiler.is_compiling():
+        return torch.cat(list(parts))
+    for one, other in itertools.pairwise(parts):
+        is_next = one.data_ptr() + one.nbytes == other.data_ptr() and one.is_contiguous() and other.is_contiguous()
+        if not is_next or one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+            return torch.cat(list(parts))
+    return parts[0].as_strided((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].stride())
+
+
+def lay_side_by_side(family: EncoderFamily, network: Any, num_layers: int) -> None:
+    """Have the queries', keys' and values' weights of each layer lie together, so that one product takes them all.
+
+    Args:
+        family: The network's adapter.
+        network: Frozen; changed in place, not in what it computes.
+        num_layers: Its layers.
+    """
+    for layer in range(num_layers):
+        if not family.has_projections_apart:
+            return
+        projections = family.projections(family.layer(network, layer))
+        for name in ("weight", "bias"):
+            parts = [getattr(projection, name) for projection in projections]
+            together = torch.cat([part.detach() for part in parts])
+            for projection, part in zip(projections, together.split([len(part) for part in parts]), strict=True):
+                setattr(projection, name, torch.nn.Parameter(part, requires_grad=False))
 
 
 def _part(projection: Any, hidden_RD: Tensor, outputs: slice) -> Tensor:

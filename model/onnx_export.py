@@ -113,7 +113,7 @@ def write_graph(
             key = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(key, f"{path.name}.data")
         onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
-    _forget_unused_domains(path)
+    _tidy(path)
 
 
 def quantise(
@@ -222,7 +222,8 @@ class _Calibration:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' remarks, which speak to their own programmers, off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", None)  # the quantiser speaks through the root
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -235,13 +236,45 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _forget_unused_domains(path: Path) -> None:
-    """Ask for no operators beyond those of the graph: the optimiser lists all that it knows."""
+def _tidy(path: Path) -> None:
+    """Leave out what the optimiser adds to a graph and readers stumble over, and write GELU as runtimes know it.
+
+    It asks for all the operators' domains that it knows, and tells the shapes of weights a second time, which are wrong
+    once the quantiser has turned a weight around.
+    """
     import onnx
 
     graph = onnx.load(path, load_external_data=False)
+    _halve_last(graph.graph)
     used = {re.sub(r"^ai\.onnx$", "", node.domain) for node in graph.graph.node}
     kept = [entry for entry in graph.opset_import if entry.domain in used]
     del graph.opset_import[:]
     graph.opset_import.extend(kept)
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    shapes = [value for value in graph.graph.value_info if value.name not in weights]
+    del graph.graph.value_info[:]
+    graph.graph.value_info.extend(shapes)
     onnx.save(graph, path)
+
+
+def _halve_last(graph: Any) -> None:
+    """Turn x · (0.5 · (1 + erf)) into (x · (1 + erf)) · 0.5, which ONNX Runtime computes as one GELU."""
+    made_by = {output: node for node in graph.node for output in node.output}
+    read_by: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            read_by.setdefault(name, []).append(node)
+    for node in graph.node:
+        if node.op_type != "Mul":
+            continue
+        for half, added in (node.input, node.input[::-1]):
+            before = made_by.get(added)
+            if before is None or before.op_type != "Add" or half in made_by:
+                continue
+            is_gelu = any(name in made_by and made_by[name].op_type == "Erf" for name in before.input)
+            last = read_by.get(node.output[0], [])
+            if is_gelu and len(last) == 1 and last[0].op_type == "Mul":
+                (given,) = (name for name in last[0].input if name != node.output[0])
+                node.input[:] = [given, added]
+                last[0].input[:] = [node.output[0], half]
+                break

@@ -21,6 +21,8 @@ from model.front_file import ExportError, Graph, ServedFront
 from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.onnx_export import input_names, padded
+from model.packed import PackedNetwork
+from model.precision import Precision, snapshot
 from model.question_answering import WindowSplit
 from model.rows import DataError
 from model.tasks import Metric
@@ -54,7 +56,12 @@ class LengthAdaptivePipeline:
     """
 
     def __init__(
-        self, folder: str | Path, *, device: str | torch.device | None = None, tokens_per_batch: int = TOKENS_PER_BATCH
+        self,
+        folder: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        precision: Precision = "fp32",
     ) -> None:
         """Load an export of either format.
 
@@ -63,8 +70,11 @@ class LengthAdaptivePipeline:
             device: Where a transformers model computes; None takes a GPU where there is one. An ONNX graph computes on
                 the CPU.
             tokens_per_batch: Most tokens of a batch, padding included.
+            precision: "bf16" rounds the factors of a transformers model's large products: faster where the processor or
+                GPU has bf16 products, and probabilities differ in the third digit.
         Raises:
-            ExportError: It is no export, one of a later version, or a graph that the installed runtime cannot read.
+            ExportError: It is no export, one of a later version, a graph that the installed runtime cannot read, or one
+                that is asked for bf16.
             CheckpointError: Weights or tokenizer are damaged.
         """
         self.front = ServedFront.read(folder)
@@ -73,8 +83,16 @@ class LengthAdaptivePipeline:
         self._tokens_per_batch = tokens_per_batch
         pad = self._tokenizer.pad_token_id or 0
         self._network: _Network
+        device = torch.device(device or compute_device())
         if self.front.graph is None:
-            self._network = _TorchNetwork(folder, device or compute_device(), pad)
+            model = LengthAdaptiveModel.from_pretrained(folder).eval()
+            on_processor = device.type == "cpu"
+            self._network = _Packed(model, precision) if on_processor else _Padded(model, precision, device, pad)
+        elif precision != "fp32":
+            raise ExportError(
+                f"{folder} holds an ONNX graph of {self.front.graph.precision}, which cannot run in {precision}; leave "
+                "the precision out, or export with --format hf."
+            )
         else:
             self._network = _OnnxNetwork(Path(folder), self.front.graph, pad)
 
@@ -228,13 +246,24 @@ class _Network(Protocol):
         """Of some sequences, (C,) or (L, C) each."""
 
 
-class _TorchNetwork:
-    """A transformers network, whose length config is free."""
+class _Packed:
+    """A transformers network on a processor, without padding."""
 
-    def __init__(self, folder: str | Path, device: str | torch.device, pad: int) -> None:
-        model = LengthAdaptiveModel.from_pretrained(folder)
-        self.model = model.eval().to(device)
+    def __init__(self, model: LengthAdaptiveModel, precision: Precision) -> None:
+        self.network = PackedNetwork(model, precision)
+
+    def logits(self, split: EncodedSplit, sequences: NDArray[np.int64], length_config: LengthConfig) -> list[Logits]:
+        ids, types = ([part[number] for number in sequences] for part in (split.input_ids, split.token_type_ids))
+        return [own.numpy() for own in self.network.logits(ids, types, length_config)]
+
+
+class _Padded:
+    """A transformers network on a GPU, which likes one large batch better than many small ones."""
+
+    def __init__(self, model: LengthAdaptiveModel, precision: Precision, device: torch.device, pad: int) -> None:
         self.names, self.pad = input_names(model), pad
+        model.network = snapshot(model.network, precision)
+        self.model = model.to(device)
 
     def logits(self, split: EncodedSplit, sequences: NDArray[np.int64], length_config: LengthConfig) -> list[Logits]:
         counts = split.num_tokens[sequences].tolist()

@@ -196,6 +196,15 @@ def test_predict_answers_line_by_line_and_goes_on_over_bad_ones(command, served,
     assert "4 of 7 lines could not be read" in err
 
 
+def test_predict_in_bf16_stays_close(command, served, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(map(json.dumps, TEXTS)).encode())))
+    code, out, err = command("predict", str(served), "--bf16", "--budget", "1")
+    assert code == 0, err
+    exact = LengthAdaptivePipeline(served)(TEXTS, budget=1)
+    for line, one in zip(out.splitlines(), exact, strict=True):
+        assert json.loads(line)["score"] == pytest.approx(one["score"], abs=0.1)
+
+
 def test_predict_holds_a_part_of_the_lines_at_a_time(served):
     pipeline, read = LengthAdaptivePipeline(served), itertools.count()
     lines = (json.dumps({"text": f"film {next(read)}"}).encode() for _ in itertools.count())
@@ -304,6 +313,8 @@ def test_a_graph_is_quantised_measured_and_run_with_and_without_us(command, stud
         assert json.loads(line) == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=0.05)}
     with pytest.raises(NothingFits, match="smallest there is"):
         pipeline(TEXTS, budget=0.01)
+    with pytest.raises(ExportError, match=r"int8-static, which cannot run in bf16; leave"):
+        LengthAdaptivePipeline(tmp_path / "graph", precision="bf16")
 
     class TooOld:
         def __init__(self, *_, **__):

@@ -21,6 +21,7 @@ from model.evaluate import Evaluator
 from model.families import FAMILIES, TOKEN_TASKS
 from model.length_config import LengthConfig
 from model.macs import layer_macs
+from model.packed import PackedNetwork
 from model.remote_code import standalone_source
 from model.train import TrainingSettings, train
 from model.training import with_dropout
@@ -459,6 +460,22 @@ def test_the_engine_gives_the_logits_of_every_task(family_variant, task, rows_pe
             np.testing.assert_allclose(told, logits[real].flatten(), rtol=0, atol=5e-5)  # of sums in another order
     assert np.abs(answers[:-1] - answers[-1]).max() > 0.1, "dropping tokens should change something"
     assert (evaluator.predict(configs[::-1])[::-1] == answers).all(), "what is remembered should be what was computed"
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_packed_rows_give_the_logits_of_every_task(family_variant, task, unpadded):
+    changes = {"num_labels": 1} if task == "regression" else {}
+    model = LengthAdaptiveModel(build(family_variant, task, **changes), task).eval()
+    model.token_score = "value_norm"
+    batch = batch_of(model.network, (9, 4, 21, 2, 9, 30, 1, 21))
+    split, packed = unpadded(batch), PackedNetwork(model)
+    for config in (SHORT, SKIPPING, LengthConfig.full(LAYERS)):
+        with torch.no_grad():
+            expected = model(**batch, length_config=config).logits
+        told = packed.logits(split.input_ids, split.token_type_ids, config)
+        for row, own in enumerate(told):
+            theirs = expected[row, : len(own)] if task in TOKEN_TASKS else expected[row]
+            torch.testing.assert_close(own, theirs, rtol=0, atol=5e-5)
 
 
 def wide_head(network):

@@ -1,5 +1,7 @@
 """ONNX graphs of five families equal the encoder; the graph's own code is tested for all in test_families."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ POINTS = tuple(LengthConfig.from_retention(retention) for retention in ((0.9, 0.
 def build(model_type, task="classification"):
     sizes = {name: size for name, size in SIZES.items() if model_type != "distilbert" or name in DISTILBERT_TOO}
     config = AutoConfig.for_model(model_type, **{**sizes, **FAMILIES[model_type]})
-    config.num_labels = 2 if task == "question-answering" else config.num_labels
+    config.num_labels = {"question-answering": 2, "regression": 1}.get(task, config.num_labels)
     network = HEADS[task].from_config(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -91,9 +93,16 @@ def check(session, model, config, make_batch, lengths, seed=0, length=None):
         torch.testing.assert_close(got[row][own], expected[row][own], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_graph_gives_the_encoders_logits_at_three_points(model_type, make_batch, tmp_path):
-    model, path = build(model_type), tmp_path / "model.onnx"
+@pytest.mark.parametrize(
+    ("model_type", "task"),
+    [
+        *itertools.product(FAMILIES, ("classification",)),
+        *itertools.product(("bert",), ("regression", "question-answering", "token-classification")),
+        ("modernbert", "token-classification"),
+    ],
+)
+def test_the_graph_gives_the_encoders_logits_at_three_points(model_type, task, make_batch, tmp_path):
+    model, path = build(model_type, task), tmp_path / "model.onnx"
     write_graph(model, POINTS[0], path, longest=LONGEST)
     for config in POINTS:
         session = onnxruntime.InferenceSession(with_counts(path, POINTS[0], config))
@@ -109,14 +118,6 @@ def span_graph(tmp_path_factory):
     return model, path
 
 
-def test_heads_that_read_every_token_get_the_dropped_ones_back(span_graph, make_batch):
-    model, path = span_graph
-    for config in POINTS:
-        session = onnxruntime.InferenceSession(with_counts(path, POINTS[0], config))
-        for seed, lengths in enumerate([(19, 30, 3, 30, 12), (40,), (2, 2)]):
-            check(session, model, config, make_batch, lengths, seed)
-
-
 def test_later_layers_work_on_fewer_tokens(span_graph, make_batch):
     """What each feed-forward half widens is looked at while the graph runs."""
     _, path = span_graph
@@ -129,6 +130,17 @@ def test_later_layers_work_on_fewer_tokens(span_graph, make_batch):
     names = [given.name for given in session.get_inputs()]
     _, *inner = session.run(None, {name: batch[name].numpy() for name in names})
     assert [part.shape[1] for part in inner] == list(POINTS[0].lengths(30))
+
+
+def test_gelu_is_written_as_onnx_runtime_fuses_it(span_graph, tmp_path):
+    _, path = span_graph
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert "Erf" not in kinds
+    assert sum(kind in ("Gelu", "BiasGelu") for kind in kinds) == LAYERS
 
 
 def test_a_fixed_length_makes_every_count_a_constant(make_batch, tmp_path):

@@ -1,0 +1,357 @@
+"""What an exported model saves in time where it is served, on this machine's processor.
+
+Usage: python benchmarks/serving.py --encoder DIR --work DIR [--parts realised,sst2,imdb,bert]
+
+Prints JSON lines. Within a part all that is compared takes turns in one process, after two untimed rounds; times are
+medians of `--repeats` rounds or more and cover the model alone, from token ids to logits, tokenising left out.
+
+- `realised`: reviews cut at 128, 256 and 384 tokens, 1, 8 and 32 at a time, at a length config like those of a front
+  against the same engine at full length: (full time / time) / (full MACs / MACs). MACs are those of `model.macs`; as
+  every engine computes a classifier's last layer for [CLS] alone, at full length too, `realised_of_computed` counts
+  those that are left of either.
+- `sst2`: the same for sentences of SST-2's validation split (`--sst2`, a folder), 32 at a time as they come.
+- `imdb`: an export that `hpo export` wrote (`--imdb-hf`, `--imdb-onnx`, `--imdb-int8`) over reviews (`--imdb`) cut at
+  256 tokens, 8 at a time as they come, against plain transformers (SDPA, padded to the longest of each batch) and ONNX
+  Runtime at full length. Without an export it is the encoder at the config of `realised`, whose quality nobody knows.
+- `bert`: BERT-base with random weights in plain transformers against MiniLM in int8 at the published lengths for SQuAD,
+  32 sequences of 384 tokens.
+
+Graphs are kept in `--work`; a first run with `--prepare` writes them and measures nothing. The encoder may be
+untrained: time does not depend on what the weights are.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, BertConfig
+
+from hpo.workload import library_versions
+from model.encoder import LengthAdaptiveModel
+from model.front_file import ServedFront
+from model.hardware import computes_in_bf16
+from model.length_config import LengthConfig
+from model.macs import layer_macs
+from model.onnx_export import quantise, write_graph
+from model.packed import PackedNetwork
+from model.tokenizer import load_tokenizer
+
+LENGTHS, BATCHES = (128, 256, 384), (1, 8, 32)
+FRONT_LIKE = LengthConfig.from_shares((0.85, 0.65, 0.5, 0.4, 0.3, 0.2))
+SQUAD = LengthConfig.from_lengths((315, 251, 242, 159, 142, 33), max_length=384)
+LONGEST, IMDB_CUT = 384, 256
+SECONDS_AT_LEAST, MOST_ROUNDS = 3, 25
+"""A comparison whose rounds are over soon has more of them."""
+
+Sequences = Sequence[NDArray[np.int64]]
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one round.
+
+    Attributes:
+        median: Over the rounds.
+        least: Of all rounds.
+        most: Of all rounds.
+        rounds: How many there were.
+    """
+
+    median: float
+    least: float
+    most: float
+    rounds: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", type=Path, required=True, help="transformers folder of MiniLM-L6-H384")
+    parser.add_argument("--work", type=Path, required=True, help="folder for graphs")
+    parser.add_argument("--parts", default="realised,sst2,imdb,bert")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sst2", help="folder with SST-2's validation split")
+    parser.add_argument("--sentences", type=int, default=320, help="of SST-2")
+    parser.add_argument("--imdb", help="Parquet file of IMDb's test split")
+    parser.add_argument("--reviews", type=int, default=96)
+    parser.add_argument("--imdb-hf", type=Path)
+    parser.add_argument("--imdb-onnx", type=Path)
+    parser.add_argument("--imdb-int8", type=Path)
+    parser.add_argument("--engines", default="torch fp32,torch bf16,onnx fp32,onnx int8")
+    parser.add_argument("--tasks", default="classification,question-answering", help="of `realised`")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="of `realised`")
+    parser.add_argument("--prepare", action="store_true")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for part in arguments.parts.split(","):
+        PARTS[part](arguments)
+
+
+def realised(arguments: argparse.Namespace) -> None:
+    for task in arguments.tasks.split(","):
+        model = LengthAdaptiveModel.from_pretrained(arguments.encoder, task, num_labels=2).eval()
+        realised_by(model, arguments)
+
+
+def realised_by(model: LengthAdaptiveModel, arguments: argparse.Namespace) -> None:
+    engines = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
+    made = {
+        (engine, config): engine_of(model, config, engine, arguments.work)
+        for engine, config in itertools.product(engines, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
+    }
+    if arguments.prepare:
+        return
+    for length, size in itertools.product(LENGTHS, map(int, arguments.batches.split(","))):
+        sequences = long_reviews(arguments, size, length)
+        timings = race({key: make([sequences]) for key, make in made.items()}, arguments.repeats)
+        fields = {"part": "realised", "task": model.task, "tokens": length, "batch": size}
+        for engine in engines:
+            report_share(model, engine, timings, [sequences], **fields)
+
+
+def sst2(arguments: argparse.Namespace) -> None:
+    model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "classification", num_labels=2).eval()
+    engines = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
+    made = {
+        (engine, config): engine_of(model, config, engine, arguments.work)
+        for engine, config in itertools.product(engines, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
+    }
+    if arguments.prepare:
+        return
+    file = str(Path(arguments.sst2) / "validation.parquet")
+    texts = datasets.load_dataset("parquet", data_files=file, split="train")["sentence"][: arguments.sentences]
+    batches = in_batches(tokens_of(arguments.encoder, texts, LONGEST), 32)
+    timings = race({key: make(batches) for key, make in made.items()}, arguments.repeats)
+    mean = float(np.mean([len(sequence) for batch in batches for sequence in batch]))
+    for engine in engines:
+        report_share(model, engine, timings, batches, part="sst2", mean_tokens=round(mean, 1), batch=32)
+
+
+def imdb(arguments: argparse.Namespace) -> None:
+    folder = arguments.imdb_hf or arguments.encoder
+    model = LengthAdaptiveModel.from_pretrained(folder, "classification", num_labels=2).eval()
+    front = ServedFront.read(folder) if arguments.imdb_hf else None
+    config, full = front.chosen.length_config if front else FRONT_LIKE, LengthConfig.full(model.num_layers)
+    plain, rounded = (
+        AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    name = "imdb" if front else "random"
+    made = {
+        "transformers sdpa fp32": transformers_engine(plain),
+        "onnx fp32, full length": engine_of(model, full, "onnx fp32", arguments.work, name=name),
+        "onnx int8, full length": engine_of(model, full, "onnx int8", arguments.work, name=name),
+        "torch fp32": engine_of(model, config, "torch fp32", arguments.work),
+        "onnx fp32": engine_of(model, config, "onnx fp32", arguments.work, name=name),
+        "onnx int8": engine_of(model, config, "onnx int8", arguments.work, name=name),
+    }
+    if front:
+        made["onnx fp32"] = onnx_engine(arguments.imdb_onnx / "model.onnx")
+        made["onnx int8"] = onnx_engine(arguments.imdb_int8 / "model.onnx")
+    if computes_in_bf16():
+        made["transformers sdpa bf16"] = transformers_engine(rounded)
+        made["torch bf16, full length"] = engine_of(model, full, "torch bf16", arguments.work)
+        made["torch bf16"] = engine_of(model, config, "torch bf16", arguments.work)
+    if arguments.prepare:
+        return
+    texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: arguments.reviews]
+    batches = in_batches(tokens_of(folder, texts, IMDB_CUT), 8)
+    counts = [len(sequence) for batch in batches for sequence in batch]
+    timings = race({name: make(batches) for name, make in made.items()}, arguments.repeats)
+    base = timings["transformers sdpa fp32"].median
+    for name, timing in timings.items():
+        line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts), "cut_at": IMDB_CUT}
+        line |= {"ms_per_review": round(1e3 * timing.median / len(texts), 3), "baseline": "transformers sdpa fp32"}
+        line["speed_up"] = round(base / timing.median, 3)
+        same = {"onnx fp32": "onnx fp32", "torch fp32": "onnx fp32", "onnx int8": "onnx int8"}.get(name)
+        if same:
+            line["over_onnx_at_full_length"] = round(timings[f"{same}, full length"].median / timing.median, 3)
+        if "full" not in name and "sdpa" not in name:
+            saved = sum(model.macs(tokens) for tokens in counts) / sum(model.macs(tokens, config) for tokens in counts)
+            line |= {"config": str(config), "macs_saved": round(saved, 3)}
+            if front:
+                chosen = front.chosen
+                line |= {"trial": chosen.trial, "full": front.full.metric, "chosen": chosen.metric}
+                line |= {"full_on_report": front.full.report_metric, "chosen_on_report": chosen.report_metric}
+        say(line, timing)
+
+
+def bert(arguments: argparse.Namespace) -> None:
+    model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "question-answering").eval()
+    names = ("onnx int8", "onnx fp32", *(["torch bf16"] if computes_in_bf16() else []))
+    made = {name: engine_of(model, SQUAD, name, arguments.work, name="squad") for name in names}
+    if arguments.prepare:
+        return
+    base = transformers_engine(AutoModelForQuestionAnswering.from_config(BertConfig(), dtype=torch.float32).eval())
+    sequences = long_reviews(arguments, 32, LONGEST)
+    runs = {"BERT-base, transformers sdpa fp32": base([sequences])}
+    timings = race(runs | {name: make([sequences]) for name, make in made.items()}, arguments.repeats)
+    first = timings["BERT-base, transformers sdpa fp32"]
+    for name, timing in timings.items():
+        line: dict[str, Any] = {"part": "bert", "engine": name, "batch": 32, "tokens": LONGEST}
+        line["ms_per_sequence"] = round(1e3 * timing.median / 32, 2)
+        line["speed_up"] = round(first.median / timing.median, 3)
+        say(line | ({"lengths": str(SQUAD)} if name in made else {}), timing)
+
+
+PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "realised": realised,
+    "sst2": sst2,
+    "imdb": imdb,
+    "bert": bert,
+}
+
+
+def engine_of(
+    model: LengthAdaptiveModel, config: LengthConfig, engine: str, work: Path, *, name: str = "random"
+) -> Callable[[Sequence[Sequences]], Run]:
+    """One of "torch fp32", "torch bf16", "onnx fp32" and "onnx int8": what makes runs over some batches."""
+    if engine.startswith("torch"):
+        network = PackedNetwork(model, "bf16" if engine.endswith("bf16") else "fp32")
+        return lambda batches: (
+            lambda: [network.logits(batch, [np.zeros_like(ids) for ids in batch], config) for batch in batches]
+        )
+    path = work / f"{name}-{model.task}-{config}-fp32.onnx"
+    if not path.is_file():
+        write_graph(model, config, path, longest=LONGEST)
+    if engine.endswith("int8"):
+        exact, path = path, path.with_name(path.name.replace("fp32", "int8"))
+        if not path.is_file():
+            quantise(exact, path)
+    return onnx_engine(path)
+
+
+def onnx_engine(path: Path) -> Callable[[Sequence[Sequences]], Run]:
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def make(batches: Sequence[Sequences]) -> Run:
+        feeds = [{name: padded(batch)[name] for name in names} for batch in batches]
+        return lambda: [session.run(None, feed) for feed in feeds]
+
+    return make
+
+
+def transformers_engine(network: Any) -> Callable[[Sequence[Sequences]], Run]:
+    def make(batches: Sequence[Sequences]) -> Run:
+        feeds = [{name: torch.from_numpy(part) for name, part in padded(batch).items()} for batch in batches]
+
+        def run() -> None:
+            with torch.inference_mode():
+                for feed in feeds:
+                    network(**feed)
+
+        return run
+
+    return make
+
+
+def padded(batch: Sequences) -> dict[str, NDArray[np.int64]]:
+    """A batch as arrays (B, L), padded on the right."""
+    shape = (len(batch), max(map(len, batch)))
+    arrays = {name: np.zeros(shape, dtype=np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    for row, ids in enumerate(batch):
+        arrays["input_ids"][row, : len(ids)] = ids
+        arrays["attention_mask"][row, : len(ids)] = 1
+    return arrays
+
+
+def race(runs: Mapping[Any, Run], repeats: int) -> dict[Any, Timing]:
+    """Times of runs that take turns: in as many rounds as asked for, or more where a round is over soon."""
+    for run in runs.values():
+        run()
+    start = time.perf_counter()
+    for run in runs.values():
+        run()
+    rounds = max(repeats, min(MOST_ROUNDS, round(SECONDS_AT_LEAST / (time.perf_counter() - start))))
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(own), min(own), max(own), rounds) for name, own in seconds.items()}
+
+
+def report_share(
+    model: LengthAdaptiveModel,
+    engine: str,
+    timings: Mapping[Any, Timing],
+    batches: Sequence[Sequences],
+    **fields: Any,
+) -> None:
+    full = LengthConfig.full(model.num_layers)
+    counts = [len(sequence) for batch in batches for sequence in batch]
+    macs, computed = (
+        [sum(count(model, tokens, config) for tokens in counts) for config in (full, FRONT_LIKE)]
+        for count in (LengthAdaptiveModel.macs, macs_for_first)
+    )
+    speed_up = timings[engine, full].median / timings[engine, FRONT_LIKE].median
+    line = {**fields, "engine": engine, "full_length_ms": round(1e3 * timings[engine, full].median, 3)}
+    line |= {"speed_up": round(speed_up, 3), "macs_saved": round(macs[0] / macs[1], 3)}
+    line |= {"realised": round(speed_up * macs[1] / macs[0], 3)}
+    if model.reads_first:
+        line["realised_of_computed"] = round(speed_up * computed[1] / computed[0], 3)
+    say(line | {"config": str(FRONT_LIKE)}, timings[engine, FRONT_LIKE])
+
+
+def macs_for_first(model: LengthAdaptiveModel, tokens: int, config: LengthConfig) -> int:
+    """MACs where the last layer is computed for the first token alone, keys and values for all that arrive."""
+    shape, counts = model.shape, np.array([tokens, *config.lengths(tokens)])
+    whole = int(layer_macs(shape, counts[-2:-1], counts[-1:])[0])
+    n, d = int(counts[-2]), shape.hidden_size
+    ours = 2 * (n + 1) * d * d + 2 * n * d + shape.feed_forward_products * d * shape.feed_forward_size + 2 * d
+    return model.macs(tokens, config) - whole + ours
+
+
+def long_reviews(arguments: argparse.Namespace, size: int, length: int) -> list[NDArray[np.int64]]:
+    """Reviews that are cut to one length."""
+    texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: 8 * LONGEST]
+    tokens = tokens_of(arguments.encoder, [text for text in texts if len(text) > 6 * length][: 2 * size], length)
+    return [ids for ids in tokens if len(ids) == length][:size]
+
+
+def tokens_of(folder: Path, texts: Sequence[str], longest: int) -> list[NDArray[np.int64]]:
+    tokenised = load_tokenizer(folder)(list(texts), truncation=True, max_length=longest)
+    return [np.array(ids) for ids in tokenised["input_ids"]]
+
+
+def in_batches(sequences: Sequences, size: int) -> list[Sequences]:
+    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+
+
+def say(line: Mapping[str, Any], timing: Timing) -> None:
+    spread = {"ms": timing.median, "least_ms": timing.least, "most_ms": timing.most}
+    versions = library_versions() | {"onnxruntime": version("onnxruntime")}
+    about = {"rounds": timing.rounds, "hardware": hardware(), "versions": versions}
+    milliseconds = {name: round(1e3 * seconds, 3) for name, seconds in spread.items()}
+    print(json.dumps({"benchmark": "serving", **line, **milliseconds, **about}), flush=True)
+
+
+def hardware() -> dict[str, Any]:
+    name = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {"processor": name, "threads": torch.get_num_threads(), "bf16_products": computes_in_bf16()}
+
+
+if __name__ == "__main__":
+    main()
