@@ -163,6 +163,15 @@ MaxDrop = Annotated[
         min=0.0, help="Choose the cheapest point that loses at most this much on the search split.", show_default=False
     ),
 ]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option(
+        "--max-latency-ms",
+        min=0.0,
+        help="Choose the best point that `hpo bench` saw take at most this long for a sequence.",
+        show_default=False,
+    ),
+]
 Budget = Annotated[
     float | None,
     typer.Option(
@@ -483,6 +492,7 @@ def pareto_command(
     study: Annotated[str, typer.Option(metavar="NAME", help="A lengths study.")] = LENGTHS,
     max_drop: MaxDrop = None,
     budget: Budget = None,
+    max_latency_ms: MaxLatency = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the page goes.", show_default="in the runs folder")
     ] = None,
@@ -495,7 +505,7 @@ def pareto_command(
     as_json: Json = False,
 ) -> None:
     """Print and draw the front of a lengths study, and the point that meets a budget."""
-    _check_choice(max_drop, budget)
+    _check_choice(max_drop, budget, max_latency_ms)
     from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
     from hpo.storage import find_study, open_storage, storage_url
@@ -505,7 +515,7 @@ def pareto_command(
     with _database(url):
         found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
         front, history = compute_front(found, url), hypervolume_history(found)
-    chosen = _choose(front, max_drop, budget)
+    chosen = _choose(front, max_drop, budget, max_latency_ms)
     page = html or StudyRuns(runs_folder(runs), found).folder / "front.html"
     try:
         _draw(front, history, chosen, page, image or [])
@@ -522,6 +532,7 @@ def export_command(
     study: Annotated[str, typer.Option(metavar="NAME", help="A lengths study.")] = LENGTHS,
     max_drop: MaxDrop = None,
     budget: Budget = None,
+    max_latency_ms: MaxLatency = None,
     trial: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Choose this completed trial.", show_default=False)
     ] = None,
@@ -544,9 +555,9 @@ def export_command(
     as_json: Json = False,
 ) -> None:
     """Write a point of the front as a folder that serves it, checked against the model."""
-    _check_choice(max_drop, budget)
-    if (trial is None) == (max_drop is None and budget is None):
-        raise typer.BadParameter("give one of --max-drop, --budget and --trial")
+    _check_choice(max_drop, budget, max_latency_ms)
+    if (trial is None) == (max_drop is None and budget is None and max_latency_ms is None):
+        raise typer.BadParameter("give one of --max-drop, --budget, --max-latency-ms and --trial")
     if format != "onnx" and (fixed_length or opset or int8):
         raise typer.BadParameter("--fixed-length, --opset and --int8 go with --format onnx")
     from hpo.export import FORMATS, INT8, NOTABLE, export
@@ -570,6 +581,7 @@ def export_command(
             format=format,
             max_drop=max_drop,
             budget=budget,
+            max_latency_ms=max_latency_ms,
             trial=trial,
             fixed_length=fixed_length,
             opset=OPSET if opset is None else opset,
@@ -607,17 +619,79 @@ def export_command(
         out.print(f"Next: hpo predict {out_folder} --budget 0.5 < in.jsonl", markup=False, soft_wrap=True)
 
 
+@app.command("bench")
+def bench_command(
+    study: Annotated[str, typer.Option(metavar="NAME", help="A lengths study.")] = LENGTHS,
+    batch_size: Annotated[
+        str, typer.Option(metavar="SIZES", help="Sequences to run together, parted by commas.")
+    ] = "1,8,32",
+    points: Annotated[int, typer.Option(min=1, help="Points of the front to time, evenly chosen.")] = 10,
+    sequences: Annotated[int, typer.Option(min=1, help="Of the search split.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="In which all take turns; more where they are short.")] = 5,
+    baselines: Annotated[
+        str, typer.Option(metavar="NAMES", help="To time beside: eager, sdpa, compile, onnx-fp32, onnx-int8; or none.")
+    ] = "eager,sdpa,compile,onnx-fp32,onnx-int8",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="That compute.", show_default="as many as torch takes")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Round the factors of our large products to bf16.")] = False,
+    storage: Storage = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Time points of the front on this machine's processor, beside what else one would run."""
+    sizes = _numbers("--batch-size", batch_size)
+    import torch
+
+    from hpo.bench import bench, bench_table, bench_to_json
+    from hpo.front import compute_front
+    from hpo.runs import runs_folder
+    from hpo.storage import find_study, open_storage, storage_url
+    from model.timing import BASELINES
+
+    names = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise typer.BadParameter(f"--baselines {unknown[0]}: choose among {', '.join(BASELINES)}, or none")
+    _quieten_libraries()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    url = storage_url(storage)
+    with _database(url), _progress("size") as progress:
+        found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
+        records = bench(
+            found,
+            url,
+            runs_folder(runs),
+            batch_sizes=sizes,
+            sequences=sequences,
+            points=points,
+            rounds=rounds,
+            baselines=names,
+            precision="bf16" if bf16 else "fp32",
+            on_progress=progress,
+        )
+        front = compute_front(found, url)
+    for name, reason in records[0].left_out.items():
+        err.print(f"{name} is left out: {reason}", markup=False, soft_wrap=True)
+    if as_json:
+        _print_json(bench_to_json(front, records))
+        return
+    for record in records:
+        out.print(bench_table(record))
+
+
 @app.command("predict")
 def predict_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `hpo export` wrote.")],
     max_drop: MaxDrop = None,
     budget: Budget = None,
+    max_latency_ms: MaxLatency = None,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Round the factors of large products: faster where the processor has bf16.")
     ] = False,
 ) -> None:
     """Read JSON lines, write a prediction for each, in order; lines that cannot be read are told and passed over."""
-    _check_choice(max_drop, budget)
+    _check_choice(max_drop, budget, max_latency_ms)
     _quieten_libraries()
     from hpo.predict import predict_lines
     from model.pipeline import LengthAdaptivePipeline
@@ -625,7 +699,7 @@ def predict_command(
     answered, unread = 0, 0
     try:
         pipeline = LengthAdaptivePipeline(folder, precision="bf16" if bf16 else "fp32")
-        point = pipeline.front.choose(max_drop=max_drop, budget=budget)
+        point = pipeline.front.choose(max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms)
         for answer in predict_lines(pipeline, sys.stdin.buffer, point):
             sys.stdout.buffer.write(f"{answer.to_json()}\n".encode())
             answered += 1
@@ -934,6 +1008,17 @@ def _processes(launcher: str | None, processes: int | None, cluster: "RayCluster
     return processes or gpus
 
 
+def _numbers(option: str, given: str) -> list[int]:
+    """Whole numbers above 0, parted by commas."""
+    try:
+        numbers = [int(part) for part in given.split(",")]
+    except ValueError:
+        numbers = [0]
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{option} {given}: give numbers of 1 or more, parted by commas, such as 1,8,32")
+    return list(dict.fromkeys(numbers))
+
+
 def _layers(given: str | None) -> list[int] | None:
     """The numbers of `0,2,4`, or wrong usage."""
     if given is None:
@@ -1018,17 +1103,25 @@ def _trained_by(
         raise typer.BadParameter(str(error)) from error
 
 
-def _check_choice(max_drop: float | None, budget: float | None) -> None:
-    if max_drop is not None and budget is not None:
-        raise typer.BadParameter("give --max-drop or --budget, not both")
+def _check_choice(max_drop: float | None, budget: float | None, max_latency_ms: float | None = None) -> None:
+    wishes = {"--max-drop": max_drop, "--budget": budget, "--max-latency-ms": max_latency_ms}
+    given = [name for name, wish in wishes.items() if wish is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"give {' or '.join(given)}, not {'both' if len(given) == 2 else 'all'}")
     if budget == 0:
         raise typer.BadParameter("--budget is a share of full length above 0")
+    if max_latency_ms == 0:
+        raise typer.BadParameter("--max-latency-ms is a time above 0")
 
 
-def _choose(front: "Front", max_drop: float | None, budget: float | None) -> "FrontPoint | None":
+def _choose(
+    front: "Front", max_drop: float | None, budget: float | None, max_latency_ms: float | None = None
+) -> "FrontPoint | None":
     from hpo.front import choose
 
-    return None if max_drop is None and budget is None else choose(front, max_drop=max_drop, budget=budget)
+    if max_drop is None and budget is None and max_latency_ms is None:
+        return None
+    return choose(front, max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms)
 
 
 def _show_front(front: "Front", chosen: "FrontPoint | None", as_json: bool) -> None:

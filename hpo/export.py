@@ -70,6 +70,7 @@ def export(
     format: Format = "hf",
     max_drop: float | None = None,
     budget: float | None = None,
+    max_latency_ms: float | None = None,
     trial: int | None = None,
     fixed_length: int | None = None,
     opset: int = OPSET,
@@ -85,6 +86,7 @@ def export(
         format: "hf" for transformers, with the whole front; "onnx" for a graph of the chosen point.
         max_drop: Choose the cheapest point that loses at most this much on the search split.
         budget: Choose the best point of at most this share of full length.
+        max_latency_ms: Choose the best point that `hpo bench` saw take at most this long.
         trial: Choose this completed trial, on the front or not.
         fixed_length: Tokens that a graph's sequences are padded to; None leaves their length free.
         opset: Of ONNX.
@@ -97,8 +99,8 @@ def export(
         require_onnx()
     _check_place(out)
     front = compute_front(study, storage)
-    chosen = _chosen(front, max_drop=max_drop, budget=budget, trial=trial)
-    checkpoint = _checkpoint(study, runs)
+    chosen = _chosen(front, max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms, trial=trial)
+    checkpoint = checkpoint_of(study, runs)
     workload = Workload.from_attribute(front.workload)
     model = LengthAdaptiveModel.from_pretrained(checkpoint, workload.task).eval()
     if model.fingerprint() != study.user_attrs.get(IDENTITY, {}).get("model"):
@@ -115,9 +117,9 @@ def export(
         max_length=max_length,
         stride=stride if model.task == "question-answering" else None,
         metric=front.metric,
-        full=_served(front.full),
-        points=tuple(map(_served, front.points)),
-        chosen=_served(chosen),
+        full=served_point(front.full),
+        points=tuple(map(served_point, front.points)),
+        chosen=served_point(chosen),
         versions=library_versions(),
     )
     measured: dict[str, float] = {}
@@ -244,9 +246,9 @@ def _check_place(out: Path) -> None:
         raise HpoError(f"{out} holds files that no export wrote; choose another --out, or empty it.")
 
 
-def _chosen(front: Front, *, max_drop: float | None, budget: float | None, trial: int | None) -> FrontPoint:
+def _chosen(front: Front, *, trial: int | None, **wish: float | None) -> FrontPoint:
     if trial is None:
-        return choose(front, max_drop=max_drop, budget=budget)
+        return choose(front, **wish)
     completed = {point.trial: point for point in (*front.dominated, *front.points, front.full)}
     if trial not in completed:
         on_front = ", ".join(str(point.trial) for point in front.points)
@@ -256,8 +258,12 @@ def _chosen(front: Front, *, max_drop: float | None, budget: float | None, trial
     return completed[trial]
 
 
-def _checkpoint(study: optuna.Study, runs: Path) -> Path:
-    """The folder of the encoder that was searched: where it was, or in a runs folder that has moved."""
+def checkpoint_of(study: optuna.Study, runs: Path) -> Path:
+    """The folder of the encoder that was searched: where it was, or in a runs folder that has moved.
+
+    Raises:
+        CheckpointError: It is at neither place.
+    """
     recorded = Path(str(study.user_attrs.get("checkpoint", "")))
     for folder in (recorded, runs / Path(*recorded.parts[-2:])):
         if (folder / "config.json").is_file():
@@ -274,7 +280,8 @@ def _text_columns(study: optuna.Study, workload: Workload) -> tuple[str, ...]:
     return workload.data.text_columns or load_corpus(workload.data, workload.task).columns.texts
 
 
-def _served(point: FrontPoint) -> ServedPoint:
+def served_point(point: FrontPoint) -> ServedPoint:
+    """A point of a front as an export keeps it."""
     return ServedPoint(
         trial=point.trial,
         length_config=LengthConfig.from_shares(point.shares, point.skipped or ()),
@@ -282,6 +289,7 @@ def _served(point: FrontPoint) -> ServedPoint:
         report_metric=point.report_metric,
         macs=point.macs,
         relative_macs=point.relative_macs,
+        latency_ms=point.latency_ms,
     )
 
 

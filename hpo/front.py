@@ -4,7 +4,7 @@ Everything here is recomputed from the study's database; `hpo.plot` draws it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,14 @@ import model.front_file
 from hpo.errors import EmptyFront, HpoError
 from hpo.storage import display_url, finished_trials
 from model.front_file import choose_point, smallest_budget
+from model.hardware import processor_name
 
 BASELINE = "the same model at full length without padding"
 FLOPS_PER_MAC = 2
 RETENTION, SKIP = "retention_", "skip_"
 """What the names of a study's parameters begin with; then comes the layer."""
+LATENCY = "latency:"
+"""What the names of study attributes begin with that hold what `hpo bench` measured."""
 ORIGIN = "origin"
 """Attribute of a trial whose length config another method found: that method."""
 ORIGINS = {"power-bert": "PoWER-BERT's configs"}
@@ -75,6 +78,29 @@ class FrontPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatencySource:
+    """Where the front's times were measured.
+
+    Attributes:
+        processor: The machine's.
+        threads: That computed.
+        precision: Of the products.
+        batch_size: Sequences that were run together.
+    """
+
+    processor: str
+    threads: int
+    precision: str
+    batch_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.processor}, {self.threads} threads, {self.precision}, "
+            f"{'one sequence at a time' if self.batch_size == 1 else f'batches of {self.batch_size}'}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Front:
     """What a length study found.
 
@@ -94,6 +120,7 @@ class Front:
         constant_rate: Trials with one retention for all layers, none skipped, by rising cost; of equals the earliest.
         median_tokens: Median number of real tokens per sequence of the search split, where known.
         workload: What was searched, as `hpo.workload.Workload` records it; empty where unknown.
+        latency: Where the points' `latency_ms` were measured; None where they were not.
     """
 
     study: str
@@ -111,6 +138,7 @@ class Front:
     seeds: tuple[FrontPoint, ...] = ()
     median_tokens: int | None = None
     workload: Mapping[str, Any] = field(default_factory=dict)
+    latency: LatencySource | None = None
 
     @property
     def beside(self) -> list[str]:
@@ -136,7 +164,8 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
     if not completed:
         raise EmptyFront(f"Study {study.study_name!r} has no completed trial yet; start it with `hpo search-lengths`.")
     attrs = study.user_attrs
-    points = [_front_point(trial, study.study_name, attrs) for trial in completed]
+    source, full_ms, ms_of_trial = _latencies(attrs)
+    points = [_front_point(trial, study.study_name, attrs, ms_of_trial.get(trial.number)) for trial in completed]
     rates = {trial.number: constant_rate(trial.params) for trial in completed}
     full = next((point for point in points if rates[point.trial] == 1.0), None)
     if full is None:
@@ -144,6 +173,7 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
             f"Study {study.study_name!r} has no completed trial at full length to compare with; "
             "run `hpo search-lengths` again to complete the study."
         )
+    full = replace(full, latency_ms=full_ms)
     on_front = [points[index] for index in non_dominated([p.macs for p in points], [p.metric for p in points])]
     scores_on_front = {(point.metric, point.macs) for point in on_front}
     metric, cost = study.metric_names or ("metric", "macs")
@@ -163,6 +193,7 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
         seeds=_distinct_by_cost([point for point in points if point.origin is not None]),
         median_tokens=attrs.get("median_tokens"),
         workload=attrs.get("workload") or {},
+        latency=source,
     )
 
 
@@ -218,7 +249,13 @@ def hypervolume_history(study: optuna.Study) -> list[float]:
     return _growing_areas(scores_N2[:, 1] / full_macs, scores_N2[:, 0])
 
 
-def choose(front: Front, *, max_drop: float | None = None, budget: float | None = None) -> FrontPoint:
+def choose(
+    front: Front,
+    *,
+    max_drop: float | None = None,
+    budget: float | None = None,
+    max_latency_ms: float | None = None,
+) -> FrontPoint:
     """The point of the front that serves a wish; exactly one wish is given.
 
     The report split is never looked at: it stays an honest check of the choice.
@@ -227,13 +264,18 @@ def choose(front: Front, *, max_drop: float | None = None, budget: float | None 
         front: Where to choose.
         max_drop: The cheapest point whose metric is at most this far below full length's, in the metric's units.
         budget: The best point that costs at most this share of full length, in (0, 1].
+        max_latency_ms: The best of the points that `hpo bench` timed which takes at most this long per sequence.
     Raises:
-        NothingFits: Every point exceeds the budget.
-        ValueError: Both or no wish is given, or its value is out of range.
+        NothingFits: Every point exceeds the budget or takes longer, or none was timed.
+        ValueError: Several wishes or none are given, or a value is out of range.
     """
     try:
-        return choose_point(front.points, front.full.metric, max_drop=max_drop, budget=budget)
+        return choose_point(
+            front.points, front.full.metric, max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms
+        )
     except model.front_file.NothingFits as error:
+        if budget is None:
+            raise NothingFits(f"Study {front.study!r}: {error}") from error
         raise NothingFits(
             f"No point of study {front.study!r} costs {budget:g} of full length or less; the cheapest is trial "
             f"{front.points[0].trial}: ask for a budget of {smallest_budget(front.points):g} or more."
@@ -250,6 +292,7 @@ def front_to_json(front: Front, chosen: FrontPoint | None) -> dict[str, Any]:
         "cost": {"name": front.cost, "unit": front.unit},
         "full": _point_to_json(front.full),
         "hypervolume": front.hypervolume,
+        **({} if front.latency is None else {"latency": asdict(front.latency)}),
         "points": [_point_to_json(point) for point in front.points],
         "chosen": None if chosen is None else _point_to_json(chosen),
     }
@@ -265,6 +308,7 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
         caption=Text(
             f"{front.metric} on the search split, which selects, and on the report split. FLOPs: mean per sequence of "
             f"the search split, {FLOPS_PER_MAC} per MAC; shares are of {BASELINE}."
+            + ("" if front.latency is None else f" ms: per sequence, on {front.latency}.")
             + ("" if chosen is None else " * marks the choice.")
             + ("" if front.full.skipped is None else " - marks a skipped layer.")
         ),
@@ -283,16 +327,19 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
         table.add_column(Text(f"{name}\nreport".replace("_", " "), overflow="fold"), justify="right", min_width=6)
     table.add_column("share\nof full", justify="right", no_wrap=True)
     table.add_column("FLOPs", justify="right", no_wrap=True)
+    if front.latency is not None:
+        table.add_column("ms", justify="right", no_wrap=True)
+    timed = front.latency is not None
     for point in front.points:
         is_chosen = chosen is not None and point.trial == chosen.trial
         mark = "*" if is_chosen else ""
         table.add_row(
             mark,
-            *_cells(point, percents(point.shares, point.skipped), beside),
+            *_cells(point, percents(point.shares, point.skipped), beside, timed),
             style="bold" if is_chosen else None,
         )
     table.add_section()
-    table.add_row("", *_cells(front.full, "full length", beside))
+    table.add_row("", *_cells(front.full, "full length", beside, timed))
     return table
 
 
@@ -321,11 +368,17 @@ def flops_text(macs: float) -> str:
     return f"{flops:.0f} FLOPs"
 
 
-def _cells(point: FrontPoint, kept: str, beside: Sequence[str]) -> tuple[str, ...]:
+def latency_text(point: FrontPoint) -> str:
+    """Milliseconds per sequence, or a hyphen."""
+    return "-" if point.latency_ms is None else f"{point.latency_ms:.3g}"
+
+
+def _cells(point: FrontPoint, kept: str, beside: Sequence[str], timed: bool) -> tuple[str, ...]:
     reported = (point.report_metric, *(point.report_metrics.get(name) for name in beside))
     qualities = ("-" if value is None else f"{value:.4f}" for value in reported)
     share = f"{point.relative_macs:.1%}"
-    return str(point.trial), kept, f"{point.metric:.4f}", *qualities, share, flops_text(point.macs)
+    time = (latency_text(point),) if timed else ()
+    return str(point.trial), kept, f"{point.metric:.4f}", *qualities, share, flops_text(point.macs), *time
 
 
 def _check_objectives(study: optuna.Study) -> None:
@@ -345,7 +398,22 @@ def _full_macs(name: str, attrs: Mapping[str, Any]) -> float:
     return float(attrs["full_macs"])
 
 
-def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any]) -> FrontPoint:
+def _latencies(attrs: Mapping[str, Any]) -> tuple[LatencySource | None, float | None, dict[int, float]]:
+    """One record of `hpo bench`: where it was measured, full length's milliseconds, and those of each trial.
+
+    This machine's records come before others', single sequences before batches, and the newest before older ones.
+    """
+    records = [value for name, value in attrs.items() if name.startswith(LATENCY)]
+    if not records:
+        return None, None, {}
+    own = processor_name()
+    records.sort(key=lambda record: str(record["measured_at"]), reverse=True)
+    record = min(records, key=lambda record: (record["processor"] != own, record["batch_size"]))
+    source = LatencySource(**{name: record[name] for name in ("processor", "threads", "precision", "batch_size")})
+    return source, record["full"]["ms"], {point["trial"]: point["ms"] for point in record["points"]}
+
+
+def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any], latency_ms: float | None) -> FrontPoint:
     if "shares" not in trial.user_attrs:
         raise NotLengthStudy(
             f"Trial {trial.number} of study {study!r} records no length config; "
@@ -361,6 +429,7 @@ def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any]) -> Fr
         macs=macs,
         relative_macs=macs / _full_macs(study, attrs),
         report_relative_macs=report_macs / report_full_macs if report_macs and report_full_macs else None,
+        latency_ms=latency_ms,
         metrics=trial.user_attrs.get("metrics") or {},
         report_metrics=attrs.get(f"report_metrics:{trial.number}") or {},
         origin=trial.user_attrs.get(ORIGIN),

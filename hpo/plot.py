@@ -13,7 +13,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from hpo.front import BASELINE, FLOPS_PER_MAC, ORIGINS, SHARES_PER_LINE, Front, FrontPoint, flops_text, percents
+from hpo.front import (
+    BASELINE,
+    FLOPS_PER_MAC,
+    ORIGINS,
+    SHARES_PER_LINE,
+    Front,
+    FrontPoint,
+    flops_text,
+    latency_text,
+    percents,
+)
 from model.length_config import SKIPPED, LengthConfig
 
 logger = logging.getLogger(__name__)
@@ -137,6 +147,7 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
         rows=_rows(front, chosen),
         metric=escape(front.metric),
         beside="\n".join(f"<th>{escape(name)},<br>report split</th>" for name in front.beside),
+        time="" if front.latency is None else "<th>ms per<br>sequence</th>",
         median="" if front.median_tokens is None else f"of {front.median_tokens} tokens, the median",
         flops_per_mac=FLOPS_PER_MAC,
         baseline=BASELINE,
@@ -255,6 +266,8 @@ def _hover(front: Front, point: FrontPoint) -> str:
         f"FLOPs: {point.relative_macs:.1%} of full length ({flops_text(point.macs)})",
         f"left after each layer, %:<br>{shares}",
     ]
+    if point.latency_ms is not None and front.latency is not None:
+        lines.insert(3, f"time: {point.latency_ms:.3g} ms per sequence, {_text(str(front.latency))}")
     if point.report_metric is not None:
         share = "" if point.report_relative_macs is None else f" at {point.report_relative_macs:.1%} of FLOPs"
         lines.insert(2, f"{_text(front.metric)}, report split: {point.report_metric:.4f}{share}")
@@ -312,6 +325,8 @@ def _facts(front: Front, chosen: FrontPoint | None) -> str:
         "Baseline (100%)": f"{BASELINE}: {flops_text(front.full.macs)} per sequence of the search split",
         "Trials": f"{front.trials} finished, {len(front.points)} on the front, hypervolume {front.hypervolume:.4f}",
     }
+    if front.latency is not None:
+        facts["Time"] = f"per sequence, on {front.latency}; full length: {latency_text(front.full)} ms"
     if chosen is not None:
         facts["Chosen"] = (
             f"trial {chosen.trial} at {chosen.relative_macs:.1%} of the FLOPs ({flops_text(chosen.macs)}): "
@@ -343,10 +358,15 @@ def _row(front: Front, point: FrontPoint, role: str) -> str:
         *(f"{point.report_metrics[name]:.4f}" if point.report_metrics else "-" for name in front.beside),
         f"{point.relative_macs:.1%}",
         flops_text(point.macs),
+        *([] if front.latency is None else [latency_text(point)]),
+    )
+    kept = (
         " ".join(percents(point.shares, point.skipped).split()),
         " ".join(_lengths(front, point)),
     )
-    return f'<tr class="{role}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+    row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    row += "".join(f'<td class="text">{escape(cell)}</td>' for cell in kept)
+    return f'<tr class="{role}">{row}</tr>'
 
 
 _PAGE = Template("""\
@@ -369,7 +389,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th { vertical-align: bottom; color: #555; font-weight: 600; }
-td:nth-child(n+6), th:nth-child(n+6) { text-align: left; }
+td.text, th.text { text-align: left; }
 tr.chosen td { background: #e3f4ee; font-weight: 600; }
 tr.full td { border-top: 2px solid #888; }
 p.note { color: #555; font-size: 14px; max-width: 75ch; overflow-wrap: anywhere; }
@@ -397,8 +417,9 @@ $facts
 $beside
 <th>share of<br>full length</th>
 <th>FLOPs per<br>sequence</th>
-<th>left after each layer,<br>% of the sequence's tokens</th>
-<th>left after each layer<br>$median</th>
+$time
+<th class="text">left after each layer,<br>% of the sequence's tokens</th>
+<th class="text">left after each layer<br>$median</th>
 </tr></thead>
 <tbody>
 $rows

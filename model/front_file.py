@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from model.length_config import LengthConfig
 
 FRONT_FILE = "length_front.json"
+POINT_FIELDS = ("trial", "metric", "report_metric", "macs", "relative_macs", "latency_ms")
 FORMAT = 1
 """Of the file; a reader refuses what a later version wrote."""
 SLACK = 1e-9  # lets a metric of 0.89 pass a bound of 0.9 - 0.01, however the two were rounded
@@ -37,6 +38,10 @@ class Scored(Protocol):
     def relative_macs(self) -> float:
         """Cost as a share of full length."""
 
+    @property
+    def latency_ms(self) -> float | None:
+        """Measured time of one sequence; None where it was not measured."""
+
 
 Point = TypeVar("Point", bound=Scored)
 
@@ -52,6 +57,7 @@ class ServedPoint:
         report_metric: Quality on the report split; None where it was not scored there.
         macs: Mean MACs of the search split's real sequences.
         relative_macs: `macs` as a share of the same model at full length without padding.
+        latency_ms: Time of one sequence where `hpo bench` measured it; None where it did not.
     """
 
     trial: int
@@ -60,6 +66,7 @@ class ServedPoint:
     report_metric: float | None
     macs: float
     relative_macs: float
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +120,20 @@ class ServedFront:
     versions: Mapping[str, str] = field(default_factory=dict)
     graph: Graph | None = None
 
-    def choose(self, *, max_drop: float | None = None, budget: float | None = None) -> ServedPoint:
+    def choose(
+        self, *, max_drop: float | None = None, budget: float | None = None, max_latency_ms: float | None = None
+    ) -> ServedPoint:
         """The point that serves a wish, as `choose_point` says; without one the point it was exported for.
 
         Raises:
-            NothingFits: Every point exceeds the budget.
-            ExportError: Both are given, or a value is out of range.
+            NothingFits: Every point exceeds the budget or takes longer.
+            ExportError: Several are given, or a value is out of range.
         """
-        if max_drop is None and budget is None:
+        if max_drop is None and budget is None and max_latency_ms is None:
             return self.chosen
-        return choose_point(self.points, self.full.metric, max_drop=max_drop, budget=budget)
+        return choose_point(
+            self.points, self.full.metric, max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms
+        )
 
     def write(self, folder: Path) -> None:
         """Write the file into a folder."""
@@ -165,7 +176,12 @@ class ServedFront:
 
 
 def choose_point(
-    points: Sequence[Point], full_metric: float, *, max_drop: float | None = None, budget: float | None = None
+    points: Sequence[Point],
+    full_metric: float,
+    *,
+    max_drop: float | None = None,
+    budget: float | None = None,
+    max_latency_ms: float | None = None,
 ) -> Point:
     """The point of a front that serves a wish; exactly one wish is given.
 
@@ -174,12 +190,17 @@ def choose_point(
         full_metric: Quality of full length.
         max_drop: The cheapest point whose metric is at most this far below full length's, in the metric's units.
         budget: The best point that costs at most this share of full length, in (0, 1].
+        max_latency_ms: The best point whose measured time is at most this; points that were not timed do not count.
     Raises:
-        NothingFits: Every point exceeds the budget, or loses more.
-        ExportError: Both or no wish is given, or its value is out of range.
+        NothingFits: Every point exceeds the budget, loses more or takes longer, or none was timed.
+        ExportError: Several wishes or none are given, or a value is out of range.
     """
-    if (max_drop is None) == (budget is None):
-        raise ExportError(f"max_drop={max_drop} and budget={budget}; give exactly one of them.")
+    wishes = {"max_drop": max_drop, "budget": budget, "max_latency_ms": max_latency_ms}
+    if sum(wish is not None for wish in wishes.values()) != 1:
+        given = " and ".join(f"{name}={wish}" for name, wish in wishes.items())
+        raise ExportError(f"{given}; give exactly one of them.")
+    if max_latency_ms is not None:
+        return _within_time(points, max_latency_ms)
     if max_drop is not None:
         if not max_drop >= 0.0:
             raise ExportError(f"max_drop={max_drop}; choose 0 or more, in units of the metric.")
@@ -199,18 +220,35 @@ def choose_point(
     return affordable[-1]
 
 
+def _within_time(points: Sequence[Point], max_latency_ms: float) -> Point:
+    """The best timed point that takes at most this long."""
+    if not max_latency_ms > 0.0:
+        raise ExportError(f"max_latency_ms={max_latency_ms}; choose more than 0 milliseconds.")
+    timed = [(point.latency_ms, point) for point in points if point.latency_ms is not None]
+    if not timed:
+        raise NothingFits("No point was timed; run `hpo bench`, and export again what is served from a folder.")
+    fast = [point for latency_ms, point in timed if latency_ms <= max_latency_ms]
+    if not fast:
+        least_ms = math.ceil(min(latency_ms for latency_ms, _ in timed) * 1e3) / 1e3
+        raise NothingFits(
+            f"No point that was timed takes {max_latency_ms:g} ms or less; ask for {least_ms:g} ms or more, the least "
+            "there is."
+        )
+    return fast[-1]
+
+
 def smallest_budget(points: Sequence[Scored]) -> float:
     """The cost of the cheapest point, rounded up to what a person would write."""
     return math.ceil(points[0].relative_macs * 1e4) / 1e4
 
 
 def _point_to_json(point: ServedPoint) -> dict[str, Any]:
-    fields = {name: getattr(point, name) for name in ("trial", "metric", "report_metric", "macs", "relative_macs")}
+    fields = {name: getattr(point, name) for name in POINT_FIELDS}
     config: dict[str, Any] = json.loads(point.length_config.to_json())
     return {"trial": fields.pop("trial"), "skipped": [], **config, **fields}
 
 
 def _point_from_json(fields: Mapping[str, Any]) -> ServedPoint:
-    own = {name: fields[name] for name in ("trial", "metric", "report_metric", "macs", "relative_macs")}
+    own = {"latency_ms": None, **{name: fields[name] for name in POINT_FIELDS if name in fields}}
     config = {name: value for name, value in fields.items() if name not in own}
     return ServedPoint(length_config=LengthConfig.from_json(json.dumps(config)), **own)

@@ -1,6 +1,17 @@
 """What this machine computes with, and what it says when its memory is full."""
 
+import platform
+from pathlib import Path
+
 import torch
+
+
+def processor_name() -> str:
+    """What this machine's processor calls itself."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def compute_device() -> torch.device:

@@ -97,7 +97,12 @@ class LengthAdaptivePipeline:
             self._network = _OnnxNetwork(Path(folder), self.front.graph, pad)
 
     def __call__(
-        self, inputs: Sequence[Any], *, budget: float | None = None, max_drop: float | None = None
+        self,
+        inputs: Sequence[Any],
+        *,
+        budget: float | None = None,
+        max_drop: float | None = None,
+        max_latency_ms: float | None = None,
     ) -> list[Prediction]:
         """Predict, in the order of the inputs.
 
@@ -106,16 +111,18 @@ class LengthAdaptivePipeline:
                 mapping with the columns that the model was trained on. Of token classification, a list of words.
             budget: Run under the best point that costs at most this share of full length.
             max_drop: Run under the cheapest point that loses at most this much of full length's metric, as measured on
-                the search split. With neither, the point is the one that was exported.
+                the search split.
+            max_latency_ms: Run under the best point that `hpo bench` saw take at most this long for a sequence, before
+                the export and where it ran. With none of the three, the point is the one that was exported.
         Returns:
             Of a classification `label` and `score`, its probability; of label sets `labels` and the `scores` of all; of
             a regression `value`; of a question `answer`, its `start` and `end` in the context, in characters, and
             `score`, its probability among the likeliest 20; of words `tags`, one for each.
         Raises:
-            NothingFits: Every point exceeds the budget.
+            NothingFits: Every point exceeds the budget or takes longer.
             DataError: An input is not what the task needs; its number is in the message.
         """
-        point = self.front.choose(max_drop=max_drop, budget=budget)
+        point = self.front.choose(max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms)
         if isinstance(inputs, str | Mapping):
             raise DataError("Predictions are asked for as a list; put the one input into a list.")
         rows = []

@@ -1,0 +1,226 @@
+"""How long an encoder takes for sequences on this machine's processor: ours under a length config, and what else one
+would run.
+
+What is timed goes from token ids to logits, tokenising left out. Engines that are compared take turns, so that whatever
+else the machine does meets all of them.
+"""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.encoded import EncodedSplit
+from model.encoder import LengthAdaptiveModel
+from model.front_file import ExportError
+from model.length_config import LengthConfig
+from model.onnx_export import INPUTS, padded, quantise, require_onnx, write_graph
+from model.packed import PackedNetwork
+from model.precision import Precision
+
+SECONDS_AT_LEAST, MOST_ROUNDS = 3.0, 25
+"""A comparison whose rounds are over soon has more of them, up to so many."""
+BASELINES = ("eager", "sdpa", "compile", "onnx-fp32", "onnx-int8")
+"""The dense model at full length, padded to the longest of each batch: transformers with either attention, the second
+compiled by torch, and a graph in ONNX Runtime."""
+
+Name = TypeVar("Name", bound=Hashable)
+Run = Callable[[], Any]
+Batches = Sequence[NDArray[np.int64]]
+"""The sequence numbers of each batch."""
+
+
+class CannotRun(Exception):
+    """An engine does not work here; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Times of one round, in seconds.
+
+    Attributes:
+        median_s: Over the rounds.
+        least_s: Of all rounds.
+        most_s: Of all rounds.
+        rounds: How many there were.
+    """
+
+    median_s: float
+    least_s: float
+    most_s: float
+    rounds: int
+
+
+def race(
+    runs: Mapping[Name, Run],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Callable[[int, int], None] | None = None,
+) -> dict[Name, Timing]:
+    """Time runs that take turns, after two rounds that do not count.
+
+    Args:
+        runs: What to time.
+        rounds: Least number of rounds that count.
+        clock: Seconds.
+        on_round: Told after each round its number and how many there will be, as far as known.
+    """
+
+    def report(done: int, total: int) -> None:
+        if on_round is not None:
+            on_round(done, total)
+
+    for run in runs.values():
+        run()
+    report(1, rounds + 2)
+    start = clock()
+    for run in runs.values():
+        run()
+    took_s = max(clock() - start, 1e-9)
+    rounds = max(rounds, min(MOST_ROUNDS, round(SECONDS_AT_LEAST / took_s)))
+    report(2, rounds + 2)
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
+        report(number + 3, rounds + 2)
+    return {
+        name: Timing(median_s=statistics.median(own), least_s=min(own), most_s=max(own), rounds=rounds)
+        for name, own in seconds.items()
+    }
+
+
+def ours(network: PackedNetwork, split: EncodedSplit, batches: Batches, length_config: LengthConfig) -> Run:
+    """Predictions without padding under a length config, as `LengthAdaptivePipeline` makes them on a processor."""
+    fed = [
+        ([split.input_ids[number] for number in batch], [split.token_type_ids[number] for number in batch])
+        for batch in batches
+    ]
+
+    def run() -> None:
+        for ids, types in fed:
+            network.logits(ids, types, length_config)
+
+    return run
+
+
+def packed(model: LengthAdaptiveModel, precision: Precision) -> PackedNetwork:
+    """What `ours` runs."""
+    return PackedNetwork(model, precision)
+
+
+def baseline(
+    name: str, checkpoint: Path, model: LengthAdaptiveModel, split: EncodedSplit, pad: int, folder: Path
+) -> Callable[[Batches], Run]:
+    """Makes runs of one of `BASELINES` over batches.
+
+    Args:
+        name: Which.
+        checkpoint: Folder of the encoder.
+        model: The same, loaded.
+        split: Whose sequences are run.
+        pad: Token id that pads.
+        folder: Where graphs may be kept for the while.
+    Raises:
+        CannotRun: It does not work here.
+    """
+    try:
+        if name.startswith("onnx"):
+            return _onnx(name == "onnx-int8", model, split, pad, folder)
+        return _dense(name, checkpoint, model, split, pad)
+    except (ExportError, ImportError, OSError, ValueError) as error:
+        raise CannotRun(str(error).splitlines()[0]) from error
+
+
+def _dense(
+    name: str, checkpoint: Path, model: LengthAdaptiveModel, split: EncodedSplit, pad: int
+) -> Callable[[Batches], Run]:
+    network: Any = type(model.network).from_pretrained(
+        checkpoint, attn_implementation="eager" if name == "eager" else "sdpa", dtype=torch.float32
+    )
+    network.train(False)
+    if name == "compile":
+        network = torch.compile(network, dynamic=True)
+        _try(network, _tensors(split, np.arange(min(2, len(split))), pad, model))
+
+    def make(batches: Batches) -> Run:
+        fed = [_tensors(split, batch, pad, model) for batch in batches]
+
+        def run() -> None:
+            with torch.inference_mode():
+                for batch in fed:
+                    network(**batch)
+
+        return run
+
+    return make
+
+
+def _try(network: Any, batch: Mapping[str, torch.Tensor]) -> None:
+    """Compile for real.
+
+    Raises:
+        CannotRun: torch does not compile here, as without a C++ compiler.
+    """
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch._inductor", "torch._dynamo"))}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with torch.inference_mode():
+            network(**batch)
+    except Exception as error:  # compilers fail with whatever they like
+        raise CannotRun(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def _onnx(
+    is_int8: bool, model: LengthAdaptiveModel, split: EncodedSplit, pad: int, folder: Path
+) -> Callable[[Batches], Run]:
+    require_onnx()
+    from onnxruntime import InferenceSession, SessionOptions
+
+    path = folder / "full.onnx"
+    if not path.is_file():
+        longest = int(split.num_tokens.max())
+        write_graph(model, LengthConfig.full(model.num_layers), path, longest=longest)
+    if is_int8:
+        exact, path = path, folder / "full-int8.onnx"
+        quantise(exact, path)
+    options = SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def make(batches: Batches) -> Run:
+        arrays = [padded(split, batch, pad) for batch in batches]
+        fed = [{name: batch[name] for name in names} for batch in arrays]
+
+        def run() -> None:
+            for batch in fed:
+                session.run(None, batch)
+
+        return run
+
+    return make
+
+
+def _tensors(
+    split: EncodedSplit, batch: NDArray[np.int64], pad: int, model: LengthAdaptiveModel
+) -> dict[str, torch.Tensor]:
+    from model.onnx_export import input_names
+
+    arrays = padded(split, batch, pad)
+    return {name: torch.from_numpy(arrays[name]) for name in INPUTS if name in input_names(model)}

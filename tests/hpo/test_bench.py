@@ -1,0 +1,238 @@
+"""What `hpo bench` measures, keeps and chooses by."""
+
+import json
+from statistics import median
+
+import numpy as np
+import optuna
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from hpo.bench import bench, spread
+from hpo.front import LATENCY, NothingFits, choose, compute_front
+from hpo.search_lengths import search_lengths
+from hpo.storage import open_storage
+from model import LengthAdaptivePipeline
+from model.front_file import ExportError, ServedFront, choose_point
+from model.length_config import LengthConfig
+from model.timing import CannotRun, race
+
+QUICK = {"sequences": 8, "points": 3, "rounds": 1, "baselines": ()}
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch):
+    monkeypatch.setattr("model.timing.SECONDS_AT_LEAST", 0.0)
+
+
+@pytest.fixture
+def study(lengths, workload, tiny_encoder, storage, tmp_path):
+    return search_lengths(lengths, workload, tiny_encoder, trials=15, storage=storage, runs=tmp_path / "runs").study
+
+
+class Clock:
+    """Stands still but for runs that take a known time."""
+
+    def __init__(self) -> None:
+        self.now, self.order = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def run(self, name, seconds):
+        durations = iter(seconds)
+
+        def run():
+            self.order.append(name)
+            self.now += next(durations)
+
+        return run
+
+
+def test_runs_take_turns_and_the_first_two_rounds_do_not_count():
+    clock = Clock()
+    slow, fast = [90.0, 5.0, 3.0, 9.0, 4.0], [70.0, 1.0, 2.0, 0.5, 8.0]
+    timings = race({"slow": clock.run("slow", slow), "fast": clock.run("fast", fast)}, 3, clock=clock)
+    assert clock.order == ["slow", "fast"] * 5
+    for name, seconds in (("slow", slow[2:]), ("fast", fast[2:])):
+        timing = timings[name]
+        assert (timing.median_s, timing.least_s, timing.most_s) == (median(seconds), min(seconds), max(seconds))
+        assert timing.rounds == 3
+
+
+def test_rounds_that_are_over_soon_are_more(monkeypatch):
+    monkeypatch.setattr("model.timing.SECONDS_AT_LEAST", 3.0)
+    clock = Clock()
+    assert race({"a": clock.run("a", [0.25] * 14)}, 2, clock=clock)["a"].rounds == 12
+    assert race({"a": clock.run("a", [0.01] * 27)}, 2, clock=clock)["a"].rounds == 25, "but no more than enough"
+
+
+def test_timed_points_are_spread_over_the_front_with_both_its_ends():
+    assert [spread(range(10), most) for most in (1, 2, 4, 10, 99)] == [
+        [0],
+        [0, 9],
+        [0, 3, 6, 9],
+        list(range(10)),
+        list(range(10)),
+    ]
+
+
+def test_times_are_kept_with_the_study_and_measured_again_replace_themselves(study, storage, tmp_path):
+    first = bench(study, storage, tmp_path / "runs", batch_sizes=(1, 4), **QUICK)
+    again = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **QUICK)
+    loaded = optuna.load_study(study_name=study.study_name, storage=open_storage(storage))
+    kept = {name: value for name, value in loaded.user_attrs.items() if name.startswith(LATENCY)}
+    assert len(kept) == 2
+    assert kept[again[0].key]["full"]["ms"] == again[0].full.ms != first[1].full.ms
+    front = compute_front(loaded, storage)
+    assert front.latency.batch_size == 1
+    timed = {point.trial: point.ms for point in first[0].points}
+    assert {point.trial: point.latency_ms for point in front.points if point.latency_ms is not None} == timed
+    assert front.full.latency_ms == first[0].full.ms
+
+
+def test_shares_are_those_of_the_sequences_that_were_timed(study, storage, tmp_path, tiny_encoder):
+    (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **QUICK)
+    trial, point = study.trials[record.points[0].trial], record.points[0]
+    assert record.sequences == 8
+    assert 0.0 < point.relative_macs < 1.0
+    assert point.least_ms <= point.ms <= point.most_ms
+    assert record.realised(point) == pytest.approx(record.full.ms / point.ms * point.relative_macs)
+    assert point.relative_macs == pytest.approx(trial.values[1] / study.user_attrs["full_macs"], rel=0.2), "near"
+
+
+def test_figures_of_another_machine_are_never_mixed_with_ours(study, storage, tmp_path, monkeypatch):
+    monkeypatch.setattr("hpo.bench.processor_name", lambda: "another")
+    (other,) = bench(study, storage, tmp_path / "runs", batch_sizes=(1,), **QUICK)
+    front = compute_front(study, storage)
+    assert front.latency.processor == "another", "figures are better than none, and it is said whose they are"
+    monkeypatch.undo()
+    monkeypatch.setattr("model.timing.SECONDS_AT_LEAST", 0.0)
+    ours = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **{**QUICK, "points": 2})[0]
+    front = compute_front(study, storage)
+    assert (front.latency.processor, front.latency.batch_size) == (ours.processor, 4)
+    times = {point.latency_ms for point in front.points} - {None}
+    assert times == {point.ms for point in ours.points}
+    assert times.isdisjoint(point.ms for point in other.points)
+
+
+def test_a_baseline_that_does_not_work_here_is_left_out_with_the_reason(study, storage, tmp_path, monkeypatch):
+    def broken(name, *arguments):
+        raise CannotRun(f"{name} needs a compiler")
+
+    monkeypatch.setattr("hpo.bench.baseline", broken)
+    (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **{**QUICK, "baselines": ["compile"]})
+    assert record.left_out == {"compile": "compile needs a compiler"}
+    assert record.baselines == ()
+
+
+def test_baselines_run_the_dense_model_padded_to_the_longest_of_each_batch(study, storage, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    shapes = []
+    forward = AutoModelForSequenceClassification._model_mapping  # the class is found by the config
+    network = next(cls for config, cls in forward.items() if config.__name__ == "BertConfig")
+    plain = network.forward
+
+    def spy(self, *arguments, **named):
+        shapes.append(tuple(named["input_ids"].shape))
+        return plain(self, *arguments, **named)
+
+    monkeypatch.setattr(network, "forward", spy)
+    names = ["eager", "sdpa", "onnx-fp32", "onnx-int8"]
+    (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **{**QUICK, "baselines": names})
+    assert [row.engine for row in record.baselines] == names
+    assert all(row.ms > 0 and row.trial is None for row in record.baselines)
+    assert {size for size, _ in shapes} == {4}
+    assert len({length for _, length in shapes}) == 2, "two batches, each as long as its longest"
+
+
+class Point:
+    def __init__(self, metric, relative_macs, latency_ms):
+        self.metric, self.relative_macs, self.latency_ms = metric, relative_macs, latency_ms
+
+
+def test_the_best_timed_point_within_a_time_is_chosen():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        metric, macs = np.sort(generator.random((2, 6)))
+        points = [
+            Point(*row, None if generator.random() < 0.3 else float(time))
+            for *row, time in zip(metric, macs, generator.random(6), strict=True)
+        ]
+        fitting = [point for point in points if point.latency_ms is not None and point.latency_ms <= 0.5]
+        if fitting:
+            assert choose_point(points, 1.0, max_latency_ms=0.5) is max(fitting, key=lambda point: point.metric)
+
+
+def test_a_time_that_nothing_keeps_within_says_the_least(study, storage, tmp_path):
+    front = compute_front(study, storage)
+    with pytest.raises(NothingFits, match="run `hpo bench`"):
+        choose(front, max_latency_ms=5.0)
+    (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(1,), **QUICK)
+    front = compute_front(study, storage)
+    with pytest.raises(NothingFits, match=r"ask for [0-9.]+ ms or more"):
+        choose(front, max_latency_ms=1e-6)
+    with pytest.raises(ExportError, match="more than 0"):
+        choose(front, max_latency_ms=0.0)
+    with pytest.raises(ExportError, match="exactly one"):
+        choose(front, max_latency_ms=1.0, budget=0.5)
+    assert choose(front, max_latency_ms=1e6).trial == record.points[-1].trial
+
+
+def test_the_commands_measure_show_and_serve_a_time(study, command, tmp_path):
+    flags = ["--sequences", "8", "--points", "3", "--rounds", "1", "--baselines", "none"]
+    code, out, err = command("bench", "--batch-size", "1,4", *flags, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert [record["batch_size"] for record in document["records"]] == [1, 4]
+    assert all(point["realised"] > 0 for record in document["records"] for point in record["points"])
+    slowest = max(point["ms"] for point in document["records"][0]["points"])
+    code, out, err = command("pareto", "--max-latency-ms", str(slowest), "--json")
+    assert code == 0, err
+    pareto = json.loads(out)
+    best = document["records"][0]["points"][-1]
+    assert pareto["chosen"]["trial"] == best["trial"]
+    assert pareto["chosen"]["latency_ms"] == best["ms"]
+    assert pareto["latency"]["batch_size"] == 1
+    page = next((tmp_path / "runs").rglob("front.html")).read_text()
+    assert "ms per sequence" in page
+    code, out, err = command("pareto")
+    assert "one sequence at a time" in " ".join(out.split())
+    folder = tmp_path / "served"
+    code, _, err = command("export", "--max-latency-ms", str(slowest), "--out", str(folder))
+    assert code == 0, err
+    assert ServedFront.read(folder).chosen.latency_ms == best["ms"]
+    pipeline = LengthAdaptivePipeline(folder)
+    assert len(pipeline(["the film was good"], max_latency_ms=slowest)) == 1
+    with pytest.raises(ExportError, match="ms or more"):
+        pipeline(["the film was good"], max_latency_ms=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "--batch-size", "1,x"], "--batch-size 1,x"),
+        (["bench", "--batch-size", "0"], "1 or more"),
+        (["bench", "--baselines", "tensorrt"], "tensorrt"),
+        (["pareto", "--max-latency-ms", "0"], "above 0"),
+        (["pareto", "--max-latency-ms", "3", "--budget", "0.5"], "not both"),
+        (["export", "--out", "x"], "--max-latency-ms"),
+    ],
+)
+def test_wrong_flags_are_wrong_usage(command, arguments, said):
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert said in " ".join(err.replace("│", " ").split())
+
+
+def test_an_export_made_before_times_were_kept_is_read(study, command, tmp_path):
+    folder = tmp_path / "served"
+    code, _, err = command("export", "--budget", "1.0", "--out", str(folder))
+    assert code == 0, err
+    document = json.loads((folder / "length_front.json").read_text())
+    for point in (*document["points"], document["full"], document["chosen"]):
+        del point["latency_ms"]
+    (folder / "length_front.json").write_text(json.dumps(document))
+    front = ServedFront.read(folder)
+    assert {point.latency_ms for point in front.points} == {None}
+    assert isinstance(front.chosen.length_config, LengthConfig)
