@@ -13,7 +13,7 @@ import transformers
 from hpo.errors import HpoError
 from hpo.runs import CACHE, StudyRuns
 from hpo.workload import LoadedWorkload, load_encoder
-from model.distill import DistillError, DistillSettings, distil
+from model.distill import DistillError, DistillSettings, check_pair, checked_layer_map, distil
 from model.encoder import LengthAdaptiveModel, read_config
 from model.evaluate import score
 from model.length_config import LengthConfig
@@ -115,6 +115,24 @@ class Recipe:
         except ValueError as error:
             raise HpoError(f"--student-layers {','.join(map(str, self.student_layers))}: {error}") from error
 
+    def check_student(self, student: LengthAdaptiveModel) -> None:
+        """Refuse a student that cannot learn from the teacher as the study's fixed settings ask.
+
+        Before there is a study, since one would hold on to settings that nothing can be trained with.
+
+        Raises:
+            HpoError: The layer map does not fit the two, or they differ in labels, vocabulary or attention heads.
+        """
+        if self.teacher is None or self.definition.kind != "distill":
+            return
+        for stage in STAGES[:-1]:
+            settings = DistillSettings(**self.definition.settings_of(stage, {}))
+            try:
+                check_pair(student, self.teacher, settings)
+                checked_layer_map(settings.layer_map, student.num_layers, self.teacher.num_layers)
+            except ValueError as error:
+                raise self._cannot_distil(error) from error
+
     def train(
         self,
         parameters: Mapping[str, Any],
@@ -200,7 +218,10 @@ class Recipe:
                 on_progress=lambda step, steps: on_progress(step / steps),
             )
         except (ValueError, DistillError) as error:  # layers, widths or heads of the two do not go together
-            raise HpoError(f"Study {self.definition.name!r} cannot distil {self.teacher_source}: {error}") from error
+            raise self._cannot_distil(error) from error
+
+    def _cannot_distil(self, error: Exception) -> HpoError:
+        return HpoError(f"Study {self.definition.name!r} cannot distil {self.teacher_source}: {error}")
 
     def _in_processes(self, training: Callable[..., TrainingReport]) -> Callable[..., TrainingReport]:
         """The same training, in as many processes as the recipe has."""

@@ -193,12 +193,17 @@ def test_impossible_students_are_refused(command, arguments, layers):
     assert "--student-layers" in err
 
 
-def test_a_layer_map_that_cannot_be_is_refused(command, arguments, distill_file):
-    Path(distill_file).write_text(DISTILL.replace("[fixed.logits]", "layer_map = [1, 9]\n[fixed.logits]"))
+@pytest.mark.parametrize(("layers", "wrong"), [("[1, 9]", "9"), ("[1]", "2 layers"), ("[0, 1]", "0"), ("3", "3")])
+def test_a_layer_map_that_cannot_be_is_refused_and_leaves_no_study(command, arguments, distill_file, layers, wrong):
+    Path(distill_file).write_text(DISTILL.replace("[fixed.logits]", f"layer_map = {layers}\n[fixed.logits]"))
     code, _, err = command("distill", *arguments)
     assert code == 1
-    assert "layer" in err
-    assert "9" in err
+    assert "layer_map" in err
+    assert wrong in " ".join(err.split())
+    assert "Traceback" not in err
+    Path(distill_file).write_text(DISTILL)
+    code, _, err = command("distill", *arguments)
+    assert code == 0, err
 
 
 def test_a_distillation_without_a_teacher_is_refused(command, distill_file, tiny_encoder, tiny_dataset):
