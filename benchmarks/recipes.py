@@ -6,8 +6,8 @@ The recipes read the training split `--epochs` times in all:
 
 - `plain`: fine-tuning at full length; its front is that of constant-rate shortening, for which nothing is searched.
 - `lengthdrop`: one plain epoch, then LengthDrop.
-- `distilled`: the teacher's vectors, then its answers, half of the epochs each.
-- `distilled-lengthdrop`: the teacher's vectors, then LengthDrop with the teacher, half of the epochs each.
+- `distilled`: the teacher's vectors for `--intermediate-epochs`, then its answers.
+- `distilled-lengthdrop`: the teacher's vectors for as long, then LengthDrop with the teacher.
 - `power-bert`: plain fine-tuning, then the retention of one penalty and re-training with it, a third of the epochs
   each, and that for every penalty: a model per budget.
 
@@ -177,17 +177,17 @@ def lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
 
 
 def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
-    student, half = bench.new_student(seed), bench.arguments.epochs // 2
-    bench.imitate(student, seed, half, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
+    bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
     only = {"embedding_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0}
-    bench.imitate(student, seed, bench.arguments.epochs - half, **only, logit_weight=1.0, label_weight=0.5)
+    bench.imitate(student, seed, bench.arguments.epochs - first, **only, logit_weight=1.0, label_weight=0.5)
     return bench.searched(student, seed)
 
 
 def distilled_lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
-    student, half = bench.new_student(seed), bench.arguments.epochs // 2
-    bench.imitate(student, seed, half, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
-    bench.fine_tune(student, bench.settings(seed, 0, bench.arguments.epochs - half), bench.recipe.teacher)
+    student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
+    bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    bench.fine_tune(student, bench.settings(seed, 0, bench.arguments.epochs - first), bench.recipe.teacher)
     return bench.searched(student, seed)
 
 
@@ -234,6 +234,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
                 "recipe": name,
                 "seed": seed,
                 "epochs": bench.arguments.epochs,
+                "intermediate_epochs": bench.arguments.intermediate_epochs if name.startswith("distilled") else None,
                 "training_examples": len(bench.loaded.train),
                 "trials": None if name in UNSEARCHED else bench.arguments.trials,
                 "area": round(above_half(search), 5),
@@ -348,6 +349,7 @@ def main() -> None:
     parser.add_argument("--train-limit", type=int)
     parser.add_argument("--search-size", type=int)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--intermediate-epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--distill-learning-rate", type=float, default=2e-4)
