@@ -39,7 +39,7 @@ from search import above_half, where
 from hpo.plot import BLUE, GREEN, GREY, ORANGE, SKY, lay_out, write_image
 from hpo.recipe import Recipe
 from hpo.search_lengths import SEEDS, config_of, constant_rates, search_loaded
-from hpo.seeds import POWER_BERT
+from hpo.seeds import MASK_LEARNING_RATE, POWER_BERT, UPDATES
 from hpo.storage import open_storage
 from hpo.workload import LoadedWorkload, Workload, load_workload
 from model.data import DataSpec
@@ -195,12 +195,17 @@ def power_bert(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     search: list[Point] = []
     report: list[Point] = []
     third = max(1, bench.arguments.epochs // 3)
+    steps_per_epoch = -(-len(bench.loaded.train) // PowerBertSettings().batch_size)
     for penalty in PENALTIES:
         student = bench.new_student(seed)
         student.token_score = TrainingSettings().token_score
         bench.fine_tune(student, bench.settings(seed, bench.arguments.epochs - 2 * third, 0))
         settings = PowerBertSettings(
-            penalty=penalty, mask_learning_rate=1e-2, epochs=third, dropout=bench.arguments.dropout, seed=seed
+            penalty=penalty,
+            mask_learning_rate=MASK_LEARNING_RATE * max(1.0, UPDATES / (third * steps_per_epoch)),  # as far in fewer
+            epochs=third,
+            dropout=bench.arguments.dropout,
+            seed=seed,
         )
         config = learn_retention(student, bench.loaded.train, bench.loaded.tokenizer, settings)
         again = bench.settings(seed, third, 0)
