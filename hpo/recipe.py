@@ -82,6 +82,11 @@ class Recipe:
         if teacher_source is not None:
             _check_vocabularies(loaded, teacher_source)
             teacher = load_encoder(teacher_source, loaded.corpus)
+            if teacher.has_new_head:
+                raise HpoError(
+                    f"The teacher {teacher_source} has no head for {teacher.task}, so that there is nothing to learn "
+                    "from it; choose one that was fine-tuned on this dataset."
+                )
             _check_labels(loaded, teacher_source)
         layers = None if student_layers is None else tuple(student_layers)
         return cls(
@@ -217,7 +222,10 @@ class Recipe:
                 cache_dir=runs.folder / CACHE,
                 on_progress=lambda step, steps: on_progress(step / steps),
             )
-        except (ValueError, DistillError) as error:  # layers, widths or heads of the two do not go together
+        except DistillError as error:  # what it advises are arguments of our own
+            reason = str(error).partition("; free some space")[0]
+            raise HpoError(f"{reason}; free some space, or choose another folder with --runs.") from error
+        except ValueError as error:  # layers, widths or heads of the two do not go together
             raise self._cannot_distil(error) from error
 
     def _cannot_distil(self, error: Exception) -> HpoError:
