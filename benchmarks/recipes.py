@@ -178,7 +178,8 @@ def lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
 
 def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
-    bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    if first:
+        bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
     only = {"embedding_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0}
     bench.imitate(student, seed, bench.arguments.epochs - first, **only, logit_weight=1.0, label_weight=0.5)
     return bench.searched(student, seed)
@@ -186,7 +187,8 @@ def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
 
 def distilled_lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
-    bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    if first:
+        bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
     bench.fine_tune(student, bench.settings(seed, 0, bench.arguments.epochs - first), bench.recipe.teacher)
     return bench.searched(student, seed)
 
