@@ -301,7 +301,7 @@ def summaries(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         own = [line for line in lines if line.get("recipe") == name]
         figures = {
             "area_on_report": [line["area_on_report"] for line in own],
-            "full_length_on_report": [max(map(tuple, line["front_on_report"]))[1] for line in own],
+            "full_length_on_report": [dict(map(tuple, line["front_on_report"])).get(1.0) for line in own],
             "least_share_within": [line["least_share_within"] for line in own],
             "chosen_share": [line["chosen_on_search"] and line["chosen_on_search"][0] for line in own],
             "chosen_quality": [line["chosen_on_search"] and line["chosen_on_search"][1] for line in own],
