@@ -6,14 +6,20 @@ The recipes read the training split `--epochs` times in all:
 
 - `plain`: fine-tuning at full length; its front is that of constant-rate shortening, for which nothing is searched.
 - `lengthdrop`: one plain epoch, then LengthDrop.
-- `distilled`: the teacher's vectors, then its answers, half of the epochs each.
-- `distilled-lengthdrop`: the teacher's vectors, then LengthDrop with the teacher, half of the epochs each.
+- `distilled`: the teacher's vectors for `--intermediate-epochs`, then its answers.
+- `distilled-lengthdrop`: the teacher's vectors for as long, then LengthDrop with the teacher.
 - `power-bert`: plain fine-tuning, then the retention of one penalty and re-training with it, a third of the epochs
   each, and that for every penalty: a model per budget.
 
 Prints a JSON line per recipe and seed: its points on the search and the report split (share of the cost at full length,
-quality), the area (quality above 0.5 against that share) on both, and the least share whose report quality is within
-0.01 of plain fine-tuning at full length. With `--image`, draws the fronts on the report split, one line per seed.
+quality), the area (quality above 0.5 against that share) on both, the least share whose report quality is within 0.01
+of plain fine-tuning at full length, and the point that a user would get who asks the search split for that.
+
+With `--seeding`, also a line per seed on PoWER-BERT's configs as seeds of a search, of the model that the recipe
+`lengthdrop` trains: how far below the front of a search without them each lies, and the area of a search with them.
+
+A last line per recipe has the mean, the least and the most over the seeds. With `--image`, draws the fronts on the
+report split, one line per seed; `--lines FILE` takes lines that were printed before instead of training anything.
 """
 
 import argparse
@@ -32,7 +38,8 @@ from search import above_half, where
 
 from hpo.plot import BLUE, GREEN, GREY, ORANGE, SKY, lay_out, write_image
 from hpo.recipe import Recipe
-from hpo.search_lengths import config_of, constant_rates, search_loaded
+from hpo.search_lengths import SEEDS, config_of, constant_rates, search_loaded
+from hpo.seeds import MASK_LEARNING_RATE, POWER_BERT, UPDATES
 from hpo.storage import open_storage
 from hpo.workload import LoadedWorkload, Workload, load_workload
 from model.data import DataSpec
@@ -45,6 +52,7 @@ from model.power_bert import PowerBertSettings, learn_retention, retrain
 from model.train import TrainingSettings, train
 from studies.loader import load_finetune, load_lengths
 
+UNSEARCHED = ("plain", "power-bert")
 PENALTIES = (0.03, 0.1, 0.3, 1.0)
 WITHIN = 0.01
 Point = tuple[float, float]
@@ -65,15 +73,21 @@ class Bench:
     recipe: Recipe
     loaded: LoadedWorkload
     arguments: argparse.Namespace
+    trained: dict[str, LengthAdaptiveModel] = dataclasses.field(default_factory=dict)
 
     def new_student(self, seed: int) -> LengthAdaptiveModel:
         transformers.set_seed(seed)
         return self.recipe.new_student()
 
     def settings(self, seed: int, plain_epochs: int, epochs: int) -> TrainingSettings:
-        rate, size = self.arguments.learning_rate, self.arguments.batch_size
         return TrainingSettings(
-            learning_rate=rate, batch_size=size, plain_epochs=plain_epochs, epochs=epochs, length_drop=0.25, seed=seed
+            learning_rate=self.arguments.learning_rate,
+            batch_size=self.arguments.batch_size,
+            dropout=self.arguments.dropout,
+            plain_epochs=plain_epochs,
+            epochs=epochs,
+            length_drop=0.25,
+            seed=seed,
         )
 
     def fine_tune(
@@ -81,10 +95,16 @@ class Bench:
     ) -> None:
         train(student, self.loaded.train, self.loaded.tokenizer, settings, teacher=teacher)
 
-    def imitate(self, student: LengthAdaptiveModel, seed: int, epochs: int, **weights: float) -> None:
+    def imitate(self, student: LengthAdaptiveModel, seed: int, epochs: int, **weights: Any) -> None:
         assert self.recipe.teacher is not None
-        rate, size = self.arguments.distill_learning_rate, self.arguments.batch_size
-        settings = DistillSettings(learning_rate=rate, batch_size=size, epochs=epochs, seed=seed, **weights)
+        settings = DistillSettings(
+            learning_rate=self.arguments.distill_learning_rate,
+            batch_size=self.arguments.batch_size,
+            dropout=self.arguments.dropout,
+            epochs=epochs,
+            seed=seed,
+            **weights,
+        )
         distil(student, self.recipe.teacher, self.loaded.train, self.loaded.tokenizer, settings)
 
     def scored(self, model: LengthAdaptiveModel, configs: Sequence[LengthConfig]) -> tuple[list[Point], list[Point]]:
@@ -106,21 +126,40 @@ class Bench:
 
     def searched(self, model: LengthAdaptiveModel, seed: int) -> tuple[list[Point], list[Point]]:
         """Where the front of a search stands, on the search and on the report split."""
+        study = self.search(model, seed)
+        configs = [config_of(trial.params) for trial in study.best_trials]
+        return self.scored(model, [LengthConfig.full(model.num_layers), *configs])
+
+    def search(
+        self, model: LengthAdaptiveModel, seed: int, seed_with: str | None = None, engine: Evaluator | None = None
+    ) -> optuna.Study:
+        """A search over a model's length configs, kept in memory."""
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder) / "model"
             model.save_pretrained(checkpoint)
             self.loaded.tokenizer.save_pretrained(checkpoint)
             storage = open_storage(f"sqlite:///{folder}/hpo.db")
-            definition = load_lengths("lengths")
-            precision = choose_precision(model, self.loaded.search, self.loaded.metric)
-            blocks = definition.blocks if self.loaded.metric.per_example else 1
-            engine = Evaluator(model, self.loaded.search, precision=precision, num_blocks=blocks, seed=seed)
-            trials = self.arguments.trials
-            study = search_loaded(
-                definition, self.loaded, checkpoint, trials, storage, Path(folder), seed, evaluator=engine
-            ).study
-            configs = [config_of(trial.params) for trial in study.best_trials]
-        return self.scored(model, [LengthConfig.full(model.num_layers), *configs])
+            search = search_loaded(
+                load_lengths("lengths"),
+                self.loaded,
+                checkpoint,
+                self.arguments.trials,
+                storage,
+                Path(folder),
+                seed,
+                evaluator=engine or self.engine(model, seed),
+                seed_with=seed_with,
+            )
+            in_memory = optuna.create_study(directions=search.study.directions)
+            in_memory.add_trials(search.study.get_trials())
+            for key, value in search.study.user_attrs.items():
+                in_memory.set_user_attr(key, value)
+        return in_memory
+
+    def engine(self, model: LengthAdaptiveModel, seed: int) -> Evaluator:
+        precision = choose_precision(model, self.loaded.search, self.loaded.metric)
+        blocks = load_lengths("lengths").blocks if self.loaded.metric.per_example else 1
+        return Evaluator(model, self.loaded.search, precision=precision, num_blocks=blocks, seed=seed)
 
 
 def plain(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
@@ -133,21 +172,24 @@ def plain(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
 def lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     student = bench.new_student(seed)
     bench.fine_tune(student, bench.settings(seed, 1, bench.arguments.epochs - 1))
+    bench.trained["lengthdrop"] = student
     return bench.searched(student, seed)
 
 
 def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
-    student, half = bench.new_student(seed), bench.arguments.epochs // 2
-    bench.imitate(student, seed, half, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
+    if first:
+        bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
     only = {"embedding_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0}
-    bench.imitate(student, seed, bench.arguments.epochs - half, **only, logit_weight=1.0, label_weight=0.5)
+    bench.imitate(student, seed, bench.arguments.epochs - first, **only, logit_weight=1.0, label_weight=0.5)
     return bench.searched(student, seed)
 
 
 def distilled_lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
-    student, half = bench.new_student(seed), bench.arguments.epochs // 2
-    bench.imitate(student, seed, half, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
-    bench.fine_tune(student, bench.settings(seed, 0, bench.arguments.epochs - half), bench.recipe.teacher)
+    student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
+    if first:
+        bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    bench.fine_tune(student, bench.settings(seed, 0, bench.arguments.epochs - first), bench.recipe.teacher)
     return bench.searched(student, seed)
 
 
@@ -155,11 +197,18 @@ def power_bert(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     search: list[Point] = []
     report: list[Point] = []
     third = max(1, bench.arguments.epochs // 3)
+    steps_per_epoch = -(-len(bench.loaded.train) // PowerBertSettings().batch_size)
     for penalty in PENALTIES:
         student = bench.new_student(seed)
         student.token_score = TrainingSettings().token_score
         bench.fine_tune(student, bench.settings(seed, bench.arguments.epochs - 2 * third, 0))
-        settings = PowerBertSettings(penalty=penalty, mask_learning_rate=1e-2, epochs=third, seed=seed)
+        settings = PowerBertSettings(
+            penalty=penalty,
+            mask_learning_rate=MASK_LEARNING_RATE * max(1.0, UPDATES / (third * steps_per_epoch)),  # as far in fewer
+            epochs=third,
+            dropout=bench.arguments.dropout,
+            seed=seed,
+        )
         config = learn_retention(student, bench.loaded.train, bench.loaded.tokenizer, settings)
         again = bench.settings(seed, third, 0)
         retrain(student, bench.loaded.train, bench.loaded.tokenizer, again, config)
@@ -180,25 +229,93 @@ RECIPES = {
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:
     """A line per recipe and seed; plain fine-tuning comes first, since the others are compared with it."""
     for seed in map(int, bench.arguments.seeds.split(",")):
-        enough = 0.0
+        wanted, enough = 0.0, 0.0
         for name in ("plain", *(name for name in bench.arguments.recipes.split(",") if name != "plain")):
             start = time.perf_counter()
             search, report = RECIPES[name](bench, seed)
-            if name == "plain":
-                enough = max(report)[1] - WITHIN  # the costliest point is full length
+            if name == "plain":  # its costliest point is full length
+                wanted, enough = max(search)[1] - WITHIN, max(report)[1] - WITHIN
             near = [share for share, quality in report if quality >= enough]
+            good = [(share, point) for (share, quality), point in zip(search, report, strict=True) if quality >= wanted]
             yield {
                 "recipe": name,
                 "seed": seed,
                 "epochs": bench.arguments.epochs,
+                "intermediate_epochs": bench.arguments.intermediate_epochs if name.startswith("distilled") else None,
                 "training_examples": len(bench.loaded.train),
+                "trials": None if name in UNSEARCHED else bench.arguments.trials,
                 "area": round(above_half(search), 5),
                 "area_on_report": round(above_half(report), 5),
                 "quality_wanted": round(enough, 5),
                 "least_share_within": round(min(near), 5) if near else None,
-                "front": [(round(share, 5), round(quality, 5)) for share, quality in search],
-                "front_on_report": [(round(share, 5), round(quality, 5)) for share, quality in report],
+                "chosen_on_search": rounded([min(good)[1]])[0] if good else None,
+                "front": rounded(search),
+                "front_on_report": rounded(report),
                 "s": round(time.perf_counter() - start, 1),
+            }
+        if bench.arguments.seeding:
+            yield seeding(bench, seed)
+
+
+def seeding(bench: Bench, seed: int) -> dict[str, Any]:
+    """What PoWER-BERT's configs, learned from one model, are worth beside a search over it, and in one."""
+    start = time.perf_counter()
+    if "lengthdrop" not in bench.trained:
+        lengthdrop(bench, seed)
+    model = bench.trained.pop("lengthdrop")
+    engine = bench.engine(model, seed)
+    without, seeded = bench.search(model, seed, engine=engine), bench.search(model, seed, POWER_BERT, engine)
+    fronts = [
+        bench.scored(model, [config_of(trial.params) for trial in study.best_trials]) for study in (without, seeded)
+    ]
+    shares_CL = seeded.user_attrs[SEEDS]["shares"]
+    learned = bench.scored(model, [LengthConfig.from_shares(shares) for shares in shares_CL])
+    return {
+        "part": "seeding",
+        "seed": seed,
+        "training_examples": len(bench.loaded.train),
+        "trials": bench.arguments.trials,
+        "area": [round(above_half(search), 5) for search, _ in fronts],
+        "area_on_report": [round(above_half(report), 5) for _, report in fronts],
+        "learned": rounded(learned[0]),
+        "learned_on_report": rounded(learned[1]),
+        "below_front": below(learned[0], fronts[0][0]),
+        "below_front_on_report": below(learned[1], fronts[0][1]),
+        "s": round(time.perf_counter() - start, 1),
+    }
+
+
+def below(points: Sequence[Point], front: Sequence[Point]) -> list[float]:
+    """How far each point's quality is below the best of a front that costs no more; negative where it is above."""
+    best = [max((quality for cost, quality in front if cost <= share), default=0.0) for share, _ in points]
+    return [round(other - quality, 5) for other, (_, quality) in zip(best, points, strict=True)]
+
+
+def rounded(points: Sequence[Point]) -> list[Point]:
+    return [(round(share, 5), round(quality, 5)) for share, quality in points]
+
+
+def summaries(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Over the seeds of each recipe: the mean, the least and the most of what a line says."""
+    for name in RECIPES:
+        own = [line for line in lines if line.get("recipe") == name]
+        figures = {
+            "area_on_report": [line["area_on_report"] for line in own],
+            "full_length_on_report": [dict(map(tuple, line["front_on_report"])).get(1.0) for line in own],
+            "least_share_within": [line["least_share_within"] for line in own],
+            "chosen_share": [line["chosen_on_search"] and line["chosen_on_search"][0] for line in own],
+            "chosen_quality": [line["chosen_on_search"] and line["chosen_on_search"][1] for line in own],
+        }
+        if own:
+            yield {
+                "summary": name,
+                "seeds": [line["seed"] for line in own],
+                **{
+                    figure: None
+                    if None in values
+                    else [round(value, 5) for value in (sum(values) / len(values), min(values), max(values))]
+                    for figure, values in figures.items()
+                },
             }
 
 
@@ -206,7 +323,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> go.Figure:
     """The fronts on the report split; what a point dominates is left out."""
     figure = go.Figure()
     for name, (colour, title) in STYLE.items():
-        for number, line in enumerate(line for line in lines if line["recipe"] == name):
+        for number, line in enumerate(line for line in lines if line.get("recipe") == name):
             best, points = -1.0, []
             for share, quality in sorted(map(tuple, line["front_on_report"])):
                 if quality > best:
@@ -232,22 +349,45 @@ def draw(lines: Sequence[dict[str, Any]]) -> go.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="fine-tuned encoder")
+    parser.add_argument("--teacher", help="fine-tuned encoder")
     parser.add_argument("--student", help="encoder that learns; without it, cut from the teacher")
     parser.add_argument("--student-layers", help="as in 0,2,4")
-    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--dataset")
     parser.add_argument("--train-limit", type=int)
     parser.add_argument("--search-size", type=int)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--intermediate-epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--distill-learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dropout", type=float, help="of the student; left out: as its checkpoint has it")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--seeding", action="store_true", help="measure PoWER-BERT's configs as seeds too")
+    parser.add_argument("--lines", type=Path, nargs="+", help="printed before; nothing is trained")
     parser.add_argument("--image", type=Path)
     arguments = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if arguments.lines is None and None in (arguments.teacher, arguments.dataset):
+        parser.error("give --teacher and --dataset, or --lines")
+    lines: list[dict[str, Any]] = []
+    if arguments.lines is None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        for line in measure(make_bench(arguments)):
+            lines.append(line)
+            print(json.dumps({"benchmark": "recipes", **line, **where()}), flush=True)
+    else:
+        lines += [
+            json.loads(text) for file in arguments.lines for text in file.read_text(encoding="utf-8").splitlines()
+        ]
+    for line in summaries(lines):
+        print(json.dumps({"benchmark": "recipes", **line}), flush=True)
+    if arguments.image is not None:
+        write_image(draw(lines), arguments.image)
+
+
+def make_bench(arguments: argparse.Namespace) -> Bench:
+    """Load what the recipes share."""
     spec = DataSpec(
         dataset=arguments.dataset, train_limit=arguments.train_limit, search_size=arguments.search_size, seed=0
     )
@@ -255,12 +395,7 @@ def main() -> None:
     loaded = load_workload(Workload(model=source, data=spec), source)
     layers = None if arguments.student_layers is None else [int(part) for part in arguments.student_layers.split(",")]
     recipe = Recipe.of(load_finetune("finetune"), loaded, arguments.teacher, layers)
-    lines = []
-    for line in measure(Bench(recipe=recipe, loaded=loaded, arguments=arguments)):
-        lines.append(line)
-        print(json.dumps({"benchmark": "recipes", **line, **where()}), flush=True)
-    if arguments.image is not None:
-        write_image(draw(lines), arguments.image)
+    return Bench(recipe=recipe, loaded=loaded, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import transformers
 from hpo.errors import HpoError
 from hpo.runs import CACHE, StudyRuns
 from hpo.workload import LoadedWorkload, load_encoder
-from model.distill import DistillError, DistillSettings, distil
+from model.distill import DistillError, DistillSettings, check_pair, checked_layer_map, distil
 from model.encoder import LengthAdaptiveModel, read_config
 from model.evaluate import score
 from model.length_config import LengthConfig
@@ -82,6 +82,11 @@ class Recipe:
         if teacher_source is not None:
             _check_vocabularies(loaded, teacher_source)
             teacher = load_encoder(teacher_source, loaded.corpus)
+            if teacher.has_new_head:
+                raise HpoError(
+                    f"The teacher {teacher_source} has no head for {teacher.task}, so that there is nothing to learn "
+                    "from it; choose one that was fine-tuned on this dataset."
+                )
             _check_labels(loaded, teacher_source)
         layers = None if student_layers is None else tuple(student_layers)
         return cls(
@@ -114,6 +119,24 @@ class Recipe:
             return cut_student(whole, self.student_layers)
         except ValueError as error:
             raise HpoError(f"--student-layers {','.join(map(str, self.student_layers))}: {error}") from error
+
+    def check_student(self, student: LengthAdaptiveModel) -> None:
+        """Refuse a student that cannot learn from the teacher as the study's fixed settings ask.
+
+        Before there is a study, since one would hold on to settings that nothing can be trained with.
+
+        Raises:
+            HpoError: The layer map does not fit the two, or they differ in labels, vocabulary or attention heads.
+        """
+        if self.teacher is None or self.definition.kind != "distill":
+            return
+        for stage in STAGES[:-1]:
+            settings = DistillSettings(**self.definition.settings_of(stage, {}))
+            try:
+                check_pair(student, self.teacher, settings)
+                checked_layer_map(settings.layer_map, student.num_layers, self.teacher.num_layers)
+            except ValueError as error:
+                raise self._cannot_distil(error) from error
 
     def train(
         self,
@@ -199,8 +222,14 @@ class Recipe:
                 cache_dir=runs.folder / CACHE,
                 on_progress=lambda step, steps: on_progress(step / steps),
             )
-        except (ValueError, DistillError) as error:  # layers, widths or heads of the two do not go together
-            raise HpoError(f"Study {self.definition.name!r} cannot distil {self.teacher_source}: {error}") from error
+        except DistillError as error:  # what it advises are arguments of our own
+            reason = str(error).partition("; free some space")[0]
+            raise HpoError(f"{reason}; free some space, or choose another folder with --runs.") from error
+        except ValueError as error:  # layers, widths or heads of the two do not go together
+            raise self._cannot_distil(error) from error
+
+    def _cannot_distil(self, error: Exception) -> HpoError:
+        return HpoError(f"Study {self.definition.name!r} cannot distil {self.teacher_source}: {error}")
 
     def _in_processes(self, training: Callable[..., TrainingReport]) -> Callable[..., TrainingReport]:
         """The same training, in as many processes as the recipe has."""

@@ -128,6 +128,7 @@ def open_tuning(recipe: Recipe, rdb: Storage, seed: int = 0) -> optuna.Study:
     """
     definition, loaded = recipe.definition, recipe.loaded
     probe = recipe.new_student()
+    recipe.check_student(probe)
     return open_study(
         rdb,
         definition.name,

@@ -293,13 +293,20 @@ class DistillSettings(Schedule):
             "attention_loss": (self.attention_loss in kinds, "'mse', or 'kl' with attention_of='probabilities'"),
             "temperature": (0 < self.temperature < math.inf, "above 0"),
             "layer_map": (
-                self.layer_map is None or min(self.layer_map, default=0) >= 1,
+                self.layer_map is None or _names_layers(self.layer_map),
                 "that names a layer of the teacher, from 1, for each layer of the student",
             ),
         }
 
     def _weights(self) -> list[str]:
         return [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
+
+
+def _names_layers(layer_map: object) -> bool:
+    """Whether it is a list of layers counted from 1; study files may hold anything."""
+    if not isinstance(layer_map, tuple | list) or not layer_map:
+        return False
+    return all(type(layer) is int and layer >= 1 for layer in layer_map)
 
 
 class DistillError(RuntimeError):

@@ -70,6 +70,7 @@ class LengthAdaptiveModel(nn.Module):
         task: What the head predicts.
         shape: The sizes that decide the cost.
         front: Where the folder it was loaded from is an export, the length configs that serve it; else None.
+        has_new_head: Whether the folder it was loaded from had no head for the task, or not all of it.
     """
 
     def __init__(self, network: PreTrainedModel, task: str = "classification") -> None:
@@ -81,6 +82,7 @@ class LengthAdaptiveModel(nn.Module):
         self.network = network
         self.task = task
         self.front: ServedFront | None = None
+        self.has_new_head = False
         self.family = FAMILIES[model_type]
         if refusal := self.family.refusal(network.config, task):
             raise CheckpointError(f"The {model_type} encoder {refusal}.")
@@ -135,6 +137,7 @@ class LengthAdaptiveModel(nn.Module):
             raise CheckpointError(explain_load_failure(folder_or_id, error)) from error
         model = cls(network, task)
         model.front = front if front is not None and front.task == task else None
+        model.has_new_head = not all(map(model._is_encoder_weight, report["missing_keys"]))
         if absent := sorted(key for key in report["missing_keys"] if model._is_encoder_weight(key)):
             raise CheckpointError(
                 f"{folder_or_id} lacks {len(absent)} of the encoder's weights (first: {absent[0]}); "

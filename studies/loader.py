@@ -140,7 +140,8 @@ class FinetuneStudy:
             raise StudyFileError(f"{', '.join(both)} stands both in [space] and in [fixed]; keep one")
         for key, value in self.fixed.items():
             if not _is_value(value) and not (self.kind == "distill" and _is_layer_list(value)):
-                raise StudyFileError(f"[fixed] sets {key}={_shown(value)}; write a number or a word")
+                wanted = "a number, a word or a list of layers" if self.kind == "distill" else "a number or a word"
+                raise StudyFileError(f"[fixed] sets {key}={_shown(value)}; write {wanted}")
         for number, parameters in enumerate(self.first, start=1):
             for key, value in parameters.items():
                 if key not in self.space:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -162,12 +163,18 @@ def more_labels(tiny_encoder, folder):
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
+def no_head(tiny_encoder, folder):
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+    BertForSequenceClassification.from_pretrained(tiny_encoder).bert.save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (another_vocabulary, "different vocabularies of 25 and 24 tokens.*'unheard'"),
         (other_labels, "knows the labels cat, dog, the dataset has 0, 1"),
         (more_labels, "classifies into 5 classes, not 2"),
+        (no_head, "has no head for classification.*fine-tuned"),
     ],
 )
 def test_a_teacher_that_does_not_suit_is_refused(
@@ -193,12 +200,25 @@ def test_impossible_students_are_refused(command, arguments, layers):
     assert "--student-layers" in err
 
 
-def test_a_layer_map_that_cannot_be_is_refused(command, arguments, distill_file):
-    Path(distill_file).write_text(DISTILL.replace("[fixed.logits]", "layer_map = [1, 9]\n[fixed.logits]"))
+@pytest.mark.parametrize(("layers", "wrong"), [("[1, 9]", "9"), ("[1]", "2 layers"), ("[0, 1]", "0"), ("3", "3")])
+def test_a_layer_map_that_cannot_be_is_refused_and_leaves_no_study(command, arguments, distill_file, layers, wrong):
+    Path(distill_file).write_text(DISTILL.replace("[fixed.logits]", f"layer_map = {layers}\n[fixed.logits]"))
     code, _, err = command("distill", *arguments)
     assert code == 1
-    assert "layer" in err
-    assert "9" in err
+    assert "layer_map" in err
+    assert wrong in " ".join(err.split())
+    assert "Traceback" not in err
+    Path(distill_file).write_text(DISTILL)
+    code, _, err = command("distill", *arguments)
+    assert code == 0, err
+
+
+def test_a_disk_without_room_for_the_teachers_outputs_is_named_with_a_way_out(command, arguments, monkeypatch):
+    monkeypatch.setattr("model.distill.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    code, _, err = command("distill", *arguments, "--study", "distill")
+    assert code == 1
+    assert re.search("outputs take .* has 0.0 MiB free; free some space, or choose another folder with --runs", err)
+    assert "cache_" not in err.replace("teacher-cache", "")
 
 
 def test_a_distillation_without_a_teacher_is_refused(command, distill_file, tiny_encoder, tiny_dataset):
