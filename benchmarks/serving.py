@@ -159,12 +159,13 @@ def imdb(arguments: argparse.Namespace) -> None:
         "onnx fp32, full length": engine_of(model, full, "onnx fp32", arguments.work, name=name),
         "onnx int8, full length": engine_of(model, full, "onnx int8", arguments.work, name=name),
         "torch fp32": engine_of(model, config, "torch fp32", arguments.work),
-        "onnx fp32": engine_of(model, config, "onnx fp32", arguments.work, name=name),
-        "onnx int8": engine_of(model, config, "onnx int8", arguments.work, name=name),
     }
-    if front:
-        made["onnx fp32"] = onnx_engine(arguments.imdb_onnx / "model.onnx")
-        made["onnx int8"] = onnx_engine(arguments.imdb_int8 / "model.onnx")
+    for engine, exported in (("onnx fp32", arguments.imdb_onnx), ("onnx int8", arguments.imdb_int8)):
+        made[engine] = (
+            onnx_engine(exported / "model.onnx")
+            if front
+            else engine_of(model, config, engine, arguments.work, name=name)
+        )
     if computes_in_bf16():
         made["transformers sdpa bf16"] = transformers_engine(rounded)
         made["torch bf16, full length"] = engine_of(model, full, "torch bf16", arguments.work)
