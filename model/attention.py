@@ -77,8 +77,6 @@ def attention(
         weights = weights + mask_or_bias
     weights = weights.softmax(-1)
     context = F.dropout(weights, dropout, training=dropout > 0) @ value_BHLd
-    if not with_scores:
-        return context, None
     received = weights.detach().float()
     if mask_BL is not None:
         received = received * mask_BL[:, None, :, None]

@@ -539,7 +539,7 @@ def lay_side_by_side(family: EncoderFamily, network: Any, num_layers: int) -> No
         for name in ("weight", "bias"):
             parts = [getattr(projection, name) for projection in projections]
             together = torch.cat([part.detach() for part in parts])
-            for projection, part in zip(projections, together.split([len(part) for part in parts]), strict=True):
+            for projection, part in zip(projections, torch.split(together, [len(part) for part in parts]), strict=True):
                 setattr(projection, name, torch.nn.Parameter(part, requires_grad=False))
 
 

@@ -62,11 +62,14 @@ class PackedNetwork:
         length_B = np.fromiter(map(len, input_ids), dtype=np.int64, count=len(input_ids))
         order_B = np.argsort(length_B, kind="stable")
         with torch.inference_mode():
-            ids = [np.concatenate([given[number] for number in order_B]) for given in (input_ids, token_type_ids)]
-            said = self._run(*map(torch.from_numpy, ids), length_B[order_B], length_config)
+            ids_T, types_T = (
+                torch.from_numpy(np.concatenate([given[number] for number in order_B]))
+                for given in (input_ids, token_type_ids)
+            )
+            said = self._run(ids_T, types_T, length_B[order_B], length_config)
             sizes = [1] * len(order_B) if self.reads_first else length_B[order_B].tolist()
             logits: list[Any] = [None] * len(order_B)
-            for number, own in zip(order_B, said.float().split(sizes), strict=True):
+            for number, own in zip(order_B, torch.split(said.float(), sizes), strict=True):
                 logits[number] = own[0] if self.reads_first else own
         return logits
 
