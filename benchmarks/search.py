@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
 import resource
 import tempfile
 import time
@@ -45,7 +44,7 @@ from model.data import DataSpec, load_corpus
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision
-from model.hardware import computes_in_bf16
+from model.hardware import computes_in_bf16, processor_name
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, layer_macs, mean_macs
 from studies.loader import SAMPLERS, LengthsStudy, Range, load_lengths
@@ -379,15 +378,8 @@ def peak_memory_gib() -> float:
 
 def where() -> dict[str, Any]:
     """The hardware and the versions."""
-    model_name = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
-    )
-    return {"hardware": {"processor": model_name, "threads": torch.get_num_threads()}, "versions": library_versions()}
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    hardware = {"processor": processor_name(), "threads": torch.get_num_threads()}
+    return {"hardware": hardware, "versions": library_versions()}
 
 
 PARTS = {"speed": speed, "samplers": samplers, "single": single, "scaling": scaling, "memory": memory}

@@ -24,11 +24,7 @@ untrained: time does not depend on what the weights are.
 import argparse
 import itertools
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,43 +38,20 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 from hpo.workload import library_versions
 from model.encoder import LengthAdaptiveModel
 from model.front_file import ServedFront
-from model.hardware import computes_in_bf16
+from model.hardware import computes_in_bf16, processor_name
 from model.length_config import LengthConfig
 from model.macs import layer_macs
 from model.onnx_export import quantise, write_graph
 from model.packed import PackedNetwork
+from model.timing import Run, Timing, race
 from model.tokenizer import load_tokenizer
 
 LENGTHS, BATCHES = (128, 256, 384), (1, 8, 32)
 FRONT_LIKE = LengthConfig.from_shares((0.85, 0.65, 0.5, 0.4, 0.3, 0.2))
 SQUAD = LengthConfig.from_lengths((315, 251, 242, 159, 142, 33), max_length=384)
 LONGEST, IMDB_CUT = 384, 256
-SECONDS_AT_LEAST, MOST_ROUNDS = 3, 25
-"""A comparison whose rounds are over soon has more of them."""
-PAUSE_S, WARMED_S, LONG_S = 0.05, 0.3, 3.0
-"""Before each timed run: both libraries' threads wait busily for a while after theirs, which slows the next one down. A
-run shorter than the second is made once untimed first, since another one has had the caches. One longer than the third
-has one untimed round, not two."""
 
 Sequences = Sequence[NDArray[np.int64]]
-Run = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one round.
-
-    Attributes:
-        median: Over the rounds.
-        least: Of all rounds.
-        most: Of all rounds.
-        rounds: How many there were.
-    """
-
-    median: float
-    least: float
-    most: float
-    rounds: int
 
 
 def main() -> None:
@@ -179,11 +152,11 @@ def imdb(arguments: argparse.Namespace) -> None:
     base = timings["transformers sdpa fp32"].median
     for name, timing in timings.items():
         line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts), "cut_at": IMDB_CUT}
-        line |= {"ms_per_review": round(1e3 * timing.median / len(texts), 3), "baseline": "transformers sdpa fp32"}
-        line["speed_up"] = round(base / timing.median, 3)
+        line |= {"ms_per_review": round(1e3 * timing.median_s / len(texts), 3), "baseline": "transformers sdpa fp32"}
+        line["speed_up"] = round(base / timing.median_s, 3)
         same = {"onnx fp32": "onnx fp32", "torch fp32": "onnx fp32", "onnx int8": "onnx int8"}.get(name)
         if same:
-            line["over_onnx_at_full_length"] = round(timings[f"{same}, full length"].median / timing.median, 3)
+            line["over_onnx_at_full_length"] = round(timings[f"{same}, full length"].median_s / timing.median_s, 3)
         if "full" not in name and "sdpa" not in name:
             saved = sum(model.macs(tokens) for tokens in counts) / sum(model.macs(tokens, config) for tokens in counts)
             line |= {"config": str(config), "macs_saved": round(saved, 3)}
@@ -207,8 +180,8 @@ def bert(arguments: argparse.Namespace) -> None:
     first = timings["BERT-base, transformers sdpa fp32"]
     for name, timing in timings.items():
         line: dict[str, Any] = {"part": "bert", "engine": name, "batch": 32, "tokens": LONGEST}
-        line["ms_per_sequence"] = round(1e3 * timing.median / 32, 2)
-        line["speed_up"] = round(first.median / timing.median, 3)
+        line["ms_per_sequence"] = round(1e3 * timing.median_s / 32, 2)
+        line["speed_up"] = round(first.median_s / timing.median_s, 3)
         say(line | ({"lengths": str(SQUAD)} if name in made else {}), timing)
 
 
@@ -279,30 +252,6 @@ def padded(batch: Sequences) -> dict[str, NDArray[np.int64]]:
     return arrays
 
 
-def race(runs: Mapping[Any, Run], repeats: int) -> dict[Any, Timing]:
-    """Times of runs that take turns: in as many rounds as asked for, or more where a round is over soon."""
-    took = {}
-    for name, run in runs.items():
-        took[name] = seconds_of(run)
-        if took[name] < LONG_S:
-            took[name] = seconds_of(run)
-    rounds = max(repeats, min(MOST_ROUNDS, round(SECONDS_AT_LEAST / sum(took.values()))))
-    seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            time.sleep(PAUSE_S)
-            if took[name] < WARMED_S:
-                run()
-            seconds[name].append(seconds_of(run))
-    return {name: Timing(statistics.median(own), min(own), max(own), rounds) for name, own in seconds.items()}
-
-
-def seconds_of(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def report_share(
     model: LengthAdaptiveModel,
     engine: str,
@@ -316,8 +265,8 @@ def report_share(
         [sum(count(model, tokens, config) for tokens in counts) for config in (full, FRONT_LIKE)]
         for count in (LengthAdaptiveModel.macs, macs_for_first)
     )
-    speed_up = timings[engine, full].median / timings[engine, FRONT_LIKE].median
-    line = {**fields, "engine": engine, "full_length_ms": round(1e3 * timings[engine, full].median, 3)}
+    speed_up = timings[engine, full].median_s / timings[engine, FRONT_LIKE].median
+    line = {**fields, "engine": engine, "full_length_ms": round(1e3 * timings[engine, full].median_s, 3)}
     line |= {"speed_up": round(speed_up, 3), "macs_saved": round(macs[0] / macs[1], 3)}
     line |= {"realised": round(speed_up * macs[1] / macs[0], 3)}
     if model.reads_first:
@@ -351,7 +300,7 @@ def in_batches(sequences: Sequences, size: int) -> list[Sequences]:
 
 
 def say(line: Mapping[str, Any], timing: Timing) -> None:
-    spread = {"ms": timing.median, "least_ms": timing.least, "most_ms": timing.most}
+    spread = {"ms": timing.median_s, "least_ms": timing.least_s, "most_ms": timing.most_s}
     versions = library_versions() | {"onnxruntime": version("onnxruntime")}
     about = {"rounds": timing.rounds, "hardware": hardware(), "versions": versions}
     milliseconds = {name: round(1e3 * seconds, 3) for name, seconds in spread.items()}
@@ -359,11 +308,11 @@ def say(line: Mapping[str, Any], timing: Timing) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    name = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return {"processor": name, "threads": torch.get_num_threads(), "bf16_products": computes_in_bf16()}
+    return {
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "bf16_products": computes_in_bf16(),
+    }
 
 
 if __name__ == "__main__":

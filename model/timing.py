@@ -21,12 +21,16 @@ from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.front_file import ExportError
 from model.length_config import LengthConfig
-from model.onnx_export import INPUTS, padded, quantise, require_onnx, write_graph
+from model.onnx_export import input_names, padded, quantise, require_onnx, write_graph
 from model.packed import PackedNetwork
 from model.precision import Precision
 
 SECONDS_AT_LEAST, MOST_ROUNDS = 3.0, 25
 """A comparison whose rounds are over soon has more of them, up to so many."""
+PAUSE_S, WARMED_S, LONG_S = 0.05, 0.3, 3.0
+"""Before each timed run: both libraries' threads wait busily for a while after theirs, which slows the next one down. A
+run shorter than the second is made once untimed first, since another one has had the caches. One longer than the third
+has one untimed round, not two."""
 BASELINES = ("eager", "sdpa", "compile", "onnx-fp32", "onnx-int8")
 """The dense model at full length, padded to the longest of each batch: transformers with either attention, the second
 compiled by torch, and a graph in ONNX Runtime."""
@@ -65,35 +69,35 @@ def race(
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[Name, Timing]:
-    """Time runs that take turns, after two rounds that do not count.
+    """Time runs that take turns, after rounds that do not count.
 
     Args:
         runs: What to time.
         rounds: Least number of rounds that count.
         clock: Seconds.
-        on_round: Told after each round its number and how many there will be, as far as known.
+        on_round: Told after each round that counts its number and how many there will be.
     """
 
-    def report(done: int, total: int) -> None:
-        if on_round is not None:
-            on_round(done, total)
+    def seconds_of(run: Run) -> float:
+        start = clock()
+        run()
+        return clock() - start
 
-    for run in runs.values():
-        run()
-    report(1, rounds + 2)
-    start = clock()
-    for run in runs.values():
-        run()
-    took_s = max(clock() - start, 1e-9)
-    rounds = max(rounds, min(MOST_ROUNDS, round(SECONDS_AT_LEAST / took_s)))
-    report(2, rounds + 2)
+    took = {}
+    for name, run in runs.items():
+        took[name] = seconds_of(run)
+        if took[name] < LONG_S:
+            took[name] = seconds_of(run)
+    rounds = max(rounds, min(MOST_ROUNDS, round(SECONDS_AT_LEAST / max(sum(took.values()), 1e-9))))
     seconds: dict[Name, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name, run in runs.items():
-            start = clock()
-            run()
-            seconds[name].append(clock() - start)
-        report(number + 3, rounds + 2)
+            time.sleep(PAUSE_S)
+            if took[name] < WARMED_S:
+                run()
+            seconds[name].append(seconds_of(run))
+        if on_round is not None:
+            on_round(number + 1, rounds)
     return {
         name: Timing(median_s=statistics.median(own), least_s=min(own), most_s=max(own), rounds=rounds)
         for name, own in seconds.items()
@@ -220,7 +224,5 @@ def _onnx(
 def _tensors(
     split: EncodedSplit, batch: NDArray[np.int64], pad: int, model: LengthAdaptiveModel
 ) -> dict[str, torch.Tensor]:
-    from model.onnx_export import input_names
-
     arrays = padded(split, batch, pad)
-    return {name: torch.from_numpy(arrays[name]) for name in INPUTS if name in input_names(model)}
+    return {name: torch.from_numpy(arrays[name]) for name in input_names(model)}

@@ -23,6 +23,7 @@ QUICK = {"sequences": 8, "points": 3, "rounds": 1, "baselines": ()}
 @pytest.fixture(autouse=True)
 def short_rounds(monkeypatch):
     monkeypatch.setattr("model.timing.SECONDS_AT_LEAST", 0.0)
+    monkeypatch.setattr("model.timing.PAUSE_S", 0.001)
 
 
 @pytest.fixture
@@ -49,22 +50,29 @@ class Clock:
         return run
 
 
-def test_runs_take_turns_and_the_first_two_rounds_do_not_count():
+def test_runs_take_turns_and_untimed_ones_do_not_count():
     clock = Clock()
-    slow, fast = [90.0, 5.0, 3.0, 9.0, 4.0], [70.0, 1.0, 2.0, 0.5, 8.0]
+    slow, fast = [90.0, 3.0, 9.0, 4.0], [70.0, 1.0, 2.0, 8.0]
     timings = race({"slow": clock.run("slow", slow), "fast": clock.run("fast", fast)}, 3, clock=clock)
-    assert clock.order == ["slow", "fast"] * 5
-    for name, seconds in (("slow", slow[2:]), ("fast", fast[2:])):
+    assert clock.order == ["slow", "fast"] * 4
+    for name, seconds in (("slow", slow[1:]), ("fast", fast[1:])):
         timing = timings[name]
         assert (timing.median_s, timing.least_s, timing.most_s) == (median(seconds), min(seconds), max(seconds))
         assert timing.rounds == 3
 
 
+def test_a_short_run_is_made_once_untimed_before_each_timed_one():
+    clock = Clock()
+    timings = race({"short": clock.run("short", [2.0, 0.1, 9.0, 0.2, 9.0, 0.4, 9.0, 0.3])}, 3, clock=clock)
+    assert (timings["short"].median_s, timings["short"].most_s) == (pytest.approx(0.3), pytest.approx(0.4))
+
+
 def test_rounds_that_are_over_soon_are_more(monkeypatch):
     monkeypatch.setattr("model.timing.SECONDS_AT_LEAST", 3.0)
+    monkeypatch.setattr("model.timing.PAUSE_S", 0.0)
     clock = Clock()
-    assert race({"a": clock.run("a", [0.25] * 14)}, 2, clock=clock)["a"].rounds == 12
-    assert race({"a": clock.run("a", [0.01] * 27)}, 2, clock=clock)["a"].rounds == 25, "but no more than enough"
+    assert race({"a": clock.run("a", [0.5] * 8)}, 2, clock=clock)["a"].rounds == 6
+    assert race({"a": clock.run("a", [0.01] * 52)}, 2, clock=clock)["a"].rounds == 25, "but no more than enough"
 
 
 def test_timed_points_are_spread_over_the_front_with_both_its_ends():
