@@ -394,6 +394,8 @@ def _take_turn(session: Session, study_id: int) -> None:
 
 def _locked_rows(session: Session, trial_ids: Sequence[int], *details: Any) -> list[models.TrialModel]:
     """Trials in the order of their ids, in which everybody locks them."""
+    if not trial_ids:
+        return []
     query = select(models.TrialModel).where(models.TrialModel.trial_id.in_(trial_ids))
     query = query.order_by(models.TrialModel.trial_id).options(*map(selectinload, details)).with_for_update()
     return list(session.scalars(query))
@@ -457,7 +459,7 @@ def _count(session: Session, others: Sequence[_Other], known: Known) -> int:
 def _finish_running(session: Session, outcomes: Sequence[Outcome]) -> None:
     """`_finish` for many, whose rows are locked, with a few statements for all."""
     attributes = models.TrialUserAttributeModel
-    ids = [outcome.trial_id for outcome in outcomes]
+    ids = [outcome.trial_id for outcome in outcomes if outcome.attributes]
     query = select(attributes.trial_id, attributes.key).where(attributes.trial_id.in_(ids))
     there = {(trial_id, key) for trial_id, key in session.execute(query)} if ids else set()
     details = _Details()
