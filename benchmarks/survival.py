@@ -22,6 +22,7 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from storage import where
 
 import hpo.samplers  # noqa: F401  # before processes are forked that need it
 from hpo.rehearsal import RehearsalJob, survivors
@@ -206,7 +207,8 @@ def main() -> None:
             if arguments.only in (None, name):
                 facts = part()
                 survived &= facts["survived"]
-                print(json.dumps({"benchmark": "survival", "storage": display_url(url), **facts}), flush=True)
+                line = {"benchmark": "survival", "storage": display_url(url), **facts, **where()}
+                print(json.dumps(line), flush=True)
     sys.exit(not survived)
 
 

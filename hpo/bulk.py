@@ -137,10 +137,15 @@ def enter_trials(
         SQLAlchemyError: The database failed.
     """
     _take_turn(session, study_id)
-    if batch is not None and (there := _find_batch(session, study_id, known, batch)):
-        return [there.get(place) for place in range(len(trials))]
-    taken = _keys_since(session, study_id, known) if batch is not None else set()
-    room = len(trials) if limit is None else limit - _count(session, study_id, known)
+    others = [] if batch is None and limit is None else _others(session, study_id, known)
+    taken: set[str] = set()
+    if batch is not None:
+        new = {other.trial_id: other for other in others if other.trial_id > known.newest and not other.failed}
+        attributes = _system_attributes(session, list(new), (WORK, KEY))
+        if there := _find_batch(new, attributes, batch):
+            return [there.get(place) for place in range(len(trials))]
+        taken = {found[KEY] for found in attributes.values() if KEY in found}
+    room = len(trials) if limit is None else limit - _count(session, others, known)
     chosen: list[int] = []
     for place, trial in enumerate(trials):
         if len(chosen) < room and trial.system_attrs.get(KEY) not in taken:
@@ -266,7 +271,9 @@ def claim_trials(
         return []
     _take_turn(session, study_id)
     claimed = []
-    room = len(trial_ids) if limit is None else limit - _count(session, study_id, known)
+    room = len(trial_ids)
+    if limit is not None:
+        room = limit - _count(session, _others(session, study_id, known), known)
     for row in _locked_rows(session, trial_ids, models.TrialModel.system_attributes, models.TrialModel.heartbeats):
         attribute = next((attribute for attribute in row.system_attributes if attribute.key == WORK), None)
         work = {} if attribute is None else json.loads(attribute.value_json)
@@ -290,9 +297,7 @@ def claim_trials(
 @reading
 def glance(session: Session, study_id: int, known: Known) -> list[tuple[int, TrialState]]:
     """Ids and states of the trials that are new, or were unfinished, ascending."""
-    query = select(models.TrialModel.trial_id, models.TrialModel.state)
-    query = query.where(models.TrialModel.study_id == study_id, known.others())
-    return [(trial_id, state) for trial_id, state in session.execute(query.order_by(models.TrialModel.trial_id))]
+    return [(other.trial_id, other.state) for other in _others(session, study_id, known)]
 
 
 @reading
@@ -389,60 +394,72 @@ def _take_turn(session: Session, study_id: int) -> None:
 
 def _locked_rows(session: Session, trial_ids: Sequence[int], *details: Any) -> list[models.TrialModel]:
     """Trials in the order of their ids, in which everybody locks them."""
+    if not trial_ids:
+        return []
     query = select(models.TrialModel).where(models.TrialModel.trial_id.in_(trial_ids))
     query = query.order_by(models.TrialModel.trial_id).options(*map(selectinload, details)).with_for_update()
     return list(session.scalars(query))
 
 
-def _system_attributes_since(session: Session, study_id: int, known: Known, key: str) -> list[tuple[int, int, str]]:
-    """Number, id and JSON value of a system attribute of trials that came after `known` and did not fail."""
+@dataclass(frozen=True)
+class _Other:
+    """A trial of which a worker does not know how it ends."""
+
+    trial_id: int
+    number: int
+    state: TrialState
+
+    @property
+    def failed(self) -> bool:
+        return self.state == TrialState.FAIL
+
+
+def _others(session: Session, study_id: int, known: Known) -> list[_Other]:
+    """The trials of which `known` does not say how they end, ascending by id."""
+    columns = models.TrialModel.trial_id, models.TrialModel.number, models.TrialModel.state
+    study = models.TrialModel.study_id
+    # PostgreSQL's index of studies is not ordered by trial within one: by it, every trial of the study would be read.
+    is_of_study = study + 0 == study_id if session.get_bind().dialect.name == "postgresql" else study == study_id
+    query = select(*columns).where(is_of_study, known.others()).order_by(models.TrialModel.trial_id)
+    return [_Other(int(trial_id), int(number), state) for trial_id, number, state in session.execute(query)]
+
+
+def _system_attributes(session: Session, trial_ids: Sequence[int], keys: Collection[str]) -> dict[int, dict[str, Any]]:
+    """Some system attributes of trials, given by id so that no database reads the others' to find them."""
     table = models.TrialSystemAttributeModel
-    query = (
-        select(models.TrialModel.number, models.TrialModel.trial_id, table.value_json)
-        .join(table, table.trial_id == models.TrialModel.trial_id)
-        .where(
-            models.TrialModel.study_id == study_id,
-            models.TrialModel.trial_id > known.newest,
-            models.TrialModel.state != TrialState.FAIL,
-            table.key == key,
-        )
-    )
-    return [(number, trial_id, value) for number, trial_id, value in session.execute(query)]
-
-
-def _find_batch(session: Session, study_id: int, known: Known, batch: Batch) -> dict[int, tuple[int, int]]:
-    """Number and id of a batch's trials by their places in it."""
-    found = {}
-    for number, trial_id, value in _system_attributes_since(session, study_id, known, WORK):
-        work = json.loads(value)
-        if work.get("batch") == batch.token:
-            found[int(work["place"])] = (number, trial_id)
+    found: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(trial_ids), LOADED_TOGETHER):
+        part = table.trial_id.in_(trial_ids[start : start + LOADED_TOGETHER])
+        query = select(table.trial_id, table.key, table.value_json).where(part, table.key.in_(keys))
+        for trial_id, key, value in session.execute(query):
+            found.setdefault(int(trial_id), {})[key] = json.loads(value)
     return found
 
 
-def _keys_since(session: Session, study_id: int, known: Known) -> set[str]:
-    return {json.loads(value) for _, _, value in _system_attributes_since(session, study_id, known, KEY)}
+def _find_batch(
+    new: Mapping[int, _Other], attributes: Mapping[int, Mapping[str, Any]], batch: Batch
+) -> dict[int, tuple[int, int]]:
+    """Number and id of a batch's trials by their places in it."""
+    found = {}
+    for trial_id, own in attributes.items():
+        work = own.get(WORK, {})
+        if work.get("batch") == batch.token:
+            found[int(work["place"])] = (new[trial_id].number, trial_id)
+    return found
 
 
-def _count(session: Session, study_id: int, known: Known) -> int:
+def _count(session: Session, others: Sequence[_Other], known: Known) -> int:
     """Trials that count, are running, or wait to be begun again; a user's own queue does not count."""
-    begun = select(models.TrialSystemAttributeModel.trial_id).where(
-        models.TrialSystemAttributeModel.trial_id == models.TrialModel.trial_id,
-        models.TrialSystemAttributeModel.key == WORK,
-    )
-    counted = or_(
-        models.TrialModel.state.in_((*ENDED, TrialState.RUNNING)),
-        (models.TrialModel.state == TrialState.WAITING) & begun.exists(),
-    )
-    query = select(func.count()).select_from(models.TrialModel)
-    query = query.where(models.TrialModel.study_id == study_id, known.others(), counted)
-    return known.ended + (session.scalar(query) or 0)
+    waiting = [other.trial_id for other in others if other.state == TrialState.WAITING]
+    begun = _system_attributes(session, waiting, (WORK,))
+    counted = sum(other.state in (*ENDED, TrialState.RUNNING) for other in others)
+    return known.ended + counted + len(begun)
 
 
 def _finish_running(session: Session, outcomes: Sequence[Outcome]) -> None:
     """`_finish` for many, whose rows are locked, with a few statements for all."""
     attributes = models.TrialUserAttributeModel
-    ids = [outcome.trial_id for outcome in outcomes]
+    ids = [outcome.trial_id for outcome in outcomes if outcome.attributes]
     query = select(attributes.trial_id, attributes.key).where(attributes.trial_id.in_(ids))
     there = {(trial_id, key) for trial_id, key in session.execute(query)} if ids else set()
     details = _Details()

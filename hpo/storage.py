@@ -251,6 +251,8 @@ def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: in
     return {
         "pool_size": connections,
         "pool_pre_ping": True,
+        # Who has waited for a turn must see what was written meanwhile; MariaDB shows a transaction its beginning.
+        "isolation_level": "READ COMMITTED",
         "connect_args": {option: value for option, value in ours.items() if option not in url.query},
     }
 

@@ -183,6 +183,29 @@ def test_calls_made_together_fail_alone(direct):
     assert len(study.trials) == 2
 
 
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_calls_made_together_see_what_others_entered_meanwhile(new_database, kind, monkeypatch):
+    """A server's transaction has read something when one of its calls comes to wait for its turn."""
+    url = new_database(kind)
+    served, direct = open_database(url), open_database(url)
+    study = optuna.create_study(storage=direct, study_name="s", directions=["maximize", "minimize"])
+
+    def another_enters(session):
+        enter_trials(direct, study._study_id, [running()])
+
+    monkeypatch.setitem(FUNCTIONS, "another_enters", another_enters)
+    *_, entered = served.run_together(
+        [
+            ("glance", [study._study_id, Known()], {}),
+            ("another_enters", [], {}),
+            ("enter_trials", [study._study_id, [running(), running()]], {"limit": 2, "known": Known()}),
+        ]
+    )
+    assert [place and place[0] for place in entered] == [1, None]
+    close(served)
+    close(direct)
+
+
 def test_a_large_generation_fits_into_a_message(remote):
     study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
     big = running()

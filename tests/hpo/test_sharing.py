@@ -288,3 +288,55 @@ def test_the_cost_of_asking_and_telling_can_be_measured(storage):
     costs = measure_ask_and_tell(RehearsalJob(storage=storage, trials=1), [30, 60], measured=20)
     assert [cost.trials for cost in costs] == [30, 60]
     assert all(cost.ask_ms > 0 and cost.tell_ms > 0 for cost in costs)
+
+
+def test_asking_and_telling_reads_a_few_rows_of_a_long_study_on_postgresql(new_database):
+    """PostgreSQL counts the rows that it reads, whichever way it finds them."""
+    url = new_database("postgresql")
+    job = RehearsalJob(storage=url, trials=1, sampler="random")
+    filling = open_storage(url)
+    study = job.open_study(filling)
+    with filling.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO trials (study_id, number, state) SELECT study_id, number, 'COMPLETE' "
+            "FROM studies, generate_series(0, 2999) AS number"
+        )
+        connection.exec_driver_sql(
+            "INSERT INTO trial_system_attributes (trial_id, key, value_json) "
+            "SELECT trial_id, 'generation', '1' FROM trials"
+        )
+    opened = open_storage(url)
+    mirror = job.mirror(study, opened, Heartbeats(opened))
+
+    def ask_and_tell():
+        mirror.sync()
+        asked = mirror.ask(1, key_of=lambda params: "".join(map(str, params.values())), limit=10**6)
+        mirror.tell([Told(trial=trial, values=(0.1, 0.2)) for trial in asked])
+
+    ask_and_tell()  # the first time, all connections of a storage look at its tables
+    close(opened)
+    before = _rows_read(filling)
+    for _ in range(10):
+        ask_and_tell()
+    close(opened)
+    assert _rows_read(filling) - before < 10 * 30, "a hundredth of the study's 3,000 trials each time"
+    close(filling)
+
+
+def _rows_read(storage) -> int:
+    """Rows that connections which have ended have read of the tables of trials; they count as they end."""
+    query = (
+        "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) FROM pg_stat_user_tables "
+        "WHERE left(relname, 5) = 'trial'"
+    )
+    others = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND backend_type = 'client backend'"
+    )
+    close(storage)
+    with storage.engine.connect() as connection:
+        while connection.exec_driver_sql(others).scalar_one():
+            connection.rollback()
+            time.sleep(0.01)
+        connection.rollback()
+        return int(connection.exec_driver_sql(query).scalar_one())
