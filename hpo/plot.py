@@ -359,14 +359,10 @@ def _row(front: Front, point: FrontPoint, role: str) -> str:
         f"{point.relative_macs:.1%}",
         flops_text(point.macs),
         *([] if front.latency is None else [latency_text(point)]),
-    )
-    kept = (
         " ".join(percents(point.shares, point.skipped).split()),
         " ".join(_lengths(front, point)),
     )
-    row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    row += "".join(f'<td class="text">{escape(cell)}</td>' for cell in kept)
-    return f'<tr class="{role}">{row}</tr>'
+    return f'<tr class="{role}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
 _PAGE = Template("""\
@@ -389,7 +385,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
 th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th { vertical-align: bottom; color: #555; font-weight: 600; }
-td.text, th.text { text-align: left; }
+td:nth-last-child(-n+2), th:nth-last-child(-n+2) { text-align: left; }
 tr.chosen td { background: #e3f4ee; font-weight: 600; }
 tr.full td { border-top: 2px solid #888; }
 p.note { color: #555; font-size: 14px; max-width: 75ch; overflow-wrap: anywhere; }
@@ -418,8 +414,8 @@ $beside
 <th>share of<br>full length</th>
 <th>FLOPs per<br>sequence</th>
 $time
-<th class="text">left after each layer,<br>% of the sequence's tokens</th>
-<th class="text">left after each layer<br>$median</th>
+<th>left after each layer,<br>% of the sequence's tokens</th>
+<th>left after each layer<br>$median</th>
 </tr></thead>
 <tbody>
 $rows

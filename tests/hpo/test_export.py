@@ -244,7 +244,7 @@ def test_an_export_is_replaced_and_other_folders_are_left_alone(command, served,
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        ((), 2, "one of --max-drop, --budget and --trial"),
+        ((), 2, "one of --max-drop, --budget, --max-latency-ms and --trial"),
         (("--budget", "0.01"), 1, "budget of 0"),
         (("--trial", "999"), 1, "no completed trial 999"),
         (("--budget", "0.9", "--format", "tflite"), 2, "hf or onnx"),

@@ -51,7 +51,7 @@ def test_points_are_plain_json_with_shares_and_skipped_layers(front, tmp_path):
     assert document["format"] == 1
     assert document["points"][1] == {
         "trial": 7, "skipped": [], "shares": [0.5, 0.25],
-        "metric": 0.85, "report_metric": None, "macs": 4e5, "relative_macs": 0.4,
+        "metric": 0.85, "report_metric": None, "macs": 4e5, "relative_macs": 0.4, "latency_ms": None,
     }  # fmt: skip
     assert document["chosen"]["skipped"] == [0]
 
