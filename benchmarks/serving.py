@@ -149,7 +149,7 @@ def imdb(arguments: argparse.Namespace) -> None:
     batches = in_batches(tokens_of(folder, texts, IMDB_CUT), 8)
     counts = [len(sequence) for batch in batches for sequence in batch]
     timings = race({name: make(batches) for name, make in made.items()}, arguments.repeats)
-    base = timings["transformers sdpa fp32"].median
+    base = timings["transformers sdpa fp32"].median_s
     for name, timing in timings.items():
         line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts), "cut_at": IMDB_CUT}
         line |= {"ms_per_review": round(1e3 * timing.median_s / len(texts), 3), "baseline": "transformers sdpa fp32"}
@@ -265,7 +265,7 @@ def report_share(
         [sum(count(model, tokens, config) for tokens in counts) for config in (full, FRONT_LIKE)]
         for count in (LengthAdaptiveModel.macs, macs_for_first)
     )
-    speed_up = timings[engine, full].median_s / timings[engine, FRONT_LIKE].median
+    speed_up = timings[engine, full].median_s / timings[engine, FRONT_LIKE].median_s
     line = {**fields, "engine": engine, "full_length_ms": round(1e3 * timings[engine, full].median_s, 3)}
     line |= {"speed_up": round(speed_up, 3), "macs_saved": round(macs[0] / macs[1], 3)}
     line |= {"realised": round(speed_up * macs[1] / macs[0], 3)}
