@@ -84,11 +84,7 @@ def realised(arguments: argparse.Namespace) -> None:
 
 
 def realised_by(model: LengthAdaptiveModel, arguments: argparse.Namespace) -> None:
-    engines = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
-    made = {
-        (engine, config): engine_of(model, config, engine, arguments.work)
-        for engine, config in itertools.product(engines, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
-    }
+    engines, made = engines_at_both(model, arguments)
     if arguments.prepare:
         return
     for length, size in itertools.product(LENGTHS, map(int, arguments.batches.split(","))):
@@ -101,11 +97,7 @@ def realised_by(model: LengthAdaptiveModel, arguments: argparse.Namespace) -> No
 
 def sst2(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "classification", num_labels=2).eval()
-    engines = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
-    made = {
-        (engine, config): engine_of(model, config, engine, arguments.work)
-        for engine, config in itertools.product(engines, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
-    }
+    engines, made = engines_at_both(model, arguments)
     if arguments.prepare:
         return
     file = str(Path(arguments.sst2) / "validation.parquet")
@@ -191,6 +183,18 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "imdb": imdb,
     "bert": bert,
 }
+
+
+def engines_at_both(
+    model: LengthAdaptiveModel, arguments: argparse.Namespace
+) -> tuple[list[str], dict[tuple[str, LengthConfig], Callable[[Sequence[Sequences]], Run]]]:
+    """The engines asked for that this machine has, and what makes their runs, shortened and at full length."""
+    engines = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
+    made = {
+        (engine, config): engine_of(model, config, engine, arguments.work)
+        for engine, config in itertools.product(engines, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
+    }
+    return engines, made
 
 
 def engine_of(

@@ -28,8 +28,9 @@ from hpo.storage import IDENTITY
 from hpo.workload import Workload, library_versions, load_encoder, load_workload
 from model.hardware import computes_in_bf16, processor_name
 from model.macs import mean_macs
+from model.packed import PackedNetwork
 from model.precision import Precision
-from model.timing import BASELINES, CannotRun, Timing, baseline, ours, packed, race
+from model.timing import BASELINES, CannotRun, Timing, baseline, ours, race
 
 BATCH_SIZES = (1, 8, 32)
 SEQUENCES, POINTS, ROUNDS = 64, 10, 5
@@ -155,7 +156,7 @@ def bench(
     drawn = np.random.default_rng(0).permutation(len(loaded.search))[:sequences]
     split = loaded.search.take(drawn)
     timed = spread(front.points, points)
-    network = packed(model, precision)
+    network = PackedNetwork(model, precision)
     full_macs = mean_macs(model.shape, split.num_tokens)
     configs = {point.trial: served_point(point).length_config for point in (*timed, front.full)}
     shares = {trial: mean_macs(model.shape, split.num_tokens, config) / full_macs for trial, config in configs.items()}

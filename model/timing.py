@@ -23,7 +23,6 @@ from model.front_file import ExportError
 from model.length_config import LengthConfig
 from model.onnx_export import input_names, padded, quantise, require_onnx, write_graph
 from model.packed import PackedNetwork
-from model.precision import Precision
 
 SECONDS_AT_LEAST, MOST_ROUNDS = 3.0, 25
 """A comparison whose rounds are over soon has more of them, up to so many."""
@@ -116,11 +115,6 @@ def ours(network: PackedNetwork, split: EncodedSplit, batches: Batches, length_c
             network.logits(ids, types, length_config)
 
     return run
-
-
-def packed(model: LengthAdaptiveModel, precision: Precision) -> PackedNetwork:
-    """What `ours` runs."""
-    return PackedNetwork(model, precision)
 
 
 def baseline(
