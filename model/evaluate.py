@@ -24,7 +24,7 @@ of a token, X numbers of all answers.
 
 import itertools
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -48,6 +48,8 @@ Value = TypeVar("Value")
 
 ROWS_PER_CHUNK = 2048
 """Rows that go through a layer together; larger chunks leave the processor's cache and get slower."""
+WORTH_A_CHUNK = 0.75
+"""Fewer rows than this share of a chunk wait for more, as those of a single config do once it has dropped tokens."""
 ROW_STEP = 64
 """Chunks are filled up to a multiple of this many rows: oneDNN builds a kernel for each number of rows it meets."""
 CACHE_BYTES = 512 * 2**20
@@ -367,6 +369,7 @@ class _Walk:
         self.first_of_length = _starts(examples_of_length)
         self.cached_levels = min(CACHED_LEVELS, self.depth - self.reads_first) if self.cache.limit else 0
         self.prefixes = [tree.prefixes(level) for level in range(self.cached_levels)]
+        self.waiting: defaultdict[tuple[int, bool], list[tuple[_Cells, _Rows]]] = defaultdict(list)
 
     def run(self, on_progress: Callable[[float], None] | None) -> None:
         """Fill `answer_X`."""
@@ -382,6 +385,9 @@ class _Walk:
                 done += part.stop - part.start
                 if on_progress is not None:
                     on_progress(done / total)
+        for depth in range(self.depth + 1):  # those of a level may send some on to wait at the next
+            for projected in (False, True):
+                self._let_go(depth, projected)
 
     def answers(self) -> list[Answers]:
         """For each path of the tree, the answers to the block's examples of its length, in the block's order."""
@@ -633,7 +639,43 @@ class _Walk:
         for part in _cut(children.size * children.rows, self.evaluator._rows_per_chunk):
             cell, rows = _ranges(first[part], last[part])
             rows = rows[passed_on.rank_R[rows] < children.rows[part][cell]]
-            self._expand(depth + 1, children[part], passed_on.take(rows, first_token[part], last_token[part]))
+            self._arrive(depth + 1, children[part], passed_on.take(rows, first_token[part], last_token[part]))
+
+    def _arrive(self, depth: int, cells: _Cells, arriving: _Rows) -> None:
+        """Go on from a level at once, or with what arrives there later where the rows are far from filling a chunk."""
+        rows, most = int((cells.size * cells.rows).sum()), self.evaluator._rows_per_chunk
+        if rows >= WORTH_A_CHUNK * most:
+            self._expand(depth, cells, arriving)
+            return
+        projected = arriving.projected_RP is not None
+        waiting = self.waiting[depth, projected]
+        rows += sum(int((other.size * other.rows).sum()) for other, _ in waiting)
+        if rows > most:
+            self._let_go(depth, projected)
+        waiting.append((cells, arriving))
+        if WORTH_A_CHUNK * most <= rows <= most:
+            self._let_go(depth, projected)
+
+    def _let_go(self, depth: int, projected: bool) -> None:
+        """Go on from a level with the rows that wait there, all of them with projections or all without."""
+        waiting = self.waiting[depth, projected]
+        if not waiting:
+            return
+        cells, arriving = waiting[0]
+        if len(waiting) > 1:
+            rows_before = _starts(np.array([len(rows.position_R) for _, rows in waiting]))
+            tokens_before = _starts(np.array([self._origins(part)[-1] for part, _ in waiting]))
+            bounds = [
+                (*(bound + row for bound in _bounds(part.starts())), *(b + token for b in _bounds(self._origins(part))))
+                for (part, _), row, token in zip(waiting, rows_before[:-1], tokens_before[:-1], strict=True)
+            ]
+            node, bundle = (np.concatenate([getattr(part, name) for part, _ in waiting]) for name in ("node", "bundle"))
+            cells, order = self._sorted(depth, node, bundle)
+            first, last, first_token, last_token = (np.concatenate(parts)[order] for parts in zip(*bounds, strict=True))
+            joined = _joined([rows for _, rows in waiting])
+            arriving = joined.take(_ranges(first, last)[1], first_token, last_token)
+        waiting.clear()
+        self._expand(depth, cells, arriving)
 
     def _remember(self, depth: int, cells: _Cells, made: _Rows) -> None:
         origins = self._origins(cells)
@@ -700,13 +742,15 @@ class _Memory(Generic[Value]):
 
 
 def _joined(parts: Sequence[_Rows]) -> _Rows:
+    """The rows of all parts, without their fillers."""
+
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
         present = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(present) if present else None
 
     return _Rows(
-        torch.cat([part.hidden_RD for part in parts]),
-        joined([part.projected_RP for part in parts]),
+        torch.cat([part.hidden_RD[: len(part.position_R)] for part in parts]),
+        joined([None if part.projected_RP is None else part.projected_RP[: len(part.position_R)] for part in parts]),
         np.concatenate([part.position_R for part in parts]),
         np.concatenate([part.rank_R for part in parts]),
         joined([part.said_TV for part in parts]),

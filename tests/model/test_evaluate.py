@@ -240,6 +240,14 @@ def test_chunks_hold_about_as_many_rows_as_asked(model, rows, split):
     assert np.mean(rows.projected) > 20, "much of a chunk is used"
 
 
+def test_the_few_rows_that_a_config_leaves_of_a_chunk_wait_for_more(model, rows, split):
+    Evaluator(model, split, rows_per_chunk=40, cache_bytes=0).predict([LengthConfig.from_retention((0.5,) * 4)])
+    lengths = np.array(LENGTHS)
+    left = [int(np.ceil(lengths * 0.5**layer).sum()) for layer in range(1, 4)]
+    fewest = sum(-(-count // 40) for count in left) + 1  # in the last layer, a row per sequence
+    assert len(rows.fed) <= fewest + 4, "each layer may have a chunk that is not full"
+
+
 def test_the_full_length_needs_no_scores(model, rows, split):
     predict(model, split, [LengthConfig.full(4)])
     assert (rows.scored, rows.mixed, rows.read_first) == (0, 3 * sum(LENGTHS), sum(LENGTHS))
