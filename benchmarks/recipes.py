@@ -6,7 +6,7 @@ The recipes read the training split `--epochs` times in all:
 
 - `plain`: fine-tuning at full length; its front is that of constant-rate shortening, for which nothing is searched.
 - `lengthdrop`: one plain epoch, then LengthDrop.
-- `distilled`: the teacher's vectors for `--intermediate-epochs`, then its answers.
+- `distilled`: the teacher's vectors for `--intermediate-epochs`, then its answers too, as `hpo distill` does.
 - `distilled-lengthdrop`: the teacher's vectors for as long, then LengthDrop with the teacher.
 - `power-bert`: plain fine-tuning, then the retention of one penalty and re-training with it, a third of the epochs
   each, and that for every penalty: a model per budget.
@@ -180,8 +180,8 @@ def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
     if first:
         bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
-    only = {"embedding_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0}
-    bench.imitate(student, seed, bench.arguments.epochs - first, **only, logit_weight=1.0, label_weight=0.5)
+    rest = bench.arguments.epochs - first
+    bench.imitate(student, seed, rest, attention_weight=0.0, logit_weight=1.0, label_weight=0.5)
     return bench.searched(student, seed)
 
 

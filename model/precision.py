@@ -4,6 +4,9 @@ bf16 keeps 8 bits of each factor. What hurts accuracy is not the products, which
 are rounded again and again on their way through the layers, and tokens whose attention is so close that rounding
 decides which is kept. So only the factors of the large products are rounded: vectors pass from layer to layer, are
 normalised and attend to each other in float32.
+
+"mixed" leaves the first layers' products in float32 too. What rounding does there goes through every later layer, and a
+search over length configs computes those layers least often, since configs share them.
 """
 
 import copy
@@ -13,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "mixed", "bf16"]
+
+EXACT_LAYERS = 2
+"""First layers that "mixed" does not round; none of an encoder whose layers share their weights."""
 
 
 class RoundedLinear(nn.Module):
@@ -35,12 +41,16 @@ class RoundedLinear(nn.Module):
 
 
 def snapshot(network: PreTrainedModel, precision: Precision) -> PreTrainedModel:
-    """A frozen copy without dropout, in bf16 with rounded linear layers in place of the encoder layers' own."""
+    """A frozen copy without dropout, unless in fp32 with rounded linear layers in place of the encoder layers' own."""
     frozen = copy.deepcopy(network).requires_grad_(False)
     frozen.train(False)
-    if precision == "bf16":
+    if precision != "fp32":
         stacks = [module for module in frozen.base_model.modules() if isinstance(module, nn.ModuleList)]
-        for parent in {module for stack in stacks for module in stack.modules()}:
+        rounded = {module for stack in stacks for module in stack.modules()}
+        if precision == "mixed":
+            layers = next((stack for stack in stacks if len(stack) == frozen.config.num_hidden_layers), ())
+            rounded -= {module for layer in layers[:EXACT_LAYERS] for module in layer.modules()}
+        for parent in rounded:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(parent, name, RoundedLinear(child))

@@ -334,7 +334,9 @@ def test_blocks_are_samples_of_equal_size_and_like_lengths():
     assert [len(block) for block in stratified_blocks(lengths[:3], 8, seed=0)] == [1, 1, 1]
 
 
-def test_precision_is_bf16_only_where_the_machine_has_it_and_the_metric_stays(model, make_batch, unpadded, monkeypatch):
+def test_precision_is_the_quickest_that_the_machine_has_and_that_leaves_the_metric(
+    model, make_batch, unpadded, monkeypatch
+):
     split = unpadded(make_batch(LENGTHS * 20))
     labels = predict(model, split, [LengthConfig.full(4)])[0]
     metric = choose_metric(CLASS_METRICS, "accuracy")
@@ -346,6 +348,10 @@ def test_precision_is_bf16_only_where_the_machine_has_it_and_the_metric_stays(mo
     assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"
     same = np.where(rounded == labels, labels, -1)  # both are wrong where they differ
     assert choose_precision(model, replace(split, labels=same), metric) == "bf16"
+    mixed = predict(model, split, [LengthConfig.full(4)], precision="mixed")[0]
+    assert ((mixed == labels) & (rounded != labels)).any(), "less is rounded"
+    same = np.where(mixed == labels, labels, -1)
+    assert choose_precision(model, replace(split, labels=same), metric) == "mixed"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -53,6 +53,14 @@ def test_a_snapshot_in_bf16_rounds_the_layers_alone(make_network, make_batch):
     assert 0 < (near - exact).abs().max() < 0.02 * exact.abs().max()
 
 
+@pytest.mark.parametrize("num_layers", [1, 2, 5])
+def test_a_mixed_snapshot_leaves_the_first_two_layers_as_they_are(make_network, num_layers):
+    layers = snapshot(make_network(num_hidden_layers=num_layers), "mixed").bert.encoder.layer
+    kinds = [{type(module) for module in layer.modules() if hasattr(module, "weight")} for layer in layers]
+    exact, rounded = {nn.Linear, nn.LayerNorm}, {RoundedLinear, nn.LayerNorm}
+    assert kinds == [exact, exact, rounded, rounded, rounded][:num_layers]
+
+
 def test_a_snapshot_is_nearer_to_the_network_than_rounding_everything(make_network, make_batch):
     network, batch = make_network(num_hidden_layers=8).eval(), make_batch([30] * 12)
     with torch.no_grad():
