@@ -6,9 +6,10 @@ one record for each machine, number of threads, precision and size of batch: fig
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from model.macs import mean_macs
 from model.packed import PackedNetwork
 from model.precision import Precision
 from model.timing import BASELINES, CannotRun, Timing, baseline, ours, race
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 8, 32)
 SEQUENCES, POINTS, ROUNDS = 64, 10, 5
@@ -166,6 +169,9 @@ def bench(
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for name in baselines:
+            logger.info("Making %s.", TITLES[name])
+            if on_progress is not None:
+                on_progress(0, len(batch_sizes), f"making {TITLES[name]}")
             try:
                 made[name] = baseline(name, checkpoint, model, split, pad, Path(folder))
             except CannotRun as error:
@@ -176,7 +182,8 @@ def bench(
                 ("ours", None): ours(network, split, batches, configs[front.full.trial])
             }
             for point in timed:
-                contenders["ours", point.trial] = ours(network, split, batches, configs[point.trial])
+                if point.trial != front.full.trial:
+                    contenders["ours", point.trial] = ours(network, split, batches, configs[point.trial])
             contenders |= {(name, None): make(batches) for name, make in made.items()}
 
             def report(done: int, total: int, number: int = number, size: int = size) -> None:
@@ -188,6 +195,7 @@ def bench(
                 key: _measured(*key, timing, len(split), 1.0 if key[1] is None else shares[key[1]])
                 for key, timing in timings.items()
             }
+            measured["ours", front.full.trial] = replace(measured["ours", None], trial=front.full.trial)
             record = Record(
                 processor=processor_name(),
                 threads=torch.get_num_threads(),

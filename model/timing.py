@@ -137,7 +137,12 @@ def baseline(
             return _onnx(name == "onnx-int8", model, split, pad, folder)
         return _dense(name, checkpoint, model, split, pad)
     except (ExportError, ImportError, OSError, ValueError) as error:
-        raise CannotRun(str(error).splitlines()[0]) from error
+        raise CannotRun(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _dense(
@@ -177,7 +182,7 @@ def _try(network: Any, batch: Mapping[str, torch.Tensor]) -> None:
         with torch.inference_mode():
             network(**batch)
     except Exception as error:  # compilers fail with whatever they like
-        raise CannotRun(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+        raise CannotRun(f"torch.compile failed: {_reason(error)}") from error
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
