@@ -31,12 +31,12 @@ from model.hardware import computes_in_bf16, processor_name
 from model.macs import mean_macs
 from model.packed import PackedNetwork
 from model.precision import Precision
-from model.timing import BASELINES, CannotRun, Timing, baseline, ours, race
+from model.timing import BASELINES, SEQUENCES, CannotRun, Timing, baseline, in_batches, ours, race, sample
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 8, 32)
-SEQUENCES, POINTS, ROUNDS = 64, 10, 5
+POINTS, ROUNDS = 10, 5
 TITLES = {
     "eager": "transformers, eager",
     "sdpa": "transformers, SDPA",
@@ -156,8 +156,7 @@ def bench(
     model = load_encoder(checkpoint, loaded.corpus).eval().to("cpu")
     if model.fingerprint() != study.user_attrs.get(IDENTITY, {}).get("model"):
         raise HpoError(f"The model in {checkpoint} is not the one that study {front.study!r} searched; restore it.")
-    drawn = np.random.default_rng(0).permutation(len(loaded.search))[:sequences]
-    split = loaded.search.take(drawn)
+    split = sample(loaded.search, sequences)
     timed = spread(front.points, points)
     network = PackedNetwork(model, precision)
     full_macs = mean_macs(model.shape, split.num_tokens)
@@ -177,7 +176,7 @@ def bench(
             except CannotRun as error:
                 left_out[name] = str(error)
         for number, size in enumerate(batch_sizes):
-            batches = [np.arange(len(split))[start : start + size] for start in range(0, len(split), size)]
+            batches = in_batches(len(split), size)
             contenders: dict[tuple[str, int | None], Callable[[], Any]] = {
                 ("ours", None): ours(network, split, batches, configs[front.full.trial])
             }

@@ -24,6 +24,8 @@ from model.length_config import LengthConfig
 from model.onnx_export import input_names, padded, quantise, require_onnx, write_graph
 from model.packed import PackedNetwork
 
+SEQUENCES = 64
+"""Sequences of a split that are timed."""
 SECONDS_AT_LEAST, MOST_ROUNDS = 3.0, 25
 """A comparison whose rounds are over soon has more of them, up to so many."""
 PAUSE_S, WARMED_S, LONG_S = 0.05, 0.3, 3.0
@@ -101,6 +103,16 @@ def race(
         name: Timing(median_s=statistics.median(own), least_s=min(own), most_s=max(own), rounds=rounds)
         for name, own in seconds.items()
     }
+
+
+def sample(split: EncodedSplit, sequences: int = SEQUENCES) -> EncodedSplit:
+    """Sequences of a split, drawn by a fixed seed, as they come."""
+    return split.take(np.random.default_rng(0).permutation(len(split))[:sequences])
+
+
+def in_batches(sequences: int, batch_size: int) -> list[NDArray[np.int64]]:
+    """The numbers of consecutive sequences in batches, of which the last may be smaller."""
+    return [np.arange(sequences)[start : start + batch_size] for start in range(0, sequences, batch_size)]
 
 
 def ours(network: PackedNetwork, split: EncodedSplit, batches: Batches, length_config: LengthConfig) -> Run:
