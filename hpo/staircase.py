@@ -2,7 +2,7 @@
 
 Quality is to be maximised here, cost to be minimised.
 
-Shape letters: T points, J steps of the staircase, C candidates.
+Shape letters: T points, K costs, J steps of the staircase, C candidates.
 """
 
 from dataclasses import dataclass
@@ -29,6 +29,36 @@ def convex_hull(cost_T: Array, quality_T: Array) -> NDArray[np.int64]:
             hull.pop()
         hull.append(int(point))
     return np.array(hull, dtype=np.int64)
+
+
+def members(costs_TK: Array, quality_T: Array) -> NDArray[np.int64]:
+    """Indices of the points that no other beats, by rising costs, the first cost first; of equals the first.
+
+    A point is beaten by one that is no worse in any respect and better in one.
+    """
+    if costs_TK.shape[1] == 1:
+        return Staircase.members(costs_TK[:, 0], quality_T)
+    order = np.lexsort((-quality_T, *costs_TK.T[::-1]))  # whoever beats a point comes before it, and so do its equals
+    kept: list[int] = []
+    for point in order:
+        earlier = np.array(kept, dtype=np.int64)
+        is_beaten = (costs_TK[earlier] <= costs_TK[point]).all(axis=1) & (quality_T[earlier] >= quality_T[point])
+        if not is_beaten.any():
+            kept.append(int(point))
+    return np.array(kept, dtype=np.int64)
+
+
+def behind(costs_TK: Array, quality_T: Array) -> Array:
+    """How far the quality of each point is below the best of those that cost no more by any measure."""
+    if costs_TK.shape[1] == 1:
+        return Staircase.of(costs_TK[:, 0], quality_T).height(costs_TK[:, 0]) - quality_T
+    front = members(costs_TK, quality_T)
+    best_T = np.full(len(quality_T), -np.inf)
+    for point in front:
+        reached_T = (costs_TK[point] <= costs_TK).all(axis=1)
+        best_T[reached_T] = np.maximum(best_T[reached_T], quality_T[point])
+    behind_T: Array = best_T - quality_T
+    return behind_T
 
 
 @dataclass(frozen=True)
