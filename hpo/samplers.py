@@ -63,6 +63,8 @@ def make_sampler(
     seed: int,
     reads_first: bool,
     alone: bool = True,
+    full_cost: float | None = None,
+    identify: CostOf | None = None,
 ) -> BaseSampler:
     """The sampler that a study file names.
 
@@ -75,6 +77,8 @@ def make_sampler(
             layer keeps.
         alone: Whether one worker asks for all trials; where several do, the surrogate chooses a generation's children
             together as ever, though other trials are finished while they are asked one part after the other.
+        full_cost: What full length costs; None where nothing costs more.
+        identify: Numbers that tell configs apart; None where their costs do.
     """
     retentions = RetentionSpace.of(space)
     with warnings.catch_warnings():
@@ -104,6 +108,8 @@ def make_sampler(
                     reads_first=reads_first,
                     generator=np.random.default_rng(seed),
                     patience=1 if alone else definition.population_size,
+                    full_cost=full_cost,
+                    identify=identify,
                 )
                 return optuna.samplers.NSGAIISampler(
                     population_size=definition.population_size, child_generation_strategy=screening, seed=seed
@@ -295,6 +301,8 @@ class SurrogateScreening:
         tried: Keys of the configs that were tried, also of trials that the study shows no more.
         waiting: Children chosen and not yet asked for.
         known: How many trials were finished when they were chosen.
+        full_cost: What full length costs; None where nothing costs more.
+        identify: Numbers that tell configs apart; None where their costs do.
     """
 
     retentions: RetentionSpace
@@ -308,6 +316,8 @@ class SurrogateScreening:
     tried: set[Key] = field(default_factory=set)
     waiting: list[dict[str, Any]] = field(default_factory=list)
     known: int = -1
+    full_cost: float | None = None
+    identify: CostOf | None = None
 
     def __call__(
         self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
@@ -316,7 +326,7 @@ class SurrogateScreening:
         count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
         if not self.waiting or abs(count - self.known) >= self.patience:
             self.known = count
-            scored, stopped = _Scored.of(study, self.retentions), _Stopped.of(study, self.retentions)
+            scored, stopped = _Scored.of(study, self.retentions, self.full_cost), _Stopped.of(study, self.retentions)
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             under_way = self.retentions.configs_of(
                 [trial for trial in running if len(trial.params) == len(search_space)]
@@ -331,9 +341,9 @@ class SurrogateScreening:
         tried = Configs.joined(scored.configs, stopped.configs)
         tried_cost_T = self.cost_of(tried)
         self._learn(front, scored, stopped, tried, tried_cost_T)
-        self.tried.update(_keys(tried, tried_cost_T))
+        self.tried.update(self._keys(tried, tried_cost_T))
         under_way_cost_T = self.cost_of(under_way) if len(under_way) else np.empty(0)
-        retention_CN, bred, cost_C = self._breed(scored, set(_keys(under_way, under_way_cost_T)), parents)
+        retention_CN, bred, cost_C = self._breed(scored, set(self._keys(under_way, under_way_cost_T)), parents)
         front = self._expected(front, under_way, under_way_cost_T)
         mean_C, deviation_C = self.surrogate.predict(self._inputs(bred))
         prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
@@ -377,9 +387,12 @@ class SurrogateScreening:
         bred = self.retentions.configs(retention_CN, skipped_CN)
         cost_C = self.cost_of(bred)
         tried = self.tried | under_way
-        distinct = {key: number for number, key in enumerate(_keys(bred, cost_C)) if key not in tried}
+        distinct = {key: number for number, key in enumerate(self._keys(bred, cost_C)) if key not in tried}
         new = sorted(distinct.values()) or list(range(len(cost_C)))
         return retention_CN[new], bred[new], cost_C[new]
+
+    def _keys(self, configs: Configs, cost_C: Array) -> list[Key]:
+        return _keys(configs, cost_C if self.identify is None or not len(configs) else self.identify(configs))
 
     def _inputs(self, configs: Configs) -> Array:
         """What quality depends on: shares that decide something, and which layers are skipped."""
@@ -405,7 +418,7 @@ class _Scored:
     Attributes:
         configs: Their length configs.
         quality_T: First objective, negated where it is minimised.
-        cost_T: Second objective as a share of the greatest, which is full length.
+        cost_T: Second objective as a share of full length's.
     """
 
     configs: Configs
@@ -413,10 +426,11 @@ class _Scored:
     cost_T: Array
 
     @classmethod
-    def of(cls, study: optuna.Study, retentions: RetentionSpace) -> "_Scored":
+    def of(cls, study: optuna.Study, retentions: RetentionSpace, full_cost: float | None = None) -> "_Scored":
+        """Where full length's cost is not given, it is the greatest."""
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         values_T2 = np.array([trial.values for trial in trials], dtype=np.float64).reshape(len(trials), 2)
-        cost_T = values_T2[:, 1] / values_T2[:, 1].max(initial=1e-300)
+        cost_T = values_T2[:, 1] / (values_T2[:, 1].max(initial=1e-300) if full_cost is None else full_cost)
         return cls(retentions.configs_of(trials), _sign(study) * values_T2[:, 0], cost_T)
 
 
@@ -450,7 +464,7 @@ def _sign(study: optuna.Study) -> float:
 
 
 def _keys(configs: Configs, cost_C: Array) -> list[Key]:
-    """Equal for configs that skip the same layers and whose costs are equal but for rounding.
+    """Equal for configs that skip the same layers and whose MACs are equal but for rounding.
 
     Those keep the same counts, as good as always: whoever tried one has tried the other.
     """
