@@ -88,12 +88,16 @@ class Costs:
         return self.values(LengthConfig.full(self.shape.num_layers))
 
     def shares(self, configs: Configs) -> Array:
-        """The first objective of many configs, as shares of full length's."""
-        if self.names[0] == MACS:
-            return self.macs_of(configs) / self.full[0]
+        """What many configs cost, as shares of full length's: (C,) of one objective, (C, 2) of two."""
+        costs_CK = np.stack([self.macs_of(configs) if name == MACS else self.ms_of(configs) for name in self.names], 1)
+        shares_CK: Array = costs_CK / self.full
+        return shares_CK[:, 0] if len(self.names) == 1 else shares_CK
+
+    def ms_of(self, configs: Configs) -> Array:
+        """Predicted milliseconds of a sequence under each of many configs."""
         assert self.table is not None
         assert self.lengths_MB is not None
-        return self.table.ms(self.lengths_MB, configs.shares_CN, configs.skipped_CN) / self.full[0]
+        return self.table.ms(self.lengths_MB, configs.shares_CN, configs.skipped_CN)
 
     def macs_of(self, configs: Configs) -> Array:
         """Mean MACs of a sequence under each of many configs, which tell apart what keeps other counts."""

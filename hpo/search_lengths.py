@@ -201,7 +201,7 @@ def search_loaded(
             sampler_seed,
             reads_first=model.reads_first,
             alone=workers == 1,
-            full_cost=None if table is None else costs.full[0],
+            full_cost=None if table is None else costs.full,
             identify=None if table is None else costs.macs_of,
         )
         mirror = MirroredStudy(study, rdb, sampler, space, heartbeats=heartbeats, spool=spool)

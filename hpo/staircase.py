@@ -1,8 +1,8 @@
-"""The best quality that each cost buys, as a staircase, and what another point would add to it.
+"""The best quality that each cost buys, as a staircase, or two costs, as terraces, and what another point would add.
 
 Quality is to be maximised here, cost to be minimised.
 
-Shape letters: T points, K costs, J steps of the staircase, C candidates.
+Shape letters: T points, K costs, J and I steps of the staircase or edges of the terraces, H heights, C candidates.
 """
 
 from dataclasses import dataclass
@@ -106,8 +106,72 @@ class Staircase:
         """
         ends_J = np.append(self.edge_J[1:], max(1.0, self.edge_J[-1]))
         width_CJ = np.clip(ends_J - np.maximum(self.edge_J, cost_C[:, None]), 0.0, None)
-        deviation_C1 = np.maximum(deviation_C, 1e-12)[:, None]
-        z_CJ = (mean_C[:, None] - self.height_J) / deviation_C1
-        improvement_CJ = deviation_C1 * (z_CJ * norm.cdf(z_CJ) + norm.pdf(z_CJ))
-        gain_C: Array = (width_CJ * improvement_CJ).sum(axis=1)
+        gain_C: Array = (width_CJ * _improvement(self.height_J, mean_C, deviation_C)).sum(axis=1)
         return gain_C
+
+
+@dataclass(frozen=True)
+class Terraces:
+    """The best quality at most at two costs, as a function of both up to full length.
+
+    Attributes:
+        costs_T2: Of the points.
+        quality_T: Of the points.
+        floor: Quality of the reference point.
+    """
+
+    costs_T2: Array
+    quality_T: Array
+    floor: float
+
+    @classmethod
+    def of(cls, costs_T2: Array, quality_T: Array) -> "Terraces":
+        """The terraces of these points; where none is affordable, quality counts from the worst one's."""
+        front = members(costs_T2, quality_T)
+        return cls(costs_T2[front], quality_T[front], float(quality_T.min()))
+
+    def height(self, costs_C2: Array) -> Array:
+        """The best quality known at most at each pair of costs."""
+        affordable_CT = (self.costs_T2 <= costs_C2[:, None]).all(axis=2)
+        heights: Array = np.where(affordable_CT, self.quality_T, self.floor).max(axis=1, initial=self.floor)
+        return heights
+
+    def with_point(self, costs: Array, quality: float) -> "Terraces":
+        """The terraces with one point more."""
+        costs_T2, quality_T = np.vstack([self.costs_T2, costs]), np.append(self.quality_T, quality)
+        front = members(costs_T2, quality_T)
+        return Terraces(costs_T2[front], quality_T[front], self.floor)
+
+    def expected_gain(self, costs_C2: Array, mean_C: Array, deviation_C: Array) -> Array:
+        """The hypervolume that each candidate is expected to add, its quality being normal and its costs known.
+
+        As for a staircase: the terraces beyond the candidate's costs, each by its area, which is added up by height.
+        """
+        edges = [np.unique(np.append(0.0, column_T)) for column_T in self.costs_T2.T]
+        width_CI, width_CJ = (
+            np.clip(np.append(edge[1:], max(1.0, edge[-1])) - np.maximum(edge, cost_C[:, None]), 0.0, None)
+            for edge, cost_C in zip(edges, costs_C2.T, strict=True)
+        )
+        corners = np.stack(np.meshgrid(*edges, indexing="ij"), axis=-1)
+        height_H, which_IJ = np.unique(self.height(corners.reshape(-1, 2)), return_inverse=True)
+        area_CH = np.zeros((len(costs_C2), len(height_H)))
+        for width_C, which_J in zip(width_CI.T, which_IJ.reshape(corners.shape[:2]), strict=True):
+            area_CH += width_C[:, None] * (width_CJ @ (which_J[:, None] == np.arange(len(height_H))))
+        gain_C: Array = (area_CH * _improvement(height_H, mean_C, deviation_C)).sum(axis=1)
+        return gain_C
+
+
+Frontier = Staircase | Terraces
+
+
+def frontier_of(costs: Array, quality_T: Array) -> Frontier:
+    """A staircase of costs (T,), terraces of costs (T, 2)."""
+    return Staircase.of(costs, quality_T) if costs.ndim == 1 else Terraces.of(costs, quality_T)
+
+
+def _improvement(height_H: Array, mean_C: Array, deviation_C: Array) -> Array:
+    """How far each candidate's quality, which is normal, is expected to reach above each height, (C, H)."""
+    deviation_C1 = np.maximum(deviation_C, 1e-12)[:, None]
+    z_CH = (mean_C[:, None] - height_H) / deviation_C1
+    improvement_CH: Array = deviation_C1 * (z_CH * norm.cdf(z_CH) + norm.pdf(z_CH))
+    return improvement_CH

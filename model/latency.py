@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,8 +33,12 @@ logger = logging.getLogger(__name__)
 
 FITTED, HELD_OUT = 20, 6
 """Configs whose steps are timed, and those beside full length that the law is checked on."""
-FIT_S, LEAST_ROUNDS, MOST_ROUNDS = 20.0, 3, 15
-"""Rounds over all of the former go on until so many seconds are over, or there are so many."""
+FEWEST = 8
+"""Of the former, where a large model takes long."""
+FIT_S, MOST_S, LEAST_ROUNDS, MOST_ROUNDS = 20.0, 40.0, 3, 15
+"""Rounds over all of them go on until so many seconds are over, or there are so many; the second bounds the least."""
+WARMED_S = 1.0
+"""Where full length takes longer, a first round that does not count would take too long, and change less."""
 PASS_S = 0.25
 """Batches are left out of the timing, not of what is predicted, once full length takes longer for those before them."""
 LAW = 1
@@ -291,12 +295,13 @@ def fit(
     """
     start = clock()
     generator = np.random.default_rng(0)
-    configs = random_configs(num_layers, FITTED + HELD_OUT, generator)
     full = LengthConfig.full(num_layers)
-    fitted, held_out = configs[:FITTED], [full, *configs[FITTED:]]
-    used = _batches_in_time(device, len(lengths_MB), full)
-    logger.info("Timing the layers of %d configs over %d batches of %d.", FITTED, used, batch_size)
-    seconds, wholes = _timed(device, used, fitted, held_out, clock, on_progress)
+    used, pass_s = _batches_in_time(device, len(lengths_MB), full)
+    count = max(FEWEST, min(FITTED, int(MOST_S / (2 * max(pass_s, 1e-9)))))
+    configs = random_configs(num_layers, count + min(HELD_OUT, count // 2), generator)
+    fitted, held_out = configs[:count], [full, *configs[count:]]
+    logger.info("Timing the layers of %d configs over %d batches of %d.", count, used, batch_size)
+    seconds, wholes = _timed(device, used, fitted, held_out, pass_s < WARMED_S, clock, on_progress)
     coefficients = _fitted(law, lengths_MB[:used], fitted, seconds)
     table = LatencyTable(
         processor=processor,
@@ -316,7 +321,7 @@ def fit(
         )
         for config, whole_s in zip(held_out, wholes, strict=True)
     )
-    return LatencyTable(**{**_fields(table), "held_out": checked, "took_s": round(clock() - start, 1)})
+    return replace(table, held_out=checked, took_s=round(clock() - start, 1))
 
 
 def lengths_of(num_tokens_N: Ints, batch_size: int) -> Ints:
@@ -458,15 +463,15 @@ def _groups(arriving_CMB: Ints, keep_CMB: Ints) -> Terms:
     return terms
 
 
-def _batches_in_time(device: Device, batches: int, full: LengthConfig) -> int:
-    """How many batches are timed; the first runs, which warm up, do not count."""
+def _batches_in_time(device: Device, batches: int, full: LengthConfig) -> tuple[int, float]:
+    """How many batches are timed, and the seconds that full length takes for them; the first run warms up."""
     device.steps(0, full)
     spent = 0.0
     for batch in range(batches):
         spent += sum(device.steps(batch, full))
-        if spent > PASS_S and batch:
-            return batch + 1
-    return batches
+        if spent > PASS_S:
+            return batch + 1, spent
+    return batches, spent
 
 
 def _timed(
@@ -474,28 +479,30 @@ def _timed(
     batches: int,
     fitted: Sequence[LengthConfig],
     held_out: Sequence[LengthConfig],
+    warms_up: bool,
     clock: Callable[[], float],
     on_progress: Hook | None,
 ) -> tuple[list[list[Array]], list[float]]:
     """Median seconds of each step, for each config to fit and batch, and of whole runs of those held out.
 
-    All take turns, so that whatever else the machine does meets all of them. The first round does not count.
+    All take turns, so that whatever else the machine does meets all of them. A first round to warm up does not count.
     """
     rounds: list[list[list[Sequence[float]]]] = []
     wholes: list[list[float]] = []
-    start, number = clock(), -1
-    while number < LEAST_ROUNDS or (number < MOST_ROUNDS and clock() - start < FIT_S):
+    start, first = clock(), -1 if warms_up else 0
+    for number in range(first, MOST_ROUNDS):
+        if number > 0 and clock() - start > (MOST_S if number < LEAST_ROUNDS else FIT_S):
+            break
         own: list[list[Sequence[float]]] = []
         for config in fitted:
             own.append([device.steps(batch, config) for batch in range(batches)])
             if on_progress is not None:
-                by_rounds = (number + 1 + len(own) / len(fitted)) / (LEAST_ROUNDS + 1)
+                by_rounds = (number - first + len(own) / len(fitted)) / (LEAST_ROUNDS - first)
                 on_progress(min(1.0, by_rounds, max(0.05, (clock() - start) / FIT_S)), "timing layers")
         whole = [device.whole(batches, config) for config in held_out]
         if number >= 0:
             rounds.append(own)
             wholes.append(whole)
-        number += 1
     steps_of = [
         [np.median([own[config][batch] for own in rounds], axis=0) for batch in range(batches)]
         for config in range(len(fitted))
@@ -526,7 +533,3 @@ def _fitted(
 def _arrays(config: LengthConfig) -> tuple[Array, NDArray[np.bool_]]:
     skipped_1N = np.isin(np.arange(config.num_layers), config.skipped)[None]
     return np.array([config.shares], dtype=np.float64), skipped_1N
-
-
-def _fields(table: LatencyTable) -> dict[str, Any]:
-    return {name: getattr(table, name) for name in table.__dataclass_fields__}

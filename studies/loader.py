@@ -31,7 +31,7 @@ SAMPLERS = {
 COSTS = {"macs": ("macs",), "latency": ("latency_ms",), "both": ("macs", "latency_ms")}
 """What a config may cost, and the objectives that each stands for."""
 PRECISIONS = ("fp32", "bf16")
-SEVERAL_COSTS = ("nsga2", "tpe", "random")
+SEVERAL_COSTS = ("surrogate", "nsga2", "tpe", "random")
 """Samplers that take more than one cost."""
 
 Value: TypeAlias = bool | int | float | str

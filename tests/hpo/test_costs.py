@@ -14,10 +14,10 @@ import hpo.costs
 import hpo.search_lengths
 from hpo.costs import Costs
 from hpo.errors import HpoError, StudyChanged
-from hpo.front import MACS, MS, TABLE, compute_front, front_table, front_to_json, hypervolume_history
+from hpo.front import MACS, MS, TABLE, compute_front, front_table, front_to_json, hypervolume, hypervolume_history
 from hpo.samplers import Configs
 from hpo.search_lengths import config_of, search_lengths
-from hpo.staircase import members
+from hpo.staircase import Terraces, members
 from hpo.storage import open_storage
 from hpo.workers import SearchJob
 from model.latency import HeldOut, LatencyTable
@@ -130,10 +130,48 @@ def test_samplers_that_take_two_costs(run, lengths, sampler):
     assert len(study.trials) == 40
 
 
-@pytest.mark.parametrize("sampler", ["surrogate", "lat"])
-def test_samplers_of_one_cost_name_those_that_take_two(lengths, sampler):
-    with pytest.raises(StudyFileError, match="choose nsga2, tpe or random"):
-        dataclasses.replace(lengths, cost="both", sampler=sampler)
+def test_a_sampler_of_one_cost_names_those_that_take_two(lengths):
+    with pytest.raises(StudyFileError, match="choose surrogate, nsga2, tpe or random"):
+        dataclasses.replace(lengths, cost="both", sampler="lat")
+
+
+def random_terraces(seed):
+    generator = np.random.default_rng(seed)
+    costs, quality = generator.random((12, 2)), generator.random(12)
+    return generator, costs, quality, Terraces.of(costs, quality)
+
+
+def volume(costs, quality, floor):
+    return hypervolume(costs.tolist(), (quality - floor).tolist())
+
+
+def test_what_a_certain_candidate_gains_is_the_volume_it_adds():
+    for seed in range(20):
+        generator, costs, quality, front = random_terraces(seed)
+        candidates, mean = generator.random((30, 2)), generator.random(30) * 1.2
+        gains = front.expected_gain(candidates, mean, np.zeros(30))
+        before = volume(costs, quality, front.floor)
+        for candidate, own, gain in zip(candidates, mean, gains, strict=True):
+            after = volume(np.vstack([costs, candidate]), np.append(quality, own), front.floor)
+            assert gain == pytest.approx(after - before, abs=1e-9)
+            assert front.with_point(candidate, own).height(costs) == pytest.approx(
+                np.maximum(front.height(costs), np.where((candidate <= costs).all(axis=1), own, -np.inf))
+            )
+
+
+def test_what_an_uncertain_candidate_gains_is_the_mean_over_its_qualities():
+    generator, _, _, front = random_terraces(3)
+    candidate, mean, deviation = np.array([[0.3, 0.4]]), np.array([0.7]), np.array([0.2])
+    drawn = generator.normal(0.7, 0.2, 4000)
+    gains = front.expected_gain(np.repeat(candidate, 4000, axis=0), drawn, np.zeros(4000))
+    assert front.expected_gain(candidate, mean, deviation)[0] == pytest.approx(gains.mean(), rel=0.05)
+
+
+def test_the_height_of_terraces_is_the_best_that_is_affordable():
+    generator, costs, quality, front = random_terraces(5)
+    for where in generator.random((50, 2)):
+        affordable = quality[(costs <= where).all(axis=1)]
+        assert front.height(where[None])[0] == affordable.max(initial=front.floor)
 
 
 def test_the_table_is_fitted_once_and_kept(run, device):
@@ -336,10 +374,20 @@ def test_the_command_says_what_predicts_and_how_well(run, command, workload, tin
 
 @pytest.mark.parametrize(
     ("cost", "code", "said"),
-    [("time", 2, "choose macs, latency, both"), ("both", 1, "choose nsga2, tpe or random")],
+    [("time", 2, "choose macs, latency, both"), ("both", 1, "choose surrogate, nsga2, tpe or random")],
 )
-def test_a_wrong_cost_is_told(command, tiny_encoder, tiny_dataset, cost, code, said):
-    arguments = ["--checkpoint", str(tiny_encoder), "--dataset", str(tiny_dataset)]
+def test_a_wrong_cost_is_told(command, tiny_encoder, tiny_dataset, tmp_path, cost, code, said):
+    (tmp_path / "lat.toml").write_text(
+        'kind = "lengths"\n[retention]\nlow = 0.4\nhigh = 1.0\n[sampler]\nname = "lat"\n'
+    )
+    arguments = [
+        "--checkpoint",
+        str(tiny_encoder),
+        "--dataset",
+        str(tiny_dataset),
+        "--study",
+        str(tmp_path / "lat.toml"),
+    ]
     found, _, err = command("search-lengths", "--cost", cost, *arguments)
     assert found == code
     assert said in " ".join(err.replace("│", " ").split())
