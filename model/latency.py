@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 FITTED, HELD_OUT = 20, 6
 """Configs whose steps are timed, and those beside full length that the law is checked on."""
-FEWEST = 8
+FEWEST = 5
 """Of the former, where a large model takes long."""
-FIT_S, MOST_S, LEAST_ROUNDS, MOST_ROUNDS = 20.0, 40.0, 3, 15
+FIT_S, MOST_S, LEAST_ROUNDS, MOST_ROUNDS = 20.0, 30.0, 3, 15
 """Rounds over all of them go on until so many seconds are over, or there are so many; the second bounds the least."""
 WARMED_S = 1.0
 """Where full length takes longer, a first round that does not count would take too long, and change less."""

@@ -114,16 +114,16 @@ def test_a_device_whose_law_is_known_is_predicted_exactly(batch_size, reads_firs
 def test_a_slow_device_is_fitted_in_about_a_minute_all_the_same():
     class Slow(Synthetic):
         def exact(self, batch, config):
-            return [700 * step for step in super().exact(batch, config)]
+            return [100 * step for step in super().exact(batch, config)]
 
     device = Slow(TOKENS, 8)
     table, lengths_MB = table_of(device, batch_size=8)
-    assert sum(device.exact(0, LengthConfig.full(NUM_LAYERS))) > 10
+    assert sum(device.exact(0, LengthConfig.full(NUM_LAYERS))) > 4
     assert table.took_s == pytest.approx(device.now, abs=0.1)
-    assert table.took_s < 150
-    assert len(table.held_out) == 5
+    assert table.took_s < 75
+    assert len(table.held_out) == 3
     config = LengthConfig.from_shares((0.7, 0.6, 0.5, 0.4))
-    assert table.ms_of(lengths_MB, config) == pytest.approx(exact_ms(device, config), rel=0.1)
+    assert table.ms_of(lengths_MB, config) == pytest.approx(exact_ms(device, config), rel=0.25), "from one batch alone"
 
 
 def test_noise_shows_in_the_stated_error():
