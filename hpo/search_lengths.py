@@ -70,6 +70,8 @@ METRICS = "metrics"
 """Attribute of a completed trial: every metric that is reported, by name."""
 REPORTED_TOGETHER = 25
 """Points that are scored on the report split at a time; what is scored is kept if the run ends in between."""
+FRONT_ROUNDS = 3
+"""Rounds in which the front is timed in the end, at least."""
 SEEDS = "seeds"
 """Attribute of a study: the length configs of another method that joined its first generation."""
 NEVER_DROPPED = (
@@ -277,6 +279,7 @@ def measure_front(
                 sample(loaded.search),
                 batch_sizes=(table.batch_size,),
                 points=len(front.points),
+                rounds=FRONT_ROUNDS,
                 precision=table.precision,
                 on_progress=report,
             )
