@@ -6,9 +6,10 @@ one record for each machine, number of threads, precision and size of batch: fig
 
 import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,18 @@ from hpo.export import checkpoint_of, served_point
 from hpo.front import BASELINE, LATENCY, Front, FrontPoint, compute_front
 from hpo.storage import IDENTITY
 from hpo.workload import Workload, library_versions, load_encoder, load_workload
+from model.encoded import EncodedSplit
+from model.encoder import LengthAdaptiveModel
 from model.hardware import computes_in_bf16, processor_name
 from model.macs import mean_macs
 from model.packed import PackedNetwork
 from model.precision import Precision
-from model.timing import BASELINES, CannotRun, Timing, baseline, ours, race
+from model.timing import BASELINES, SEQUENCES, Batches, CannotRun, Run, Timing, baseline, in_batches, ours, race, sample
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 8, 32)
-SEQUENCES, POINTS, ROUNDS = 64, 10, 5
+POINTS, ROUNDS = 10, 5
 TITLES = {
     "eager": "transformers, eager",
     "sdpa": "transformers, SDPA",
@@ -104,12 +109,17 @@ class Record:
     @property
     def key(self) -> str:
         """The study attribute that holds it."""
-        place = f"{self.processor}|{self.threads}|{self.precision}|{self.batch_size}"
-        return f"{LATENCY}{hashlib.sha256(place.encode()).hexdigest()[:12]}"
+        return record_key(self.processor, self.threads, self.precision, self.batch_size)
 
     def realised(self, point: Measured) -> float:
         """The share of the MACs saved that became time saved: speed-up over full length by the fall of the MACs."""
         return self.full.ms / point.ms * point.relative_macs
+
+
+def record_key(processor: str, threads: int, precision: Precision, batch_size: int) -> str:
+    """The study attribute that holds what was measured so."""
+    place = f"{processor}|{threads}|{precision}|{batch_size}"
+    return f"{LATENCY}{hashlib.sha256(place.encode()).hexdigest()[:12]}"
 
 
 def bench(
@@ -153,31 +163,83 @@ def bench(
     model = load_encoder(checkpoint, loaded.corpus).eval().to("cpu")
     if model.fingerprint() != study.user_attrs.get(IDENTITY, {}).get("model"):
         raise HpoError(f"The model in {checkpoint} is not the one that study {front.study!r} searched; restore it.")
-    drawn = np.random.default_rng(0).permutation(len(loaded.search))[:sequences]
-    split = loaded.search.take(drawn)
+    return time_points(
+        study,
+        front,
+        model,
+        sample(loaded.search, sequences),
+        batch_sizes=batch_sizes,
+        points=points,
+        rounds=rounds,
+        precision=precision,
+        make=lambda name, split, folder: baseline(
+            name, checkpoint, model, split, loaded.tokenizer.pad_token_id or 0, folder
+        ),
+        baselines=baselines,
+        on_progress=on_progress,
+    )
+
+
+def no_baseline(name: str, split: EncodedSplit, folder: Path) -> Callable[[Batches], Run]:
+    """Makes none."""
+    raise CannotRun(f"{name} is not made here")
+
+
+def time_points(
+    study: optuna.Study,
+    front: Front,
+    model: LengthAdaptiveModel,
+    split: EncodedSplit,
+    *,
+    batch_sizes: Sequence[int],
+    points: int = POINTS,
+    rounds: int = ROUNDS,
+    precision: Precision = "fp32",
+    make: Callable[[str, EncodedSplit, Path], Callable[[Batches], Run]] = no_baseline,
+    baselines: Sequence[str] = (),
+    on_progress: ProgressHook | None = None,
+) -> list[Record]:
+    """`bench` of what is loaded already.
+
+    Args:
+        study: Keeps the times.
+        front: Its points are timed.
+        model: The encoder, on the processor.
+        split: All its sequences are run.
+        batch_sizes: As for `bench`.
+        points: As for `bench`.
+        rounds: As for `bench`.
+        precision: As for `bench`.
+        make: Makes a baseline's runs, by its name.
+        baselines: As for `bench`.
+        on_progress: As for `bench`.
+    """
     timed = spread(front.points, points)
     network = PackedNetwork(model, precision)
     full_macs = mean_macs(model.shape, split.num_tokens)
     configs = {point.trial: served_point(point).length_config for point in (*timed, front.full)}
     shares = {trial: mean_macs(model.shape, split.num_tokens, config) / full_macs for trial, config in configs.items()}
-    pad = loaded.tokenizer.pad_token_id or 0
     left_out: dict[str, str] = {}
     made = {}
     records = []
     with tempfile.TemporaryDirectory() as folder:
         for name in baselines:
+            logger.info("Making %s.", TITLES[name])
+            if on_progress is not None:
+                on_progress(0, len(batch_sizes), f"making {TITLES[name]}")
             try:
-                made[name] = baseline(name, checkpoint, model, split, pad, Path(folder))
+                made[name] = make(name, split, Path(folder))
             except CannotRun as error:
                 left_out[name] = str(error)
         for number, size in enumerate(batch_sizes):
-            batches = [np.arange(len(split))[start : start + size] for start in range(0, len(split), size)]
+            batches = in_batches(len(split), size)
             contenders: dict[tuple[str, int | None], Callable[[], Any]] = {
                 ("ours", None): ours(network, split, batches, configs[front.full.trial])
             }
             for point in timed:
-                contenders["ours", point.trial] = ours(network, split, batches, configs[point.trial])
-            contenders |= {(name, None): make(batches) for name, make in made.items()}
+                if point.trial != front.full.trial:
+                    contenders["ours", point.trial] = ours(network, split, batches, configs[point.trial])
+            contenders |= {(name, None): runs(batches) for name, runs in made.items()}
 
             def report(done: int, total: int, number: int = number, size: int = size) -> None:
                 if on_progress is not None:
@@ -188,6 +250,7 @@ def bench(
                 key: _measured(*key, timing, len(split), 1.0 if key[1] is None else shares[key[1]])
                 for key, timing in timings.items()
             }
+            measured["ours", front.full.trial] = replace(measured["ours", None], trial=front.full.trial)
             record = Record(
                 processor=processor_name(),
                 threads=torch.get_num_threads(),
@@ -206,6 +269,13 @@ def bench(
             study.set_user_attr(record.key, to_attribute(record))
             records.append(record)
     return records
+
+
+def covers(study: optuna.Study, front: Front, precision: Precision, batch_size: int) -> bool:
+    """Whether all points of a front were timed on this machine as it is set up now."""
+    key = record_key(processor_name(), torch.get_num_threads(), precision, batch_size)
+    timed = {point["trial"] for point in study.user_attrs.get(key, {"points": []})["points"]}
+    return timed >= {point.trial for point in front.points}
 
 
 def spread(points: Sequence[FrontPoint], most: int) -> list[FrontPoint]:

@@ -168,14 +168,14 @@ MaxLatency = Annotated[
     typer.Option(
         "--max-latency-ms",
         min=0.0,
-        help="Choose the best point that `hpo bench` saw take at most this long for a sequence.",
+        help="Choose the best point that was seen to take at most this long for a sequence.",
         show_default=False,
     ),
 ]
 Budget = Annotated[
     float | None,
     typer.Option(
-        min=0.0, max=1.0, help="Choose the best point of at most this share of full length.", show_default=False
+        min=0.0, max=1.0, help="Choose the best point of at most this share of full length's FLOPs.", show_default=False
     ),
 ]
 
@@ -430,6 +430,14 @@ def search_lengths_command(
     ray: Ray = None,
     cpus_per_worker: CpusPerWorker = None,
     gpus_per_worker: GpusPerWorker = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(
+            metavar="macs|latency|both",
+            help="What is minimised; latency is predicted for this machine, which is timed first.",
+            show_default="as the study file says",
+        ),
+    ] = None,
     max_drop: MaxDrop = None,
     budget: Budget = None,
     storage: Storage = None,
@@ -444,16 +452,21 @@ def search_lengths_command(
     from hpo.storage import storage_url
     from hpo.tune import best_checkpoint
     from hpo.workers import SearchJob, complete
-    from studies.loader import load_lengths
+    from studies.loader import COSTS, load_lengths
 
     _quieten_libraries()
     from hpo.seeds import METHODS
+
+    if cost is not None and cost not in COSTS:
+        raise typer.BadParameter(f"--cost {cost}: choose {', '.join(COSTS)}")
 
     if seed_with is not None and seed_with not in METHODS:
         raise typer.BadParameter(f"--seed-with {seed_with}: choose {' or '.join(METHODS)}")
     cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
     url, root = storage_url(storage), runs_folder(runs)
     definition = load_lengths(study)
+    if cost is not None:
+        definition = dataclasses.replace(definition, cost=cost)  # type: ignore[arg-type]  # checks itself
     flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload_flags = _workload_flags(task, metric, max_length, stride, windows)
     if checkpoint is not None and dataset is not None:
@@ -482,6 +495,20 @@ def search_lengths_command(
         err.print(f"{search.stopped} trials were stopped early: a cheaper one had beaten them.", markup=False)
     if search.reused:
         err.print(f"{search.reused} trials resolved to lengths already scored and reused the score.", markup=False)
+    if (table := search.table) is not None:
+        err.print(
+            f"Times are predicted for {table}: {table.median_error:.1%} off (median) on {len(table.held_out)} length "
+            f"configs that were timed whole, {table.worst_error:.1%} at worst.",
+            markup=False,
+            soft_wrap=True,
+        )
+    if (measured := search.prediction) is not None:
+        err.print(
+            f"The front's {measured.points} points were timed in the end: predictions are {measured.median_error:.1%} "
+            f"off (median), {measured.worst_error:.1%} at worst.",
+            markup=False,
+            soft_wrap=True,
+        )
     folder = StudyRuns(root, search.study).folder
     _draw(front, history, chosen, folder / "front.html", [folder / "front.png", folder / "front.svg"])
     _show_front(front, chosen, as_json)

@@ -1,19 +1,20 @@
 """Giving up on a length config before it has seen the whole search split.
 
-Optuna's pruners serve one objective. With two, a config is hopeless once some front point that costs no more is also
-better: then it cannot enter the front. Cost is known exactly beforehand; quality is compared on the same examples, so
-that what is hard for both does not blur the comparison.
+Optuna's pruners serve one objective. With several, a config is hopeless once some front point that costs no more, by
+any measure, is also better: then it cannot enter the front. Costs are known exactly beforehand; quality is compared on
+the same examples, so that what is hard for both does not blur the comparison.
 
-Shape letters: F front points, N examples of the split, M examples seen.
+Shape letters: F front points, K costs, T trials, N examples of the split, M examples seen.
 """
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.staircase import Staircase
+from hpo.staircase import members
 
 Bits = NDArray[np.bool_]
 
@@ -45,25 +46,28 @@ class Rivals:
 
     Attributes:
         trial_F: Trial numbers.
-        macs_F: Cost of each.
+        costs_FK: What each costs, by one or more measures.
         correct_FN: Which examples each gets right.
     """
 
     trial_F: NDArray[np.int64]
-    macs_F: NDArray[np.float64]
+    costs_FK: NDArray[np.float64]
     correct_FN: Bits
 
     @classmethod
-    def of(cls, trials: NDArray[np.int64], macs: NDArray[np.float64], correct: Bits) -> "Rivals":
-        """The non-dominated among scored trials."""
-        front = Staircase.members(macs, correct.mean(axis=1)) if len(macs) else np.empty(0, dtype=np.int64)
-        return cls(trials[front], macs[front], correct[front])
+    def of(cls, trials: NDArray[np.int64], costs: NDArray[np.float64], correct: Bits) -> "Rivals":
+        """The non-dominated among scored trials, whose costs are (T,) or (T, K)."""
+        costs_TK = costs if costs.ndim == 2 else costs[:, None]
+        front = members(costs_TK, correct.mean(axis=1)) if len(trials) else np.empty(0, dtype=np.int64)
+        return cls(trials[front], costs_TK[front], correct[front])
 
     def accuracy(self, trial: int) -> float:
         """Of a trial of the front."""
         return float(self.correct_FN[np.flatnonzero(self.trial_F == trial)[0]].mean())
 
-    def beats(self, macs: float, correct_M: Bits, seen_M: NDArray[np.int64], confidence: float) -> Defeat | None:
+    def beats(
+        self, costs: float | Sequence[float], correct_M: Bits, seen_M: NDArray[np.int64], confidence: float
+    ) -> Defeat | None:
         """How a config is beaten, for certain or nearly so; None where it is not.
 
         The seen examples are a random sample, without replacement, of the N. The difference of the two accuracies over
@@ -72,12 +76,12 @@ class Rivals:
         differing examples are added to it, so that a handful of equal answers proves nothing.
 
         Args:
-            macs: Cost of the config.
+            costs: What the config costs, by each measure; a rival costs no more by any.
             correct_M: Which of the seen examples it gets right.
             seen_M: Their numbers.
             confidence: Standard errors by which it must trail.
         """
-        cheaper = np.flatnonzero(self.macs_F <= macs)
+        cheaper = np.flatnonzero((self.costs_FK <= np.reshape(costs, (1, -1))).all(axis=1))
         if not len(cheaper) or not len(seen_M):
             return None
         seen, total = len(seen_M), self.correct_FN.shape[1]

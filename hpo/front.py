@@ -18,6 +18,7 @@ from rich.text import Text
 
 import model.front_file
 from hpo.errors import EmptyFront, HpoError
+from hpo.staircase import members
 from hpo.storage import display_url, finished_trials
 from model.front_file import choose_point, smallest_budget
 from model.hardware import processor_name
@@ -26,6 +27,11 @@ BASELINE = "the same model at full length without padding"
 FLOPS_PER_MAC = 2
 RETENTION, SKIP = "retention_", "skip_"
 """What the names of a study's parameters begin with; then comes the layer."""
+MACS, MS = "macs", "latency_ms"
+"""The costs that a study may have, and the attributes of a trial that hold them where time is one."""
+UNITS = {MACS: "MAC", MS: "ms"}
+TABLE, FULL_MS, PREDICTION = "latency_table", "full_latency_ms", "latency_prediction"
+"""Attributes of a study with time as a cost: what predicts it, what that says of full length, how far it was off."""
 LATENCY = "latency:"
 """What the names of study attributes begin with that hold what `hpo bench` measured."""
 ORIGIN = "origin"
@@ -61,6 +67,8 @@ class FrontPoint:
         metrics: Every metric that is reported, on the search split, by name; empty where only `metric` was recorded.
         report_metrics: The same on the report split.
         origin: The method that found it, where that was not this search.
+        predicted_ms: Predicted time of one sequence, where time is a cost of the study.
+        relative_ms: `predicted_ms` as a share of full length's.
     """
 
     trial: int
@@ -75,6 +83,12 @@ class FrontPoint:
     report_metrics: Mapping[str, float] = field(default_factory=dict)
     origin: str | None = None
     skipped: tuple[int, ...] | None = None
+    predicted_ms: float | None = None
+    relative_ms: float | None = None
+
+    def relative(self, cost: str) -> float:
+        """One of the costs as a share of full length's."""
+        return (self.relative_ms or 0.0) if cost == MS else self.relative_macs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +124,20 @@ class Front:
         trials: Finished trials, completed or stopped early.
         metric: Name of the quality metric.
         direction: Of the metric: "maximize".
-        cost: Name of the cost.
-        unit: Unit of the cost.
+        cost: Name of the cost, the first where there are two.
+        unit: Its unit.
         full: The full-length config, which costs are compared with.
         hypervolume: See `hypervolume`.
-        points: The non-dominated trials by rising cost and quality; of equals the earliest.
+        points: The non-dominated trials by rising cost, and where there is one cost, quality; of equals the earliest.
         dominated: The other completed trials, by number.
         seeds: Completed trials that another method found, by rising cost.
         constant_rate: Trials with one retention for all layers, none skipped, by rising cost; of equals the earliest.
         median_tokens: Median number of real tokens per sequence of the search split, where known.
         workload: What was searched, as `hpo.workload.Workload` records it; empty where unknown.
         latency: Where the points' `latency_ms` were measured; None where they were not.
+        costs: Names of all costs.
+        predicted_for: What the predicted times are of; None where there are none.
+        prediction: How far they were off, as `hpo.search_lengths.Prediction` has it; empty where that is not known.
     """
 
     study: str
@@ -139,6 +156,9 @@ class Front:
     median_tokens: int | None = None
     workload: Mapping[str, Any] = field(default_factory=dict)
     latency: LatencySource | None = None
+    costs: tuple[str, ...] = (MACS,)
+    predicted_for: LatencySource | None = None
+    prediction: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def beside(self) -> list[str]:
@@ -164,8 +184,9 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
     if not completed:
         raise EmptyFront(f"Study {study.study_name!r} has no completed trial yet; start it with `hpo search-lengths`.")
     attrs = study.user_attrs
+    costs = _cost_names(study)
     source, full_ms, ms_of_trial = _latencies(attrs)
-    points = [_front_point(trial, study.study_name, attrs, ms_of_trial.get(trial.number)) for trial in completed]
+    points = [_front_point(trial, study.study_name, attrs, costs, ms_of_trial.get(trial.number)) for trial in completed]
     rates = {trial.number: constant_rate(trial.params) for trial in completed}
     full = next((point for point in points if rates[point.trial] == 1.0), None)
     if full is None:
@@ -174,61 +195,73 @@ def compute_front(study: optuna.Study, storage: str) -> Front:
             "run `hpo search-lengths` again to complete the study."
         )
     full = replace(full, latency_ms=full_ms)
-    on_front = [points[index] for index in non_dominated([p.macs for p in points], [p.metric for p in points])]
-    scores_on_front = {(point.metric, point.macs) for point in on_front}
-    metric, cost = study.metric_names or ("metric", "macs")
+    scores = [_scores(point, costs) for point in points]
+    on_front = non_dominated([score[1:] for score in scores], [score[0] for score in scores])
+    scores_on_front = {scores[index] for index in on_front}
     return Front(
         study=study.study_name,
         storage=display_url(storage),
         trials=len(finished),
-        metric=metric,
+        metric=(study.metric_names or ["metric"])[0],
         direction=study.directions[0].name.lower(),
-        cost=cost,
-        unit="MAC",
+        cost=costs[0],
+        unit=UNITS.get(costs[0], "MAC"),
         full=full,
-        hypervolume=hypervolume([point.relative_macs for point in points], [point.metric for point in points]),
-        points=tuple(on_front),
-        dominated=tuple(point for point in points if (point.metric, point.macs) not in scores_on_front),
-        constant_rate=_distinct_by_cost([point for point in points if rates[point.trial] is not None]),
-        seeds=_distinct_by_cost([point for point in points if point.origin is not None]),
+        hypervolume=hypervolume(
+            [[point.relative(cost) for cost in costs] for point in points], [point.metric for point in points]
+        ),
+        points=tuple(points[index] for index in on_front),
+        dominated=tuple(point for point, score in zip(points, scores, strict=True) if score not in scores_on_front),
+        constant_rate=_distinct_by_cost([point for point in points if rates[point.trial] is not None], costs),
+        seeds=_distinct_by_cost([point for point in points if point.origin is not None], costs),
         median_tokens=attrs.get("median_tokens"),
         workload=attrs.get("workload") or {},
         latency=source,
+        costs=costs,
+        predicted_for=_source(attrs[TABLE]) if TABLE in attrs else None,
+        prediction=attrs.get(PREDICTION) or {},
     )
 
 
-def non_dominated(costs: Sequence[float], qualities: Sequence[float]) -> NDArray[np.int64]:
+def non_dominated(costs: Sequence[float] | Sequence[Sequence[float]], qualities: Sequence[float]) -> NDArray[np.int64]:
     """Indices of the points that no other point beats, by rising cost.
 
-    A point is beaten by one that is no worse in both respects and better in one. Of points equal in both, the
-    first is listed.
+    A point is beaten by one that is no worse in all respects and better in one. Of points equal in all, the first is
+    listed.
 
     Args:
-        costs: Cost of each of N points; less is better.
+        costs: Cost of each of N points, or its several costs; less is better.
         qualities: Quality of each point; more is better.
     """
-    cost_N, quality_N = np.asarray(costs, dtype=np.float64), np.asarray(qualities, dtype=np.float64)
-    order_N = np.lexsort((-quality_N, cost_N))  # stable: equals stay in their order
-    sorted_N = quality_N[order_N]
-    best_before_N = np.maximum.accumulate(np.concatenate(([-np.inf], sorted_N)))[:-1]
-    return order_N[sorted_N > best_before_N]
+    quality_N = np.asarray(qualities, dtype=np.float64)
+    return members(np.asarray(costs, dtype=np.float64).reshape(len(quality_N), -1 if len(quality_N) else 1), quality_N)
 
 
-def hypervolume(relative_costs: Sequence[float], qualities: Sequence[float]) -> float:
-    """Area that the points dominate up to quality 0 at full cost.
+def hypervolume(relative_costs: Sequence[float] | Sequence[Sequence[float]], qualities: Sequence[float]) -> float:
+    """Area, or volume of two costs, that the points dominate up to quality 0 at full cost.
 
     In units of the metric times the share of the full cost: in [0, 1] for a metric in [0, 1]. Points that cost
     more than full length, or whose quality is below 0, add nothing.
 
     Args:
-        relative_costs: Cost of each point as a share of full length.
+        relative_costs: Cost of each point as a share of full length's, or its one or two costs.
         qualities: Quality of each point; more is better.
     """
-    cost_N = np.minimum(np.asarray(relative_costs, dtype=np.float64), 1.0)
+    quality_N = np.maximum(np.asarray(qualities, dtype=np.float64), 0.0)
+    costs = np.asarray(relative_costs, dtype=np.float64).reshape(len(quality_N), -1 if len(quality_N) else 1)
+    cost_NK = np.minimum(costs, 1.0)
+    if cost_NK.shape[1] == 1:
+        return _area(cost_NK[:, 0], quality_N)
+    order_N = np.argsort(cost_NK[:, 0], kind="stable")
+    width_N = np.diff(cost_NK[order_N, 0], append=1.0)
+    slices = (_area(cost_NK[order_N[: last + 1], 1], quality_N[order_N[: last + 1]]) for last in range(len(order_N)))
+    return float(sum(width * area for width, area in zip(width_N, slices, strict=True) if width))
+
+
+def _area(cost_N: NDArray[np.float64], quality_N: NDArray[np.float64]) -> float:
     order_N = np.argsort(cost_N)
     width_N = np.diff(cost_N[order_N], append=1.0)
-    best_N = np.maximum.accumulate(np.maximum(np.asarray(qualities, dtype=np.float64)[order_N], 0.0))
-    return float(width_N @ best_N)
+    return float(width_N @ np.maximum.accumulate(quality_N[order_N]))
 
 
 def hypervolume_history(study: optuna.Study) -> list[float]:
@@ -243,10 +276,13 @@ def hypervolume_history(study: optuna.Study) -> list[float]:
     finished = finished_trials(study)
     if not finished:
         return []
-    full_macs = _full_macs(study.study_name, study.user_attrs)
-    nothing = (0.0, full_macs)  # the reference point itself
-    scores_N2 = np.array([trial.values if trial.state is TrialState.COMPLETE else nothing for trial in finished])
-    return _growing_areas(scores_N2[:, 1] / full_macs, scores_N2[:, 0])
+    fulls = [_full_cost(study.study_name, study.user_attrs, cost) for cost in _cost_names(study)]
+    nothing = (0.0, *fulls)  # the reference point itself
+    scores_NK = np.array([trial.values if trial.state is TrialState.COMPLETE else nothing for trial in finished])
+    relative_NK = scores_NK[:, 1:] / fulls
+    if len(fulls) == 1:
+        return _growing_areas(relative_NK[:, 0], scores_NK[:, 0])
+    return _growing_volumes(relative_NK, scores_NK[:, 0])
 
 
 def choose(
@@ -263,8 +299,8 @@ def choose(
     Args:
         front: Where to choose.
         max_drop: The cheapest point whose metric is at most this far below full length's, in the metric's units.
-        budget: The best point that costs at most this share of full length, in (0, 1].
-        max_latency_ms: The best of the points that `hpo bench` timed which takes at most this long per sequence.
+        budget: The best point that costs at most this share of full length's MACs, in (0, 1].
+        max_latency_ms: The best of the points that were timed which takes at most this long per sequence.
     Raises:
         NothingFits: Every point exceeds the budget or takes longer, or none was timed.
         ValueError: Several wishes or none are given, or a value is out of range.
@@ -276,9 +312,10 @@ def choose(
     except model.front_file.NothingFits as error:
         if budget is None:
             raise NothingFits(f"Study {front.study!r}: {error}") from error
+        cheapest = min(front.points, key=lambda point: point.relative_macs)
         raise NothingFits(
             f"No point of study {front.study!r} costs {budget:g} of full length or less; the cheapest is trial "
-            f"{front.points[0].trial}: ask for a budget of {smallest_budget(front.points):g} or more."
+            f"{cheapest.trial}: ask for a budget of {smallest_budget(front.points):g} or more."
         ) from error
 
 
@@ -290,9 +327,12 @@ def front_to_json(front: Front, chosen: FrontPoint | None) -> dict[str, Any]:
         "trials": front.trials,
         "metric": {"name": front.metric, "direction": front.direction},
         "cost": {"name": front.cost, "unit": front.unit},
+        **({"costs": list(front.costs)} if len(front.costs) > 1 else {}),
         "full": _point_to_json(front.full),
         "hypervolume": front.hypervolume,
         **({} if front.latency is None else {"latency": asdict(front.latency)}),
+        **({} if front.predicted_for is None else {"predicted_for": asdict(front.predicted_for)}),
+        **({"prediction": dict(front.prediction)} if front.prediction else {}),
         "points": [_point_to_json(point) for point in front.points],
         "chosen": None if chosen is None else _point_to_json(chosen),
     }
@@ -309,6 +349,7 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
             f"{front.metric} on the search split, which selects, and on the report split. FLOPs: mean per sequence of "
             f"the search split, {FLOPS_PER_MAC} per MAC; shares are of {BASELINE}."
             + ("" if front.latency is None else f" ms: per sequence, on {front.latency}.")
+            + ("" if front.predicted_for is None else f" Predicted: the same, for {front.predicted_for}.")
             + ("" if chosen is None else " * marks the choice.")
             + ("" if front.full.skipped is None else " - marks a skipped layer.")
         ),
@@ -326,20 +367,23 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
     for name in beside:
         table.add_column(Text(f"{name}\nreport".replace("_", " "), overflow="fold"), justify="right", min_width=6)
     table.add_column("share\nof full", justify="right", no_wrap=True)
-    table.add_column("FLOPs", justify="right", no_wrap=True)
-    if front.latency is not None:
+    predicted, timed = front.predicted_for is not None, front.latency is not None
+    if predicted:
+        table.add_column("ms, pre-\ndicted", justify="right", no_wrap=True)
+    else:
+        table.add_column("FLOPs", justify="right", no_wrap=True)
+    if timed:
         table.add_column("ms", justify="right", no_wrap=True)
-    timed = front.latency is not None
     for point in front.points:
         is_chosen = chosen is not None and point.trial == chosen.trial
         mark = "*" if is_chosen else ""
         table.add_row(
             mark,
-            *_cells(point, percents(point.shares, point.skipped), beside, timed),
+            *_cells(point, percents(point.shares, point.skipped), beside, predicted, timed),
             style="bold" if is_chosen else None,
         )
     table.add_section()
-    table.add_row("", *_cells(front.full, "full length", beside, timed))
+    table.add_row("", *_cells(front.full, "full length", beside, predicted, timed))
     return table
 
 
@@ -373,21 +417,49 @@ def latency_text(point: FrontPoint) -> str:
     return "-" if point.latency_ms is None else f"{point.latency_ms:.3g}"
 
 
-def _cells(point: FrontPoint, kept: str, beside: Sequence[str], timed: bool) -> tuple[str, ...]:
+def predicted_text(point: FrontPoint) -> str:
+    """Predicted milliseconds per sequence, or a hyphen."""
+    return "-" if point.predicted_ms is None else f"{point.predicted_ms:.3g}"
+
+
+def _cells(point: FrontPoint, kept: str, beside: Sequence[str], predicted: bool, timed: bool) -> tuple[str, ...]:
     reported = (point.report_metric, *(point.report_metrics.get(name) for name in beside))
     qualities = ("-" if value is None else f"{value:.4f}" for value in reported)
     share = f"{point.relative_macs:.1%}"
     time = (latency_text(point),) if timed else ()
-    return str(point.trial), kept, f"{point.metric:.4f}", *qualities, share, flops_text(point.macs), *time
+    cost = predicted_text(point) if predicted else flops_text(point.macs)
+    return str(point.trial), kept, f"{point.metric:.4f}", *qualities, share, cost, *time
 
 
 def _check_objectives(study: optuna.Study) -> None:
-    if study.directions != [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]:
+    maximize, minimize = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    if study.directions not in ([maximize, minimize], [maximize, minimize, minimize]):
         directions = ", ".join(direction.name.lower() for direction in study.directions)
         raise NotLengthStudy(
             f"Study {study.study_name!r} has the objectives ({directions}), a front needs (maximize, minimize); "
             "name a study made with `hpo search-lengths`."
         )
+
+
+def _cost_names(study: optuna.Study) -> tuple[str, ...]:
+    """What the objectives beside quality are, where they are named; else MACs."""
+    return tuple((study.metric_names or ["metric", MACS])[1:])
+
+
+def _scores(point: FrontPoint, costs: Sequence[str]) -> tuple[float, ...]:
+    """Quality and costs."""
+    return point.metric, *((point.predicted_ms or 0.0) if cost == MS else point.macs for cost in costs)
+
+
+def _full_cost(name: str, attrs: Mapping[str, Any], cost: str) -> float:
+    """Of full length, as the study records it."""
+    if cost != MS:
+        return _full_macs(name, attrs)
+    if FULL_MS not in attrs:
+        raise NotLengthStudy(
+            f"Study {name!r} does not record the time of full length; name a study made with `hpo search-lengths`."
+        )
+    return float(attrs[FULL_MS])
 
 
 def _full_macs(name: str, attrs: Mapping[str, Any]) -> float:
@@ -401,25 +473,34 @@ def _full_macs(name: str, attrs: Mapping[str, Any]) -> float:
 def _latencies(attrs: Mapping[str, Any]) -> tuple[LatencySource | None, float | None, dict[int, float]]:
     """One record of `hpo bench`: where it was measured, full length's milliseconds, and those of each trial.
 
-    This machine's records come before others', single sequences before batches, and the newest before older ones.
+    This machine's records come before others', then those of what a study's times are predicted for, single sequences
+    before batches, and the newest before older ones.
     """
     records = [value for name, value in attrs.items() if name.startswith(LATENCY)]
     if not records:
         return None, None, {}
     own = processor_name()
     records.sort(key=lambda record: str(record["measured_at"]), reverse=True)
-    record = min(records, key=lambda record: (record["processor"] != own, record["batch_size"]))
-    source = LatencySource(**{name: record[name] for name in ("processor", "threads", "precision", "batch_size")})
-    return source, record["full"]["ms"], {point["trial"]: point["ms"] for point in record["points"]}
+    wanted = _source(attrs[TABLE]) if TABLE in attrs else None
+    record = min(records, key=lambda one: (one["processor"] != own, _source(one) != wanted, one["batch_size"]))
+    return _source(record), record["full"]["ms"], {point["trial"]: point["ms"] for point in record["points"]}
 
 
-def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any], latency_ms: float | None) -> FrontPoint:
+def _source(record: Mapping[str, Any]) -> LatencySource:
+    return LatencySource(**{name: record[name] for name in ("processor", "threads", "precision", "batch_size")})
+
+
+def _front_point(
+    trial: FrozenTrial, study: str, attrs: Mapping[str, Any], costs: Sequence[str], latency_ms: float | None
+) -> FrontPoint:
     if "shares" not in trial.user_attrs:
         raise NotLengthStudy(
             f"Trial {trial.number} of study {study!r} records no length config; "
             "name a study made with `hpo search-lengths`."
         )
-    metric, macs = trial.values
+    metric, values = trial.values[0], dict(zip(costs, trial.values[1:], strict=True))
+    predicted_ms = values.pop(MS, None)
+    macs = next(iter(values.values())) if values else trial.user_attrs[MACS]
     report_macs, report_full_macs = attrs.get(f"report_macs:{trial.number}"), attrs.get("report_full_macs")
     return FrontPoint(
         trial=trial.number,
@@ -434,6 +515,8 @@ def _front_point(trial: FrozenTrial, study: str, attrs: Mapping[str, Any], laten
         report_metrics=attrs.get(f"report_metrics:{trial.number}") or {},
         origin=trial.user_attrs.get(ORIGIN),
         skipped=tuple(trial.user_attrs["skipped"]) if "skipped" in trial.user_attrs else None,
+        predicted_ms=predicted_ms,
+        relative_ms=None if predicted_ms is None else predicted_ms / _full_cost(study, attrs, MS),
     )
 
 
@@ -451,10 +534,26 @@ def _growing_areas(relative_cost_N: NDArray[np.float64], quality_N: NDArray[np.f
     return areas
 
 
-def _distinct_by_cost(points: Sequence[FrontPoint]) -> tuple[FrontPoint, ...]:
-    earliest: dict[tuple[float, float], FrontPoint] = {}
+def _growing_volumes(relative_costs_NK: NDArray[np.float64], quality_N: NDArray[np.float64]) -> list[float]:
+    """`hypervolume` of the first point, of the first two, and so on; computed anew where the front changes."""
+    volumes: list[float] = []
+    front: list[int] = []
+    for number in range(len(quality_N)):
+        reached = (relative_costs_NK[front] <= relative_costs_NK[number]).all(axis=1)
+        if (reached & (quality_N[front] >= quality_N[number])).any():
+            volumes.append(volumes[-1])
+            continue
+        candidates = [*front, number]
+        front = [candidates[index] for index in members(relative_costs_NK[candidates], quality_N[candidates])]
+        volumes.append(hypervolume(relative_costs_NK[front].tolist(), quality_N[front].tolist()))
+    return volumes
+
+
+def _distinct_by_cost(points: Sequence[FrontPoint], costs: Sequence[str]) -> tuple[FrontPoint, ...]:
+    earliest: dict[tuple[float, ...], FrontPoint] = {}
     for point in points:
-        earliest.setdefault((point.macs, point.metric), point)
+        quality, *own = _scores(point, costs)
+        earliest.setdefault((*own, quality), point)
     return tuple(earliest[score] for score in sorted(earliest))
 
 
@@ -464,5 +563,7 @@ def _point_to_json(point: FrontPoint) -> dict[str, Any]:
         names.insert(2, "skipped")
     if len(point.metrics) > 1:
         names += ["metrics", "report_metrics"]
+    if point.predicted_ms is not None:
+        names += ["predicted_ms", "relative_ms"]
     fields = asdict(point)
     return {name: list(fields[name]) if name in ("shares", "skipped") else fields[name] for name in names}

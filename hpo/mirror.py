@@ -44,7 +44,7 @@ from hpo.bulk import (
 )
 from hpo.heartbeats import Heartbeats, is_dead
 from hpo.spool import Result, Spool
-from hpo.staircase import Array, Staircase
+from hpo.staircase import Array, behind
 from hpo.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -566,15 +566,13 @@ def _that_matter(
 
 
 def _behind(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> Array:
-    """How far each trial is from the best of one objective, or from the front of two."""
+    """How far each trial is from the best of one objective, or from the front of several."""
     signs = np.array([1.0 if direction == StudyDirection.MAXIMIZE else -1.0 for direction in directions])
     values_TO = np.array([trial.values for trial in trials], dtype=np.float64).reshape(len(trials), len(signs)) * signs
     if len(signs) == 1:
         best_first_T: Array = -values_TO[:, 0]
         return best_first_T
-    quality_T, cost_T = values_TO[:, 0], -values_TO[:, 1]
-    behind_T: Array = Staircase.of(cost_T, quality_T).height(cost_T) - quality_T
-    return behind_T
+    return behind(-values_TO[:, 1:], values_TO[:, 0])
 
 
 def _running(trial: FrozenTrial) -> FrozenTrial:

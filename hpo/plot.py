@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from hpo.front import (
     BASELINE,
     FLOPS_PER_MAC,
+    MS,
     ORIGINS,
     SHARES_PER_LINE,
     Front,
@@ -23,6 +24,7 @@ from hpo.front import (
     flops_text,
     latency_text,
     percents,
+    predicted_text,
 )
 from model.length_config import SKIPPED, LengthConfig
 
@@ -44,42 +46,51 @@ IMAGE_TIMEOUT_S = 30
 CLOSE_TIMEOUT_S = 2
 
 
-def draw_front(front: Front, chosen: FrontPoint | None = None) -> go.Figure:
+def draw_front(front: Front, chosen: FrontPoint | None = None, cost: str | None = None) -> go.Figure:
     """Quality against cost: the front on both splits, and what to compare it with.
 
-    Each point stands at the cost it has on the split it was scored on.
+    Each point stands at the cost it has on the split it was scored on; predicted times are those of the search split.
+    Where the study has two costs, the front is no line over either.
 
     Args:
         front: What to draw.
         chosen: The point to mark, if any.
+        cost: Which of the front's costs; None for the first.
     """
+    cost = cost or front.costs[0]
+    line = "lines+markers" if len(front.costs) == 1 else "markers"
     figure = go.Figure()
     if front.dominated:
         marker = {"color": GREY, "size": 5, "opacity": 0.45}
-        figure.add_trace(_search_trace(front, front.dominated, "other trials", mode="markers", marker=marker))
+        figure.add_trace(_search_trace(front, cost, front.dominated, "other trials", mode="markers", marker=marker))
     if front.constant_rate:
         marker = {"color": ORANGE, "size": 8, "symbol": "triangle-up"}
         style = {"marker": marker, "line": {"color": ORANGE, "width": 1.5, "dash": "dot", "shape": STEP}}
         name = "same retention in every layer"
-        figure.add_trace(_search_trace(front, front.constant_rate, name, mode="lines+markers", **style))
+        figure.add_trace(_search_trace(front, cost, front.constant_rate, name, mode="lines+markers", **style))
     style = {"marker": {"color": BLUE, "size": 8}, "line": {"color": BLUE, "width": 2, "shape": STEP}}
-    figure.add_trace(_search_trace(front, front.points, "front, search split", mode="lines+markers", **style))
+    figure.add_trace(_search_trace(front, cost, front.points, "front, search split", mode=line, **style))
     for origin in dict.fromkeys(point.origin for point in front.seeds):
         seeds = [point for point in front.seeds if point.origin == origin]
         marker = {"color": PURPLE, "size": 12, "symbol": "star", "line": {"color": "white", "width": 1}}
         name = ORIGINS.get(str(origin), str(origin))
-        figure.add_trace(_search_trace(front, seeds, name, mode="markers", marker=marker))
+        figure.add_trace(_search_trace(front, cost, seeds, name, mode="markers", marker=marker))
     reported = [point for point in front.points if point.report_metric is not None]
     if reported:
-        figure.add_trace(_report_trace(front, reported))
+        figure.add_trace(_report_trace(front, cost, reported))
     marker = {"color": BLACK, "size": 12, "symbol": "diamond"}
-    figure.add_trace(_search_trace(front, [front.full], "full length", mode="markers", marker=marker))
+    figure.add_trace(_search_trace(front, cost, [front.full], "full length", mode="markers", marker=marker))
     if chosen is not None:
         marker = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"color": GREEN, "width": 3}}
-        figure.add_trace(_search_trace(front, [chosen], "chosen", mode="markers", marker=marker))
+        figure.add_trace(_search_trace(front, cost, [chosen], "chosen", mode="markers", marker=marker))
     absolute = f"{flops_text(front.full.macs)} per sequence of the search split"
-    lay_out(figure, f"{_text(front.metric)} against compute", f"100% is {BASELINE},<br>{absolute}")
-    figure.update_xaxes(title_text="FLOPs per sequence, share of full length", tickformat=".0%", rangemode="tozero")
+    against, quantity = "compute", "FLOPs"
+    if cost == MS:
+        absolute = f"{predicted_text(front.full)} ms per sequence, for {_text(str(front.predicted_for))}"
+        against, quantity = "predicted time", "predicted time"
+    lay_out(figure, f"{_text(front.metric)} against {against}", f"100% is {BASELINE},<br>{absolute}")
+    title = f"{quantity} per sequence, share of full length"
+    figure.update_xaxes(title_text=title, tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text=_text(front.metric))
     return figure
 
@@ -106,7 +117,7 @@ def draw_hypervolume(history: Sequence[float]) -> go.Figure:
     lay_out(
         figure,
         "Progress of the search",
-        "area that the front dominates up to quality 0 at full cost,<br>in units of the metric times the FLOPs share",
+        "what the front dominates up to quality 0 at full cost,<br>in units of the metric times the shares of costs",
     )
     figure.update_xaxes(title_text="finished trials", rangemode="tozero")
     figure.update_yaxes(title_text="hypervolume")
@@ -127,8 +138,8 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
     Raises:
         OSError: The page cannot be written there; an older page stays as it was.
     """
-    figures = (draw_front(front, chosen), draw_hypervolume(history))
-    front_div, history_div = (
+    fronts = [draw_front(front, chosen, cost) for cost in front.costs]
+    *front_divs, history_div = (
         figure.to_html(
             full_html=False,
             include_plotlyjs=index == 0,
@@ -136,18 +147,21 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
             default_height=f"{height}px",
             config=PAGE_CONFIG,
         )
-        for index, (figure, height) in enumerate(zip(figures, (600, 360), strict=True))
+        for index, (figure, height) in enumerate(
+            [*((figure, 600) for figure in fronts), (draw_hypervolume(history), 360)]
+        )
     )
     page = _PAGE.substitute(
         title=escape(f"{front.study}: {front.metric} against compute"),
         study=escape(front.study),
         facts=_facts(front, chosen),
-        front=front_div,
+        front='</div>\n<div class="figure">'.join(front_divs),
         history=history_div,
         rows=_rows(front, chosen),
         metric=escape(front.metric),
         beside="\n".join(f"<th>{escape(name)},<br>report split</th>" for name in front.beside),
-        time="" if front.latency is None else "<th>ms per<br>sequence</th>",
+        time=("" if front.predicted_for is None else "<th>ms,<br>predicted</th>")
+        + ("" if front.latency is None else "<th>ms per<br>sequence</th>"),
         median="" if front.median_tokens is None else f"of {front.median_tokens} tokens, the median",
         flops_per_mac=FLOPS_PER_MAC,
         baseline=BASELINE,
@@ -235,9 +249,9 @@ def _text(text: str) -> str:
     return escape(text, quote=False)
 
 
-def _search_trace(front: Front, points: Sequence[FrontPoint], name: str, **style: Any) -> go.Scatter:
+def _search_trace(front: Front, cost: str, points: Sequence[FrontPoint], name: str, **style: Any) -> go.Scatter:
     return go.Scatter(
-        x=[point.relative_macs for point in points],
+        x=[point.relative(cost) for point in points],
         y=[point.metric for point in points],
         hovertext=[_hover(front, point) for point in points],
         hoverinfo="text",
@@ -246,9 +260,9 @@ def _search_trace(front: Front, points: Sequence[FrontPoint], name: str, **style
     )
 
 
-def _report_trace(front: Front, points: Sequence[FrontPoint]) -> go.Scatter:
+def _report_trace(front: Front, cost: str, points: Sequence[FrontPoint]) -> go.Scatter:
     return go.Scatter(
-        x=[point.report_relative_macs or point.relative_macs for point in points],
+        x=[(cost != MS and point.report_relative_macs) or point.relative(cost) for point in points],
         y=[point.report_metric for point in points],
         hovertext=[_hover(front, point) for point in points],
         hoverinfo="text",
@@ -266,6 +280,8 @@ def _hover(front: Front, point: FrontPoint) -> str:
         f"FLOPs: {point.relative_macs:.1%} of full length ({flops_text(point.macs)})",
         f"left after each layer, %:<br>{shares}",
     ]
+    if point.predicted_ms is not None and point.relative_ms is not None:
+        lines.insert(3, f"predicted time: {predicted_text(point)} ms per sequence, {point.relative_ms:.1%}")
     if point.latency_ms is not None and front.latency is not None:
         lines.insert(3, f"time: {point.latency_ms:.3g} ms per sequence, {_text(str(front.latency))}")
     if point.report_metric is not None:
@@ -325,6 +341,15 @@ def _facts(front: Front, chosen: FrontPoint | None) -> str:
         "Baseline (100%)": f"{BASELINE}: {flops_text(front.full.macs)} per sequence of the search split",
         "Trials": f"{front.trials} finished, {len(front.points)} on the front, hypervolume {front.hypervolume:.4f}",
     }
+    if front.predicted_for is not None:
+        facts["Predicted time"] = (
+            f"per sequence, for {front.predicted_for}; full length: {predicted_text(front.full)} ms"
+        )
+    if front.prediction:
+        facts["Predictions"] = (
+            f"{front.prediction['median_error']:.1%} off (median) and {front.prediction['worst_error']:.1%} at worst "
+            f"where {front.prediction['points']:.0f} points were timed in the end"
+        )
     if front.latency is not None:
         facts["Time"] = f"per sequence, on {front.latency}; full length: {latency_text(front.full)} ms"
     if chosen is not None:
@@ -358,6 +383,7 @@ def _row(front: Front, point: FrontPoint, role: str) -> str:
         *(f"{point.report_metrics[name]:.4f}" if point.report_metrics else "-" for name in front.beside),
         f"{point.relative_macs:.1%}",
         flops_text(point.macs),
+        *([] if front.predicted_for is None else [predicted_text(point)]),
         *([] if front.latency is None else [latency_text(point)]),
         " ".join(percents(point.shares, point.skipped).split()),
         " ".join(_lengths(front, point)),

@@ -27,14 +27,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.early_stopping import ESTIMATE, ESTIMATE_ERROR, Bits
 from hpo.front import RETENTION, SKIP
-from hpo.staircase import Array, Staircase, convex_hull
+from hpo.staircase import Array, Frontier, convex_hull, frontier_of, members
 from hpo.surrogate import Surrogate
 from studies.loader import LengthsStudy
 
 Key = tuple[float, bytes]
 """What configs have in common that keep the same counts: their cost, and the layers they skip."""
 CostOf = Callable[["Configs"], Array]
-"""The cost of each config as a share of full length, (C,)."""
+"""The cost of each config as a share of full length's, (C,), or its two costs, (C, 2)."""
 
 CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
     "uniform": nsgaii.UniformCrossover,
@@ -63,6 +63,8 @@ def make_sampler(
     seed: int,
     reads_first: bool,
     alone: bool = True,
+    full_cost: Sequence[float] | None = None,
+    identify: CostOf | None = None,
 ) -> BaseSampler:
     """The sampler that a study file names.
 
@@ -75,6 +77,8 @@ def make_sampler(
             layer keeps.
         alone: Whether one worker asks for all trials; where several do, the surrogate chooses a generation's children
             together as ever, though other trials are finished while they are asked one part after the other.
+        full_cost: What full length costs, by each measure; None where there is one and nothing costs more.
+        identify: Numbers that tell configs apart; None where their costs do.
     """
     retentions = RetentionSpace.of(space)
     with warnings.catch_warnings():
@@ -104,6 +108,8 @@ def make_sampler(
                     reads_first=reads_first,
                     generator=np.random.default_rng(seed),
                     patience=1 if alone else definition.population_size,
+                    full_cost=full_cost,
+                    identify=identify,
                 )
                 return optuna.samplers.NSGAIISampler(
                     population_size=definition.population_size, child_generation_strategy=screening, seed=seed
@@ -295,6 +301,8 @@ class SurrogateScreening:
         tried: Keys of the configs that were tried, also of trials that the study shows no more.
         waiting: Children chosen and not yet asked for.
         known: How many trials were finished when they were chosen.
+        full_cost: What full length costs, by each measure; None where there is one and nothing costs more.
+        identify: Numbers that tell configs apart; None where their costs do.
     """
 
     retentions: RetentionSpace
@@ -308,6 +316,8 @@ class SurrogateScreening:
     tried: set[Key] = field(default_factory=set)
     waiting: list[dict[str, Any]] = field(default_factory=list)
     known: int = -1
+    full_cost: Sequence[float] | None = None
+    identify: CostOf | None = None
 
     def __call__(
         self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
@@ -316,7 +326,7 @@ class SurrogateScreening:
         count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)))
         if not self.waiting or abs(count - self.known) >= self.patience:
             self.known = count
-            scored, stopped = _Scored.of(study, self.retentions), _Stopped.of(study, self.retentions)
+            scored, stopped = _Scored.of(study, self.retentions, self.full_cost), _Stopped.of(study, self.retentions)
             running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             under_way = self.retentions.configs_of(
                 [trial for trial in running if len(trial.params) == len(search_space)]
@@ -327,13 +337,13 @@ class SurrogateScreening:
     def _choose(
         self, scored: "_Scored", stopped: "_Stopped", under_way: Configs, parents: Configs
     ) -> list[dict[str, Any]]:
-        front = Staircase.of(scored.cost_T, scored.quality_T)
+        front = frontier_of(scored.cost_T, scored.quality_T)
         tried = Configs.joined(scored.configs, stopped.configs)
         tried_cost_T = self.cost_of(tried)
         self._learn(front, scored, stopped, tried, tried_cost_T)
-        self.tried.update(_keys(tried, tried_cost_T))
+        self.tried.update(self._keys(tried, tried_cost_T))
         under_way_cost_T = self.cost_of(under_way) if len(under_way) else np.empty(0)
-        retention_CN, bred, cost_C = self._breed(scored, set(_keys(under_way, under_way_cost_T)), parents)
+        retention_CN, bred, cost_C = self._breed(scored, set(self._keys(under_way, under_way_cost_T)), parents)
         front = self._expected(front, under_way, under_way_cost_T)
         mean_C, deviation_C = self.surrogate.predict(self._inputs(bred))
         prospects_C = front.expected_gain(cost_C, mean_C, deviation_C)
@@ -343,17 +353,18 @@ class SurrogateScreening:
         picked = best[choose_batch(front, cost_C[best], mean_C, covariance_CC, self.generation, effort)]
         return [self.retentions.params(retention_CN[number], bred.skipped_CN[number]) for number in picked]
 
-    def _expected(self, front: Staircase, under_way: Configs, cost_T: Array) -> Staircase:
+    def _expected(self, front: Frontier, under_way: Configs, cost_T: Array) -> Frontier:
         """The front once the trials that other workers have running turn out as predicted."""
         if not len(cost_T):
             return front
         for cost, quality in zip(cost_T, self.surrogate.predict(self._inputs(under_way))[0], strict=True):
-            front = front.with_point(float(cost), float(quality))
+            front = front.with_point(cost, float(quality))
         return front
 
     def _breed(self, scored: "_Scored", under_way: set[Key], parents: Configs) -> tuple[Array, Configs, Array]:
         """Distinct retentions that nobody has tried or is trying, (C, N), their configs, and their costs."""
-        front = scored.configs[Staircase.members(scored.cost_T, scored.quality_T)]
+        cost_TK = scored.cost_T.reshape(len(scored.quality_T), -1)
+        front = scored.configs[members(cost_TK, scored.quality_T)]
         pool = Configs.joined(front, front, parents)
         generator, count, layers = self.generator, self.brood * self.generation, pool.shares_CN.shape[1]
         first_C, second_C = generator.integers(len(pool), size=(2, count))
@@ -377,9 +388,12 @@ class SurrogateScreening:
         bred = self.retentions.configs(retention_CN, skipped_CN)
         cost_C = self.cost_of(bred)
         tried = self.tried | under_way
-        distinct = {key: number for number, key in enumerate(_keys(bred, cost_C)) if key not in tried}
+        distinct = {key: number for number, key in enumerate(self._keys(bred, cost_C)) if key not in tried}
         new = sorted(distinct.values()) or list(range(len(cost_C)))
         return retention_CN[new], bred[new], cost_C[new]
+
+    def _keys(self, configs: Configs, cost_C: Array) -> list[Key]:
+        return _keys(configs, cost_C if self.identify is None or not len(configs) else self.identify(configs))
 
     def _inputs(self, configs: Configs) -> Array:
         """What quality depends on: shares that decide something, and which layers are skipped."""
@@ -391,7 +405,7 @@ class SurrogateScreening:
         return np.hstack([shares_CN, configs.skipped_CN[:, list(self.retentions.skippable)]])
 
     def _learn(
-        self, front: Staircase, scored: "_Scored", stopped: "_Stopped", tried: Configs, tried_cost_T: Array
+        self, front: Frontier, scored: "_Scored", stopped: "_Stopped", tried: Configs, tried_cost_T: Array
     ) -> None:
         quality_T = np.concatenate([scored.quality_T, stopped.estimate_T])
         error_T = np.concatenate([np.zeros_like(scored.quality_T), stopped.error_T])
@@ -405,7 +419,7 @@ class _Scored:
     Attributes:
         configs: Their length configs.
         quality_T: First objective, negated where it is minimised.
-        cost_T: Second objective as a share of the greatest, which is full length.
+        cost_T: Second objective as a share of full length's; (T, 2) where there are three.
     """
 
     configs: Configs
@@ -413,11 +427,15 @@ class _Scored:
     cost_T: Array
 
     @classmethod
-    def of(cls, study: optuna.Study, retentions: RetentionSpace) -> "_Scored":
+    def of(cls, study: optuna.Study, retentions: RetentionSpace, full_cost: Sequence[float] | None = None) -> "_Scored":
+        """Where full length's cost is not given, it is the greatest."""
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        values_T2 = np.array([trial.values for trial in trials], dtype=np.float64).reshape(len(trials), 2)
-        cost_T = values_T2[:, 1] / values_T2[:, 1].max(initial=1e-300)
-        return cls(retentions.configs_of(trials), _sign(study) * values_T2[:, 0], cost_T)
+        shape = len(trials), len(study.directions)
+        values_TO = np.array([trial.values for trial in trials], dtype=np.float64).reshape(shape)
+        cost_TK = values_TO[:, 1:]
+        cost_TK = cost_TK / (cost_TK.max(axis=0, initial=1e-300) if full_cost is None else full_cost)
+        cost_T = cost_TK[:, 0] if cost_TK.shape[1] == 1 else cost_TK
+        return cls(retentions.configs_of(trials), _sign(study) * values_TO[:, 0], cost_T)
 
 
 @dataclass(frozen=True)
@@ -450,7 +468,7 @@ def _sign(study: optuna.Study) -> float:
 
 
 def _keys(configs: Configs, cost_C: Array) -> list[Key]:
-    """Equal for configs that skip the same layers and whose costs are equal but for rounding.
+    """Equal for configs that skip the same layers and whose MACs are equal but for rounding.
 
     Those keep the same counts, as good as always: whoever tried one has tried the other.
     """
@@ -527,7 +545,7 @@ class SharedEffort:
 
 
 def choose_batch(
-    front: Staircase,
+    front: Frontier,
     cost_C: Array,
     mean_C: Array,
     covariance_CC: Array,
@@ -558,7 +576,7 @@ def choose_batch(
         picked.append(best)
         if effort is not None:
             effort.pick(best)
-        front = front.with_point(float(cost_C[best]), float(mean_C[best]))
+        front = front.with_point(cost_C[best], float(mean_C[best]))
         shared_C = covariance_CC[:, best] - sum((part * part[best] for part in explained), np.zeros(len(cost_C)))
         part = shared_C / np.sqrt(max(float(shared_C[best]), 0.0) + noise)
         explained.append(part)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.bench import covers, time_points
 from hpo.bulk import record_once
+from hpo.costs import Costs, cost_table, threads
 from hpo.early_stopping import (
     ESTIMATE,
     ESTIMATE_ERROR,
@@ -29,7 +31,7 @@ from hpo.early_stopping import (
     bits_to_text,
 )
 from hpo.errors import HpoError
-from hpo.front import ORIGIN, RETENTION, SKIP, constant_rate
+from hpo.front import ORIGIN, PREDICTION, RETENTION, SKIP, Front, compute_front, constant_rate
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.outage import DEFAULT_TIMEOUT_S
@@ -38,7 +40,6 @@ from hpo.samplers import Configs, RetentionSpace, make_sampler
 from hpo.seeds import learn_seeds
 from hpo.sharing import SearchTimes, complete_study, part_of, worker_seed
 from hpo.spool import Spool
-from hpo.staircase import Array
 from hpo.storage import Storage, open_storage, open_study
 from hpo.workload import (
     LoadedWorkload,
@@ -53,14 +54,15 @@ from hpo.workload import (
 from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision
-from model.hardware import compute_device, is_out_of_memory
+from model.hardware import compute_device, is_out_of_memory, processor_name
+from model.latency import LatencyTable
 from model.length_config import LengthConfig
-from model.macs import mean_macs, mean_macs_of_shares
+from model.macs import mean_macs
+from model.timing import sample
 from studies.loader import LengthsStudy
 
 logger = logging.getLogger(__name__)
 
-COST_NAME = "macs"
 COST_DIRECTION: Literal["minimize"] = "minimize"
 CORRECT = "correct"
 """Attribute of a trial on the front: which examples it gets right."""
@@ -68,6 +70,8 @@ METRICS = "metrics"
 """Attribute of a completed trial: every metric that is reported, by name."""
 REPORTED_TOGETHER = 25
 """Points that are scored on the report split at a time; what is scored is kept if the run ends in between."""
+FRONT_ROUNDS = 3
+"""Rounds in which the front is timed in the end, at least."""
 SEEDS = "seeds"
 """Attribute of a study: the length configs of another method that joined its first generation."""
 NEVER_DROPPED = (
@@ -88,6 +92,8 @@ class LengthSearch:
         stopped: Those of them that were stopped early.
         reused: Trials of this run whose lengths had been scored before.
         times: Where this run's time went.
+        table: What predicted times, where they are a cost.
+        prediction: How far it was off at the front's points, where these were measured.
     """
 
     study: optuna.Study
@@ -95,6 +101,25 @@ class LengthSearch:
     stopped: int
     reused: int
     times: SearchTimes
+    table: LatencyTable | None = None
+    prediction: "Prediction | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicted times of the front's points beside those measured in the end.
+
+    Attributes:
+        points: How many points.
+        median_error: Of them, as a share of what was measured.
+        worst_error: Of them.
+        full_error: Of full length, with its sign.
+    """
+
+    points: int
+    median_error: float
+    worst_error: float
+    full_error: float
 
 
 def search_lengths(
@@ -157,7 +182,7 @@ def search_loaded(
     An `evaluator` over the search split, in the blocks that the definition asks for, lets several searches share what
     it remembers; without one, the search has its own.
     """
-    model = load_encoder(checkpoint, loaded.corpus).to(compute_device())
+    model = load_encoder(checkpoint, loaded.corpus).eval()
     space = search_space(definition, model.num_layers)
     if definition.skippable and not model.layer_drop:
         logger.warning(NEVER_DROPPED, checkpoint)
@@ -166,16 +191,20 @@ def search_loaded(
     study_runs.prepare()
     spool = Spool(study_runs.folder, study.study_name)
     spool.replay(rdb, study)
-    full_macs = mean_macs(model.shape, loaded.search.num_tokens)
-
-    def cost_of(configs: Configs) -> Array:
-        shares_CL, skipped_CL = configs.shares_CN, configs.skipped_CN
-        return mean_macs_of_shares(model.shape, loaded.search.num_tokens, shares_CL, skipped_CL) / full_macs
-
+    table = fitted_table(study, rdb, definition, model, loaded, trials, on_progress)
+    model = model.to(compute_device())
+    costs = Costs.of(definition, model, loaded.search, table)
     with Heartbeats(rdb) as heartbeats:
         sampler_seed = worker_seed(study, seed, workers)
         sampler = make_sampler(
-            definition, space, cost_of, sampler_seed, reads_first=model.reads_first, alone=workers == 1
+            definition,
+            space,
+            costs.shares,
+            sampler_seed,
+            reads_first=model.reads_first,
+            alone=workers == 1,
+            full_cost=None if table is None else costs.full,
+            identify=None if table is None else costs.macs_of,
         )
         mirror = MirroredStudy(study, rdb, sampler, space, heartbeats=heartbeats, spool=spool)
         if evaluator is None:
@@ -186,10 +215,92 @@ def search_loaded(
         else:
             record_once(rdb, study._study_id, {"precision": evaluator.precision})
         seeds = _seeds(study, rdb, seed_with, checkpoint, loaded, RetentionSpace.of(space), seed, on_progress)
-        run = _Run(study, mirror, definition, model, loaded, evaluator, trials, on_progress, seeds, workers)
+        run = _Run(study, mirror, definition, model, loaded, evaluator, trials, costs, on_progress, seeds, workers)
         complete_study(mirror, run, trials, run.times)
         run.score_front_on_report_split()
-    return LengthSearch(study=study, evaluated=run.evaluated, stopped=run.stopped, reused=run.reused, times=run.times)
+    prediction = None
+    if table is not None and workers == 1:  # after several workers one looks whether all is done, alone
+        prediction = measure_front(study, rdb.url, table, checkpoint, loaded, trials, on_progress)
+    return LengthSearch(
+        study=study,
+        evaluated=run.evaluated,
+        stopped=run.stopped,
+        reused=run.reused,
+        times=run.times,
+        table=table,
+        prediction=prediction,
+    )
+
+
+def fitted_table(
+    study: optuna.Study,
+    rdb: Storage,
+    definition: LengthsStudy,
+    model: LengthAdaptiveModel,
+    loaded: LoadedWorkload,
+    trials: int,
+    on_progress: ProgressHook | None = None,
+) -> LatencyTable | None:
+    """`hpo.costs.cost_table`, telling how far the fitting is."""
+
+    def report(share: float, what: str) -> None:
+        if on_progress is not None:
+            on_progress(0, trials, f"{what}: {share:.0%}")
+
+    return cost_table(study, rdb, definition, model, loaded.search, report)
+
+
+def measure_front(
+    study: optuna.Study,
+    url: str,
+    table: LatencyTable,
+    checkpoint: Path,
+    loaded: LoadedWorkload,
+    trials: int,
+    on_progress: ProgressHook | None = None,
+) -> Prediction | None:
+    """Time the points of a finished front as `hpo bench` does, and record how far the table was off.
+
+    What was measured on this machine before is not measured again. None where the table is another processor's.
+    """
+    front = compute_front(study, url)
+
+    def report(done: float, total: float, what: str) -> None:
+        if on_progress is not None:
+            on_progress(trials, trials, f"timing the front: {done / total:.0%}")
+
+    with threads(table.threads):
+        if not covers(study, front, table.precision, table.batch_size):
+            model = load_encoder(checkpoint, loaded.corpus).eval()
+            time_points(
+                study,
+                front,
+                model,
+                sample(loaded.search),
+                batch_sizes=(table.batch_size,),
+                points=len(front.points),
+                rounds=FRONT_ROUNDS,
+                precision=table.precision,
+                on_progress=report,
+            )
+    if table.processor != processor_name():
+        return None
+    prediction = compare(compute_front(study, url))
+    study.set_user_attr(PREDICTION, asdict(prediction))
+    return prediction
+
+
+def compare(front: Front) -> Prediction:
+    """The predicted times of a front's points beside the measured ones."""
+    pairs = [(point.predicted_ms, point.latency_ms) for point in (front.full, *front.points)]
+    errors = [predicted / measured - 1.0 for predicted, measured in pairs if predicted and measured]
+    sizes = np.abs(errors[1:])
+    return Prediction(
+        points=len(sizes),
+        median_error=float(np.median(sizes)),
+        worst_error=float(sizes.max()),
+        full_error=float(errors[0]),
+    )
 
 
 def open_search(
@@ -208,13 +319,14 @@ def open_search(
     return open_study(
         rdb,
         definition.name,
-        directions=[loaded.metric.direction, COST_DIRECTION],
-        metric_names=[loaded.metric.name, COST_NAME],
+        directions=[loaded.metric.direction, *[COST_DIRECTION] * len(definition.costs)],
+        metric_names=[loaded.metric.name, *definition.costs],
         identity={
             "model": model.fingerprint(),
             "dataset": loaded.dataset_identity,
             "search space": definition.space_fingerprint(),
             "metric": loaded.metric.name,
+            **definition.cost_identity(),
         },
         attributes={
             "kind": "lengths",
@@ -238,14 +350,14 @@ class _Result:
     Attributes:
         trial: The trial that first asked for these lengths.
         metric: Its quality on the search split; None where it was stopped early.
-        macs: Its mean cost there.
+        costs: What it costs there, by each measure.
         correct_N: Which examples it gets right, where that is what is measured.
         attributes: What its trials record: its metrics, or how it was stopped early.
     """
 
     trial: int
     metric: float | None
-    macs: float
+    costs: tuple[float, ...]
     correct_N: Bits | None
     attributes: Mapping[str, Any]
 
@@ -261,6 +373,7 @@ class _Run:
     loaded: LoadedWorkload
     evaluator: Evaluator
     trials: int
+    costs: Costs
     on_progress: ProgressHook | None
     seeds: Sequence[Mapping[str, float]] = ()
     workers: int = 1
@@ -383,7 +496,7 @@ class _Run:
         """Score configs block by block, and leave out those that the front so far has beaten."""
         configs = [config_of(trial.params) for trial in asked]
         split, blocks = self.loaded.search, self.evaluator.blocks
-        macs = [mean_macs(self.model.shape, self.loaded.search.num_tokens, config) for config in configs]
+        costs = [self.costs.values(config) for config in configs]
         answers_CX = np.zeros((len(configs), split.answer_starts[-1]), dtype=split.answer_type)
         rivals = self._rivals()
         defeat_of: dict[int, Defeat] = {}
@@ -407,7 +520,7 @@ class _Run:
                 if constant_rate(asked[index].params) is not None:
                     continue  # constant rates, full length among them, are what a front is compared with
                 correct_M = answers_CX[index, seen_M] == split.labels[seen_M]
-                defeat = rivals.beats(macs[index], correct_M, seen_M, self.definition.confidence)
+                defeat = rivals.beats(costs[index], correct_M, seen_M, self.definition.confidence)
                 if defeat is not None:
                     defeat_of[index], seen_of[index] = defeat, seen_M
         results = []
@@ -422,11 +535,11 @@ class _Run:
                     ESTIMATE: rivals.accuracy(defeat.by) - defeat.behind,
                     ESTIMATE_ERROR: defeat.error,
                 }
-                results.append(_Result(trial.number, None, macs[index], None, stop))
+                results.append(_Result(trial.number, None, costs[index], None, stop))
                 continue
             qualities = self._qualities(split, answers_CX[index])
             metric = qualities[self.loaded.metric.name]
-            results.append(_Result(trial.number, metric, macs[index], correct_N, {METRICS: qualities}))
+            results.append(_Result(trial.number, metric, costs[index], correct_N, {METRICS: qualities}))
         return results
 
     def _rivals(self) -> Rivals | None:
@@ -436,7 +549,7 @@ class _Run:
             return None
         return Rivals.of(
             np.array([result.trial for result in scored]),
-            np.array([result.macs for result in scored]),
+            np.array([result.costs for result in scored]),
             np.array([result.correct_N for result in scored]),
         )
 
@@ -446,7 +559,7 @@ class _Run:
         told = []
         for trial in asked:
             result = self._result_of[self._key(config_of(trial.params))]
-            values = None if result.metric is None else (result.metric, result.macs)
+            values = None if result.metric is None else (result.metric, *result.costs)
             attributes = dict(result.attributes)
             if trial.number != result.trial:
                 attributes[REUSED_FROM] = result.trial
@@ -459,7 +572,7 @@ class _Run:
     def attributes_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """A new trial's user attributes: its length config, and the method that found it, if another did."""
         config = config_of(params)
-        attributes: dict[str, Any] = {"shares": list(config.shares or ())}
+        attributes: dict[str, Any] = {"shares": list(config.shares or ()), **self.costs.attributes(config)}
         if self.definition.skippable:
             attributes["skipped"] = list(config.skipped)
         if dict(params) in self.seeds:
@@ -475,8 +588,7 @@ class _Run:
         kept = {name: attrs[name] for name in (METRICS, *PARTIAL_FIGURES) if name in attrs}
         bits = bits_from_text(attrs[CORRECT], len(self.loaded.search)) if CORRECT in attrs else None
         metric = float(trial.values[0]) if trial.state == TrialState.COMPLETE else None
-        macs = mean_macs(self.model.shape, self.loaded.search.num_tokens, config)
-        self._result_of[key] = _Result(trial.number, metric, macs, bits, kept)
+        self._result_of[key] = _Result(trial.number, metric, self.costs.values(config), bits, kept)
 
     def key_of(self, params: Mapping[str, Any]) -> str:
         """Equal for parameters that keep equal counts in every sequence of the search split."""

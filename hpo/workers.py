@@ -68,14 +68,19 @@ class SearchJob:
     workers: int = 1
     storage_timeout_s: float = DEFAULT_TIMEOUT_S
 
-    def open(self, rdb: "Storage") -> "optuna.Study":
-        """The study, made where there is none; it records this process's paths, whoever works on it."""
-        from hpo.search_lengths import open_search
+    def open(self, rdb: "Storage", on_progress: "ProgressHook | None" = None) -> "optuna.Study":
+        """The study, made where there is none; it records this process's paths, whoever works on it.
+
+        Where time is a cost, this process's machine is timed, before any worker computes beside it.
+        """
+        from hpo.search_lengths import fitted_table, open_search
         from hpo.workload import load_encoder, load_workload
 
         loaded = load_workload(self.workload, self.checkpoint)
-        model = load_encoder(self.checkpoint, loaded.corpus)
-        return open_search(self.definition, loaded, self.checkpoint, model, rdb, self.seed)
+        model = load_encoder(self.checkpoint, loaded.corpus).eval()
+        study = open_search(self.definition, loaded, self.checkpoint, model, rdb, self.seed)
+        fitted_table(study, rdb, self.definition, model, loaded, self.trials, on_progress)
+        return study
 
     def run(self, on_progress: "ProgressHook | None" = None) -> "LengthSearch":
         """Work as one worker until the study has its trials."""
@@ -169,6 +174,10 @@ def complete(
 
         run_on_ray(job, cluster, on_progress=on_progress, prepare=prepare)
     elif job.workers > 1:
+        if isinstance(job, SearchJob) and job.definition.cost != "macs":
+            from hpo.storage import open_storage
+
+            job.open(open_storage(job.storage, timeout_s=job.storage_timeout_s), on_progress)
         run_workers(job, job.workers, on_progress=on_progress, prepare=prepare)
     return dataclasses.replace(job, workers=1).run(on_progress)  # after several workers, nothing is left to be done
 

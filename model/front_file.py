@@ -101,7 +101,7 @@ class ServedFront:
         stride: Tokens that neighbouring windows of a context share; None where there are no windows.
         metric: Name of the quality.
         full: The full length.
-        points: The front by rising cost and quality.
+        points: The front by rising cost.
         chosen: The point that the folder was exported for; it may lie off the front.
         versions: Libraries it was made with.
         graph: An ONNX graph; None where the folder holds a transformers model.
@@ -186,10 +186,10 @@ def choose_point(
     """The point of a front that serves a wish; exactly one wish is given.
 
     Args:
-        points: By rising cost and quality; one is as good as full length, unless they are the choice of another.
+        points: By rising cost; one is as good as full length, unless they are the choice of another.
         full_metric: Quality of full length.
         max_drop: The cheapest point whose metric is at most this far below full length's, in the metric's units.
-        budget: The best point that costs at most this share of full length, in (0, 1].
+        budget: The best point that costs at most this share of full length's MACs, in (0, 1].
         max_latency_ms: The best point whose measured time is at most this; points that were not timed do not count.
     Raises:
         NothingFits: Every point exceeds the budget, loses more or takes longer, or none was timed.
@@ -206,7 +206,7 @@ def choose_point(
             raise ExportError(f"max_drop={max_drop}; choose 0 or more, in units of the metric.")
         good = [point for point in points if point.metric >= full_metric - max_drop - SLACK]
         if not good:
-            lost = full_metric - points[-1].metric
+            lost = full_metric - max(point.metric for point in points)
             raise NothingFits(f"Every point loses more than {max_drop:g}; the least loss is {lost:.4g}: ask for more.")
         return good[0]
     if budget is None or not 0.0 < budget <= 1.0:
@@ -217,7 +217,7 @@ def choose_point(
             f"No point costs {budget:g} of full length or less; ask for a budget of {smallest_budget(points):g} or "
             "more, the smallest there is."
         )
-    return affordable[-1]
+    return max(affordable, key=lambda point: point.metric)
 
 
 def _within_time(points: Sequence[Point], max_latency_ms: float) -> Point:
@@ -234,12 +234,12 @@ def _within_time(points: Sequence[Point], max_latency_ms: float) -> Point:
             f"No point that was timed takes {max_latency_ms:g} ms or less; ask for {least_ms:g} ms or more, the least "
             "there is."
         )
-    return fast[-1]
+    return max(fast, key=lambda point: point.metric)
 
 
 def smallest_budget(points: Sequence[Scored]) -> float:
     """The cost of the cheapest point, rounded up to what a person would write."""
-    return math.ceil(points[0].relative_macs * 1e4) / 1e4
+    return math.ceil(min(point.relative_macs for point in points) * 1e4) / 1e4
 
 
 def _point_to_json(point: ServedPoint) -> dict[str, Any]:

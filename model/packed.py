@@ -9,7 +9,7 @@ Shape letters: B sequences, L tokens of each of a group, K of them kept, R rows 
 first layer, D hidden size, C outputs of the head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,11 @@ class PackedNetwork:
         lay_side_by_side(self.family, self.network, model.num_layers)
 
     def logits(
-        self, input_ids: Sequence[Sequence[int]], token_type_ids: Sequence[Sequence[int]], length_config: LengthConfig
+        self,
+        input_ids: Sequence[Sequence[int]],
+        token_type_ids: Sequence[Sequence[int]],
+        length_config: LengthConfig,
+        on_layer: Callable[[], object] | None = None,
     ) -> list[Tensor]:
         """What `LengthAdaptiveModel.forward` says of each sequence, float32 (C,), or (L, C) of heads that read all.
 
@@ -58,6 +62,7 @@ class PackedNetwork:
             input_ids: Token ids of B sequences, without padding; at least one.
             token_type_ids: Of each token; ignored by encoders that know none.
             length_config: Of the model's number of layers.
+            on_layer: Called before each layer that is computed.
         """
         length_B = np.fromiter(map(len, input_ids), dtype=np.int64, count=len(input_ids))
         order_B = np.argsort(length_B, kind="stable")
@@ -66,14 +71,21 @@ class PackedNetwork:
                 torch.from_numpy(np.concatenate([given[number] for number in order_B]))
                 for given in (input_ids, token_type_ids)
             )
-            said = self._run(ids_T, types_T, length_B[order_B], length_config)
+            said = self._run(ids_T, types_T, length_B[order_B], length_config, on_layer)
             sizes = [1] * len(order_B) if self.reads_first else length_B[order_B].tolist()
             logits: list[Any] = [None] * len(order_B)
             for number, own in zip(order_B, torch.split(said.float(), sizes), strict=True):
                 logits[number] = own[0] if self.reads_first else own
         return logits
 
-    def _run(self, ids_T: Tensor, types_T: Tensor, arriving_B: Ints, length_config: LengthConfig) -> Tensor:
+    def _run(
+        self,
+        ids_T: Tensor,
+        types_T: Tensor,
+        arriving_B: Ints,
+        length_config: LengthConfig,
+        on_layer: Callable[[], object] | None,
+    ) -> Tensor:
         """The logits of sequences in ascending order of length, (B, C) or (T, C)."""
         family, network = self.family, self.network
         left_BM = length_config.count_table(arriving_B)
@@ -82,6 +94,8 @@ class PackedNetwork:
         hidden_RD = self._fill(family.embed(network, ids_T[None], types_T[None], place_R[None])[0])
         restored_TD = None
         for layer in length_config.computed:
+            if on_layer is not None:
+                on_layer()
             if self.reads_first and layer == length_config.computed[-1]:
                 return self._read_first(layer, hidden_RD, place_R, arriving_B)
             keep_B = left_BM[:, layer]
@@ -133,8 +147,13 @@ class PackedNetwork:
         """The rows with fillers after them, copies of nothing in particular, where kernels are built for a size."""
         if self.precision == "fp32":
             return rows_RX
-        surplus = -len(rows_RX) % ROW_STEPS[len(rows_RX) > FEW_ROWS]
+        surplus = filled(len(rows_RX)) - len(rows_RX)
         return F.pad(rows_RX, (0, 0) * (rows_RX.dim() - 1) + (0, surplus)) if surplus else rows_RX
+
+
+def filled(rows: int) -> int:
+    """Rows that a product in bf16 has where so many are asked for."""
+    return rows + -rows % ROW_STEPS[rows > FEW_ROWS]
 
 
 @dataclass(frozen=True)

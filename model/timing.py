@@ -24,6 +24,8 @@ from model.length_config import LengthConfig
 from model.onnx_export import input_names, padded, quantise, require_onnx, write_graph
 from model.packed import PackedNetwork
 
+SEQUENCES = 64
+"""Sequences of a split that are timed."""
 SECONDS_AT_LEAST, MOST_ROUNDS = 3.0, 25
 """A comparison whose rounds are over soon has more of them, up to so many."""
 PAUSE_S, WARMED_S, LONG_S = 0.05, 0.3, 3.0
@@ -103,6 +105,16 @@ def race(
     }
 
 
+def sample(split: EncodedSplit, sequences: int = SEQUENCES) -> EncodedSplit:
+    """Sequences of a split, drawn by a fixed seed, as they come."""
+    return split.take(np.random.default_rng(0).permutation(len(split))[:sequences])
+
+
+def in_batches(sequences: int, batch_size: int) -> list[NDArray[np.int64]]:
+    """The numbers of consecutive sequences in batches, of which the last may be smaller."""
+    return [np.arange(sequences)[start : start + batch_size] for start in range(0, sequences, batch_size)]
+
+
 def ours(network: PackedNetwork, split: EncodedSplit, batches: Batches, length_config: LengthConfig) -> Run:
     """Predictions without padding under a length config, as `LengthAdaptivePipeline` makes them on a processor."""
     fed = [
@@ -137,7 +149,12 @@ def baseline(
             return _onnx(name == "onnx-int8", model, split, pad, folder)
         return _dense(name, checkpoint, model, split, pad)
     except (ExportError, ImportError, OSError, ValueError) as error:
-        raise CannotRun(str(error).splitlines()[0]) from error
+        raise CannotRun(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _dense(
@@ -177,7 +194,7 @@ def _try(network: Any, batch: Mapping[str, torch.Tensor]) -> None:
         with torch.inference_mode():
             network(**batch)
     except Exception as error:  # compilers fail with whatever they like
-        raise CannotRun(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
+        raise CannotRun(f"torch.compile failed: {_reason(error)}") from error
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)

@@ -28,6 +28,12 @@ SAMPLERS = {
 }
 """Samplers of length configs, and the settings that each takes."""
 
+COSTS = {"macs": ("macs",), "latency": ("latency_ms",), "both": ("macs", "latency_ms")}
+"""What a config may cost, and the objectives that each stands for."""
+PRECISIONS = ("fp32", "bf16")
+SEVERAL_COSTS = ("surrogate", "nsga2", "tpe", "random")
+"""Samplers that take more than one cost."""
+
 Value: TypeAlias = bool | int | float | str
 
 
@@ -172,6 +178,9 @@ class LengthsStudy:
         name: The study's name in the database.
         retention: Range of every layer's retention; with a step, so that configs share prefixes.
         skippable: Layers, from 0, that a config may skip; none leaves depth out of the search.
+        cost: Which of `COSTS` is minimised.
+        latency_batch_size: Sequences that run together where time is a cost.
+        latency_precision: What the products are computed in there.
         sampler: Which of `SAMPLERS` chooses the configs.
         population_size: Trials of one generation, which are asked and evaluated together.
         brood: Candidates that the surrogate screens for each trial.
@@ -186,6 +195,9 @@ class LengthsStudy:
     name: str
     retention: Range
     skippable: tuple[int, ...] = ()
+    cost: Literal["macs", "latency", "both"] = "macs"
+    latency_batch_size: int = 8
+    latency_precision: Literal["fp32", "bf16"] = "fp32"
     sampler: str = "surrogate"
     population_size: int = 25
     brood: int = 150
@@ -213,6 +225,18 @@ class LengthsStudy:
             )
         if len(set(self.skippable)) < len(self.skippable):
             raise StudyFileError(f"[depth] layers={_shown(self.skippable)} names a layer twice")
+        if not isinstance(self.cost, str) or self.cost not in COSTS:
+            raise StudyFileError(f"cost={self.cost!r}; choose one of {', '.join(COSTS)}")
+        if self.cost == "both" and self.sampler not in SEVERAL_COSTS:
+            raise StudyFileError(
+                f"[sampler] name={self.sampler!r} knows one cost, and cost='both' has two; choose "
+                f"{', '.join(SEVERAL_COSTS[:-1])} or {SEVERAL_COSTS[-1]}"
+            )
+        _check_count("[latency] batch_size", self.latency_batch_size, least=1)
+        if self.latency_precision not in PRECISIONS:
+            raise StudyFileError(
+                f"[latency] precision={self.latency_precision!r}; choose one of {', '.join(PRECISIONS)}"
+            )
         _check_count("population_size", self.population_size, least=4)
         _check_count("brood", self.brood, least=1)
         _check_count("blocks", self.blocks, least=1)
@@ -231,6 +255,17 @@ class LengthsStudy:
         """Hash of the retention range, and of the layers that may be skipped if any, which all trials must share."""
         depth = {"depth": sorted(self.skippable)} if self.skippable else {}
         return _fingerprint({"retention": self.retention, **depth})
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The objectives beside quality, by name."""
+        return COSTS[self.cost]
+
+    def cost_identity(self) -> dict[str, str]:
+        """What decides the costs that trials are compared by; nothing where they are MACs, the same anywhere."""
+        if self.cost == "macs":
+            return {}
+        return {"cost": f"{self.cost}, {self.latency_precision}, batches of {self.latency_batch_size}"}
 
 
 Study: TypeAlias = FinetuneStudy | LengthsStudy
@@ -344,7 +379,7 @@ def _by_stage(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
-    known = ("name", "retention", "depth", "sampler", "early_stopping")
+    known = ("name", "cost", "latency", "retention", "depth", "sampler", "early_stopping")
     _check_keys("the file", document, known, needed=("retention",))
     retention = _read_parameter("retention", _table(document, "retention"))
     if not isinstance(retention, Range):
@@ -358,6 +393,8 @@ def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
         name=document.get("name", default_name),
         retention=retention,
         skippable=tuple(layers) if isinstance(layers, list) else layers,
+        cost=document.get("cost", "macs"),
+        **{f"latency_{key}": value for key, value in _table(document, "latency", ("batch_size", "precision")).items()},
         sampler=name,
         **sampler,
         **_table(document, "early_stopping", ("blocks", "confidence")),

@@ -1,5 +1,6 @@
 """What `hpo bench` measures, keeps and chooses by."""
 
+import dataclasses
 import json
 from statistics import median
 
@@ -8,6 +9,7 @@ import optuna
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+import model.timing
 from hpo.bench import bench, spread
 from hpo.front import LATENCY, NothingFits, choose, compute_front
 from hpo.search_lengths import search_lengths
@@ -15,7 +17,7 @@ from hpo.storage import open_storage
 from model import LengthAdaptivePipeline
 from model.front_file import ExportError, ServedFront, choose_point
 from model.length_config import LengthConfig
-from model.timing import CannotRun, race
+from model.timing import CannotRun, baseline, race
 
 QUICK = {"sequences": 8, "points": 3, "rounds": 1, "baselines": ()}
 
@@ -132,6 +134,44 @@ def test_a_baseline_that_does_not_work_here_is_left_out_with_the_reason(study, s
     (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **{**QUICK, "baselines": ["compile"]})
     assert record.left_out == {"compile": "compile needs a compiler"}
     assert record.baselines == ()
+
+
+def test_full_length_on_the_front_is_timed_once(study, storage, tmp_path, monkeypatch):
+    front = compute_front(study, storage)
+    lone = dataclasses.replace(front, points=(front.points[0], front.full))
+    monkeypatch.setattr("hpo.bench.compute_front", lambda *_: lone)
+    raced = []
+
+    def spy(runs, rounds, **given):
+        raced.extend(runs)
+        return race(runs, rounds, **given)
+
+    monkeypatch.setattr("hpo.bench.race", spy)
+    (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **QUICK)
+    assert raced == [("ours", None), ("ours", front.points[0].trial)]
+    assert [point.trial for point in record.points] == [front.points[0].trial, front.full.trial]
+    assert record.points[1] == dataclasses.replace(record.full, trial=front.full.trial)
+    assert record.realised(record.points[1]) == 1.0
+
+
+def test_what_is_being_made_is_told(study, storage, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("hpo.bench.baseline", lambda *_: lambda batches: lambda: None)
+    options = {**QUICK, "baselines": ["eager", "onnx-int8"]}
+    bench(study, storage, tmp_path / "runs", batch_sizes=(4,), on_progress=lambda *a: told.append(a), **options)
+    assert [remark for *_, remark in told[:2]] == ["making transformers, eager", "making ONNX Runtime, int8"]
+
+
+@pytest.mark.parametrize(("said", "reason"), [("", "ValueError"), (" \n", "ValueError"), ("one\ntwo", "one")])
+def test_a_baseline_that_fails_without_a_word_is_left_out_all_the_same(monkeypatch, said, reason):
+    def fail(*_, **__):
+        raise ValueError(said)
+
+    monkeypatch.setattr("model.timing._onnx", fail)
+    with pytest.raises(CannotRun, match=f"^{reason}$"):
+        baseline("onnx-fp32", None, None, None, 0, None)
+    with pytest.raises(CannotRun, match=f"torch.compile failed: {reason}$"):
+        model.timing._try(fail, {})
 
 
 def test_baselines_run_the_dense_model_padded_to_the_longest_of_each_batch(study, storage, tmp_path, monkeypatch):

@@ -55,8 +55,24 @@ def test_a_handful_of_examples_proves_nothing():
 def test_rivals_are_the_non_dominated_alone():
     front = rivals((0.9, 20.0), (0.5, 25.0), (0.95, 30.0), (0.2, 5.0))
     assert front.trial_F.tolist() == [3, 0, 2]
-    assert front.macs_F.tolist() == [5.0, 20.0, 30.0]
+    assert front.costs_FK.tolist() == [[5.0], [20.0], [30.0]]
     assert Rivals.of(np.array([], dtype=np.int64), np.array([]), np.zeros((0, 0), dtype=np.bool_)).trial_F.size == 0
+
+
+def test_a_rival_must_cost_no_more_by_any_measure():
+    good = bits(0.9, 0)
+    front = Rivals.of(np.array([3]), np.array([[20.0, 5.0]]), good[None])
+    seen, bad = np.arange(200), np.zeros(200, dtype=np.bool_)
+    assert front.beats((20.0, 5.0), bad, seen, confidence=3.0).by == 3
+    assert front.beats((30.0, 6.0), bad, seen, confidence=3.0).by == 3
+    assert front.beats((19.0, 6.0), bad, seen, confidence=3.0) is None
+    assert front.beats((21.0, 4.9), bad, seen, confidence=3.0) is None
+
+
+def test_rivals_are_the_non_dominated_by_all_costs():
+    correct = np.array([bits(share, seed) for seed, share in enumerate((0.9, 0.9, 0.5, 0.2))])
+    costs = np.array([[1.0, 2.0], [2.0, 1.0], [2.0, 2.0], [0.5, 0.5]])
+    assert sorted(Rivals.of(np.arange(4), costs, correct).trial_F.tolist()) == [0, 1, 3]
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 872])

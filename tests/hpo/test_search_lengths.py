@@ -243,8 +243,8 @@ def test_every_sampler_fills_and_resumes_a_study(run, lengths, sampler):
 def stopping(lengths, monkeypatch):
     """A study in which whatever costs more than half of full length is stopped after the first of four blocks."""
 
-    def beats(self, macs, *_):
-        return Defeat(by=int(self.trial_F[0]), behind=0.1, error=0.03) if macs > self.macs_F.max() / 2 else None
+    def beats(self, costs, *_):
+        return Defeat(by=int(self.trial_F[0]), behind=0.1, error=0.03) if costs[0] > self.costs_FK.max() / 2 else None
 
     monkeypatch.setattr(Rivals, "beats", beats)
     return dataclasses.replace(lengths, blocks=4)

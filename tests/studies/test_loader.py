@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import re
 from pathlib import Path
@@ -408,6 +409,11 @@ def test_a_finetune_study_that_declares_something_impossible_is_refused(write, o
         ('name = "nsga2"', 'name = "lat"', "[sampler] lat has no setting crossover, crossover_prob, swapping_prob"),
         ('name = "nsga2"', 'name = "nsga3"', "[sampler] name='nsga3'; choose one of surrogate, nsga2"),
         ('name = "nsga2"', "name = 3", "[sampler] name=3"),
+        ("[retention]", 'cost = "time"\n[retention]', "cost='time'; choose one of macs, latency, both"),
+        ("[retention]", 'cost = ["macs"]\n[retention]', "cost=['macs']; choose one of macs, latency, both"),
+        ("[retention]", "[latency]\nbatch_size = 0\n[retention]", "[latency] batch_size=0; choose a whole number"),
+        ("[retention]", '[latency]\nprecision = "fp8"\n[retention]', "precision='fp8'; choose one of fp32, bf16"),
+        ("[retention]", "[latency]\nthreads = 2\n[retention]", "[latency] has no setting threads"),
         ("blocks = 4", "blocks = 0", "blocks=0; choose a whole number from 1 up"),
         ("confidence = 3.0", "confidence = 0", "confidence=0; choose a number of standard errors above 0"),
         ("confidence = 3.0", "patience = 3", "[early_stopping] has no setting patience"),
@@ -508,3 +514,22 @@ def test_settings_of_a_distillation_belong_to_its_stages(write):
 )
 def test_a_distillation_that_declares_something_impossible_is_refused(write, old, new, message):
     assert re.search(message, refusal(write(edited(DISTILL, old, new))))
+
+
+def test_time_as_a_cost_reads_as_written(write):
+    assert load_lengths(write(LENGTHS)).costs == ("macs",)
+    text = edited(LENGTHS, "[retention]", '[latency]\nbatch_size = 1\nprecision = "bf16"\n[retention]')
+    study = load_lengths(write(edited(text, "[latency]", 'cost = "both"\n[latency]')))
+    assert (study.cost, study.latency_batch_size, study.latency_precision) == ("both", 1, "bf16")
+    assert study.costs == ("macs", "latency_ms")
+
+
+def test_only_what_decides_the_costs_is_their_identity(write):
+    assert load_lengths(write(LENGTHS)).cost_identity() == {}
+    timed = load_lengths(write(edited(LENGTHS, "[retention]", 'cost = "latency"\n[retention]')))
+    single = dataclasses.replace(timed, latency_batch_size=1)
+    both = dataclasses.replace(timed, cost="both")
+    assert len({study.cost_identity()["cost"] for study in (timed, single, both)}) == 3
+    assert {study.space_fingerprint() for study in (timed, single, both)} == {
+        load_lengths(write(LENGTHS)).space_fingerprint()
+    }
