@@ -1,9 +1,9 @@
 """How fast length configs are scored, and how good a front each sampler finds.
 
-Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,single,scaling,memory]
+Usage: python benchmarks/search.py --checkpoint DIR --dataset DATA [--parts speed,samplers,single]
 
 Searches on the dataset's validation split, reports on training rows that the checkpoint has not seen, drawn to be as
-long as those searched on, and prints JSON lines:
+long as those searched on, and prints JSON lines, of these parts by default all:
 
 - `speed`: seconds per config of a whole search, everything included, against two plain loops over configs of that
   search, one example batch of 32 after the other in float32: padded to the longest of each batch, and to 128 tokens;
@@ -15,6 +15,7 @@ long as those searched on, and prints JSON lines:
   multiplications, over texts of at least `--min-tokens` tokens cut at `--max-length`.
 - `scaling`: seconds per trial that go to the sampler and the database in each stretch of 500 trials of a long study,
   whose configs a formula answers at once.
+- `rounding`: how far each precision moves the metric of full length and of 50 random configs from float32, in points.
 - `memory`: peak resident memory of 50 configs over as many and as long examples as SQuAD 1.1's validation split has.
 """
 
@@ -27,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -43,10 +44,11 @@ from hpo.workload import LoadedWorkload, Workload, library_versions, load_encode
 from model.data import DataSpec, load_corpus
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
-from model.evaluate import Evaluator, choose_precision
+from model.evaluate import Evaluator, choose_precision, predict
 from model.hardware import computes_in_bf16, processor_name
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, layer_macs, mean_macs
+from model.precision import Precision
 from studies.loader import SAMPLERS, LengthsStudy, Range, load_lengths
 
 BATCH = 32
@@ -66,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="trained encoder, as `hpo tune` keeps it")
     parser.add_argument("--dataset", required=True, help="as for `hpo search-lengths`")
-    parser.add_argument("--parts", default="speed,samplers,single,scaling,memory")
+    parser.add_argument("--parts", default="speed,samplers,single,scaling,memory,rounding")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--trials", type=int, default=500)
@@ -351,6 +353,36 @@ def memory(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[di
     }
 
 
+def rounding(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same configs in each precision, quickest last."""
+    model = load_encoder(arguments.checkpoint, loaded.corpus)
+    generator = np.random.default_rng(0)
+    configs = [LengthConfig.full(model.num_layers)]
+    configs += [
+        LengthConfig.from_retention(generator.choice(np.arange(3, 11) / 10, model.num_layers).tolist())
+        for _ in range(50)
+    ]
+    exact_CX = predict(model, loaded.search, configs)
+    exact_C = np.array([loaded.search.quality(loaded.metric, answers_X) for answers_X in exact_CX])
+    for precision in get_args(Precision):
+        start = time.perf_counter()
+        answers_CX = predict(model, loaded.search, configs, precision=precision)
+        seconds = time.perf_counter() - start
+        points_C = 100 * np.array([loaded.search.quality(loaded.metric, answers_X) for answers_X in answers_CX])
+        moved_C = np.abs(points_C - 100 * exact_C)
+        yield {
+            "precision": precision,
+            "examples": len(loaded.search),
+            "configs": len(configs),
+            "s_per_config": round(seconds / len(configs), 3),
+            "full_length_moved": round(float(moved_C[0]), 3),
+            "mean_moved": round(float(moved_C.mean()), 3),
+            "most_moved": round(float(moved_C.max()), 3),
+            "moved_over_0.2": int((moved_C > 0.2).sum()),
+            "answers_changed": round(float((answers_CX != exact_CX).mean()), 5),
+        }
+
+
 def run_search(
     definition: LengthsStudy,
     loaded: LoadedWorkload,
@@ -382,7 +414,14 @@ def where() -> dict[str, Any]:
     return {"hardware": hardware, "versions": library_versions()}
 
 
-PARTS = {"speed": speed, "samplers": samplers, "single": single, "scaling": scaling, "memory": memory}
+PARTS = {
+    "speed": speed,
+    "samplers": samplers,
+    "single": single,
+    "scaling": scaling,
+    "memory": memory,
+    "rounding": rounding,
+}
 
 if __name__ == "__main__":
     main()
