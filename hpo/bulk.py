@@ -12,7 +12,7 @@ whether its transaction was committed: a second call finds what the first did an
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from optuna.distributions import distribution_to_json
@@ -479,7 +479,7 @@ def _finish_running(session: Session, outcomes: Sequence[Outcome]) -> None:
     for state in {outcome.state for outcome in outcomes}:
         so = models.TrialModel.trial_id.in_([outcome.trial_id for outcome in outcomes if outcome.state == state])
         ending = update(models.TrialModel.__table__).where(so)
-        session.execute(ending.values(state=state, datetime_complete=datetime.now()))
+        session.execute(ending.values(state=state, datetime_complete=_stored(datetime.now())))
 
 
 def _finish(session: Session, row: models.TrialModel, outcome: Outcome) -> None:
@@ -516,6 +516,11 @@ def _set_work(session: Session, trial_id: int, attribute: Any, work: Mapping[str
 
 def _now() -> Any:
     return func.current_timestamp()
+
+
+def _stored(local: datetime) -> datetime:
+    """A time as Optuna's tables have it, which knows no zones: UTC."""
+    return local.astimezone(UTC).replace(tzinfo=None)
 
 
 class _Details:

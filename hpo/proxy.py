@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 GRPC_SCHEME = "grpc://"
 DEFAULT_PORT = 13000
 SERVICE = "hpo.Storage"
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when messages between client and server change."""
 MOST_BYTES = 256 * 2**20
 """Of one message; a generation of trials has some kilobytes each."""

@@ -6,7 +6,7 @@ Only the types that are entered here are read; nothing is evaluated.
 import dataclasses
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
@@ -53,7 +53,8 @@ def _plain(value: Any) -> Any:
             return {KIND: "distribution", "json": distribution_to_json(value)}
         case FrozenTrial():
             fields = {name.removeprefix("_"): getattr(value, name) for name in TRIAL_FIELDS}
-            return {KIND: "trial", "fields": _plain(fields)}
+            times = {name: _in_utc(getattr(value, name)) for name in TRIAL_TIMES}
+            return {KIND: "trial", "fields": _plain(fields), **times}
         case Mapping():
             pairs = [[_plain(key), _plain(one)] for key, one in value.items()]
             return {KIND: "mapping", "pairs": pairs}  # keys need not be text, and the text may be "$kind"
@@ -72,14 +73,22 @@ TRIAL_FIELDS = (
     "_trial_id",
     "state",
     "values",
-    "datetime_start",
-    "datetime_complete",
     "params",
     "distributions",
     "user_attrs",
     "system_attrs",
     "intermediate_values",
 )
+TRIAL_TIMES = ("datetime_start", "datetime_complete")
+"""Local times without a zone; the other side may be in another one."""
+
+
+def _in_utc(local: datetime | None) -> str | None:
+    return None if local is None else local.astimezone(UTC).isoformat()
+
+
+def _in_local_time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
 
 
 def _value(document: dict[str, Any]) -> Any:
@@ -94,8 +103,8 @@ def _value(document: dict[str, Any]) -> Any:
             return tuple(items)
         case {"$kind": "mapping", "pairs": pairs}:
             return dict(pairs)
-        case {"$kind": "trial", "fields": fields}:
-            return FrozenTrial(value=None, **fields)
+        case {"$kind": "trial", "fields": fields, **times}:
+            return FrozenTrial(value=None, **fields, **{name: _in_local_time(times[name]) for name in TRIAL_TIMES})
         case {"$kind": "record", "name": name, "fields": fields} if name in RECORDS:
             return RECORDS[name](**fields)
     raise ValueError(f"not a value of this version of hpo: {str(document)[:100]}")

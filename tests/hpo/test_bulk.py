@@ -1,7 +1,7 @@
 """Trials entered and finished together stand in the database as Optuna itself puts them, one by one."""
 
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import optuna
 import pytest
@@ -102,6 +102,16 @@ def test_finished_trials_equal_those_that_optuna_finishes(database):
         database.set_trial_state_values(their_id, state, values)
     assert facts(ours) == facts(theirs)
     assert [trial.state for trial in ours.trials] == [state for state, _, _ in outcomes]
+
+
+def test_times_are_those_of_the_clock_wherever_the_machine_stands(database, time_zone):
+    time_zone("Asia/Tokyo")
+    study = study_in(database)
+    ((_, trial_id),) = enter_trials(database, study._study_id, [running(0)])
+    finish_trials(database, [Outcome(trial_id=trial_id, state=TrialState.FAIL)])
+    (trial,) = study.trials
+    assert trial.datetime_start == running(0).datetime_start
+    assert abs(trial.datetime_complete - datetime.now()) < timedelta(minutes=1)
 
 
 def test_a_generation_enters_whole_or_not_at_all(database):

@@ -3,7 +3,7 @@
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import optuna
 import pytest
@@ -335,3 +335,11 @@ def test_every_argument_comes_back_equal():
 
 def test_functions_of_several_workers_can_be_called():
     assert {"enter_trials", "finish_trials", "queue_again", "claim_trials", "beat"} <= FUNCTIONS.keys()
+
+
+def test_a_trials_times_are_the_same_instants_in_another_time_zone(time_zone):
+    time_zone("Asia/Tokyo")
+    trial = running()
+    message = encode(trial)
+    time_zone("America/Bogota")
+    assert decode(message).datetime_start == trial.datetime_start - timedelta(hours=14)
