@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 pytest.importorskip("grpc", reason="gRPC is an extra")
 
-from hpo.bulk import Batch, Known, Outcome, Stale, enter_trials, finish_trials, glance, load_trials
+from hpo.bulk import Batch, Known, Outcome, Stale, enter_trials, finish_trials, load_trials, look
 from hpo.errors import StorageError
 from hpo.mirror import MirroredStudy, Told
 from hpo.proxy import connect, parse_address
@@ -153,8 +153,9 @@ def test_what_a_worker_knows_of_others_goes_through_the_server(remote):
     assert entered[1] is None
     assert enter_trials(remote, study._study_id, [running(0), running(1)], limit=1, batch=batch) == entered
     _, trial_id = entered[0]
-    assert glance(remote, study._study_id, Known()) == [(trial_id, TrialState.RUNNING)]
-    (trial,) = load_trials(remote, {trial_id})
+    rows, (trial,) = look(remote, study._study_id, Known(), {})
+    assert rows == [(trial_id, 0, TrialState.RUNNING)]
+    assert load_trials(remote, {trial_id}) == [trial]
     assert (trial.params, trial.user_attrs) == (running().params, running().user_attrs)
 
 
@@ -196,7 +197,7 @@ def test_calls_made_together_see_what_others_entered_meanwhile(new_database, kin
     monkeypatch.setitem(FUNCTIONS, "another_enters", another_enters)
     *_, entered = served.run_together(
         [
-            ("glance", [study._study_id, Known()], {}),
+            ("look", [study._study_id, Known(), {}], {}),
             ("another_enters", [], {}),
             ("enter_trials", [study._study_id, [running(), running()]], {"limit": 2, "known": Known()}),
         ]
