@@ -9,21 +9,36 @@ one has checked still holds when it writes. Each function may be called again af
 whether its transaction was committed: a second call finds what the first did and adds nothing.
 """
 
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
-from optuna.distributions import distribution_to_json
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import ColumnElement, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    CompoundSelect,
+    Integer,
+    String,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.orm import Session, selectinload
 
-from hpo.transactions import in_one_transaction, reading
+from hpo.transactions import FUNCTIONS, in_one_transaction, reading
 from hpo.wire import record
 
 WORK = "hpo:work"
@@ -32,6 +47,8 @@ KEY = "hpo:key"
 """System attribute of a trial: equal for trials that one evaluation answers."""
 FAILURE = "failure"
 """User attribute of a failed trial: why."""
+UNSEEN = object()
+"""The state of a trial that a worker has not seen."""
 MAX_ATTEMPTS = 3
 """How often a trial is begun whose processes die, or that fails for a reason that passes."""
 
@@ -66,11 +83,13 @@ class Known:
 
     Attributes:
         newest: Id up to which it knows every trial.
+        number: The number of the study's last trial up to there; None where it is not known.
         ended: How many of those count towards the total.
         unfinished: Ids of those that were waiting or running.
     """
 
     newest: int = 0
+    number: int | None = None
     ended: int = 0
     unfinished: Collection[int] = ()
 
@@ -110,6 +129,17 @@ class Stale:
     heartbeat: datetime | None = None
 
 
+@record
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Trials that a worker enters; see `enter_trials`."""
+
+    trials: Sequence[FrozenTrial]
+    limit: int | None = None
+    known: Known = Known()
+    batch: Batch | None = None
+
+
 @in_one_transaction
 def enter_trials(
     session: Session,
@@ -136,40 +166,59 @@ def enter_trials(
         KeyError: There is no such study.
         SQLAlchemyError: The database failed.
     """
+    (entered,) = enter_all(session, study_id, [Entry(trials=trials, limit=limit, known=known, batch=batch)])
+    return entered
+
+
+def enter_all(session: Session, study_id: int, entries: Sequence[Entry]) -> list[list[tuple[int, int] | None]]:
+    """`enter_trials` for several workers, one after the other, with as many statements as for one."""
     _take_turn(session, study_id)
-    others = [] if batch is None and limit is None else _others(session, study_id, known)
-    taken: set[str] = set()
-    if batch is not None:
-        new = {other.trial_id: other for other in others if other.trial_id > known.newest and not other.failed}
-        attributes = _system_attributes(session, list(new), (WORK, KEY))
-        if there := _find_batch(new, attributes, batch):
-            return [there.get(place) for place in range(len(trials))]
-        taken = {found[KEY] for found in attributes.values() if KEY in found}
-    room = len(trials) if limit is None else limit - _count(session, others, known)
-    chosen: list[int] = []
-    for place, trial in enumerate(trials):
-        if len(chosen) < room and trial.system_attrs.get(KEY) not in taken:
-            chosen.append(place)
-    last = select(models.TrialModel.number).where(models.TrialModel.study_id == study_id)
-    newest = session.scalar(last.order_by(models.TrialModel.trial_id.desc()).limit(1))
-    first = 0 if newest is None else newest + 1
-    rows = [
-        models.TrialModel(
-            study_id=study_id,
-            number=number,
-            state=TrialState.RUNNING,
-            datetime_start=trials[place].datetime_start,
-        )
-        for number, place in enumerate(chosen, start=first)
-    ]
-    session.add_all(rows)
-    session.flush()
-    entered: list[tuple[int, int] | None] = [None] * len(trials)
+    known = _least([entry.known for entry in entries])
+    counts = any(entry.batch is not None or entry.limit is not None for entry in entries)
+    others = _others(session, study_id, known) if counts or known.number is not None else []
+    attributes: dict[int, dict[str, Any]] = {}
+    if any(entry.batch is not None for entry in entries):
+        new_ids = [other.trial_id for other in others if other.trial_id > known.newest and not other.failed]
+        attributes = _system_attributes(session, new_ids, (WORK, KEY))
+    limited = any(entry.limit is not None for entry in entries)
+    begun = _system_attributes(session, _waiting(others), (WORK,)) if limited else {}
+    entered: list[list[tuple[int, int] | None]] = []
+    rows: list[dict[str, Any]] = []
+    keys: set[str] = set()
+    places: list[tuple[int, int]] = []
+    for entry in entries:
+        entered.append([None] * len(entry.trials))
+        taken = set(keys)
+        if entry.batch is not None:
+            new = {o.trial_id: o for o in others if o.trial_id > entry.known.newest and not o.failed}
+            theirs = {trial_id: attributes[trial_id] for trial_id in new if trial_id in attributes}
+            if there := _find_batch(new, theirs, entry.batch):
+                entered[-1] = [there.get(place) for place in range(len(entry.trials))]
+                continue
+            taken |= {found[KEY] for found in theirs.values() if KEY in found}
+        room = len(entry.trials)
+        if entry.limit is not None:
+            room = entry.limit - _count(others, entry.known, begun) - len(rows)
+        before = len(rows)
+        for place, trial in enumerate(entry.trials):
+            key = trial.system_attrs.get(KEY)
+            if len(rows) - before >= room or key in taken:
+                continue
+            places.append((len(entered) - 1, place))
+            rows.append(
+                {"study_id": study_id, "state": TrialState.RUNNING, "datetime_start": _stored(trial.datetime_start)}
+            )
+            if key is not None:
+                keys.add(key)
+    if not rows:
+        return entered
+    for number, row in enumerate(rows, start=1 + _last_number(session, study_id, others, known)):
+        row["number"] = number
     details = _Details()
-    for place, row in zip(chosen, rows, strict=True):
-        trial_id = int(row.trial_id)
-        entered[place] = (int(row.number), trial_id)
-        details.add_trial(trial_id, trials[place])
+    for (turn, place), row, trial_id in zip(places, rows, _insert_trials(session, rows), strict=True):
+        entered[turn][place] = (row["number"], trial_id)
+        details.add_trial(trial_id, entries[turn].trials[place])
+        batch = entries[turn].batch
         if batch is not None:
             work = {"worker": batch.worker, "batch": batch.token, "place": place, "attempt": 1}
             details.add_attribute(models.TrialSystemAttributeModel, trial_id, WORK, work)
@@ -273,7 +322,8 @@ def claim_trials(
     claimed = []
     room = len(trial_ids)
     if limit is not None:
-        room = limit - _count(session, _others(session, study_id, known), known)
+        others = _others(session, study_id, known)
+        room = limit - _count(others, known, _system_attributes(session, _waiting(others), (WORK,)))
     for row in _locked_rows(session, trial_ids, models.TrialModel.system_attributes, models.TrialModel.heartbeats):
         attribute = next((attribute for attribute in row.system_attributes if attribute.key == WORK), None)
         work = {} if attribute is None else json.loads(attribute.value_json)
@@ -295,9 +345,39 @@ def claim_trials(
 
 
 @reading
-def glance(session: Session, study_id: int, known: Known) -> list[tuple[int, TrialState]]:
-    """Ids and states of the trials that are new, or were unfinished, ascending."""
-    return [(other.trial_id, other.state) for other in _others(session, study_id, known)]
+def look(
+    session: Session, study_id: int, known: Known, seen: Mapping[int, TrialState | None]
+) -> tuple[list[tuple[int, int, TrialState]], list[FrozenTrial]]:
+    """What became of a study's trials since a worker knew them.
+
+    Args:
+        session: A transaction; callers give the storage.
+        study_id: The study's id in it.
+        known: What the worker knows.
+        seen: States of unfinished trials as it has them; None for its own, of which it wants to know no more.
+    Returns:
+        Id, number and state of the trials that are new, or were unfinished, ascending; and those of them whole that are
+        not as they were seen.
+    """
+    others = _others(session, study_id, known)
+    changed = [other.trial_id for other in others if seen.get(other.trial_id, UNSEEN) not in (None, other.state)]
+    return [(other.trial_id, other.number, other.state) for other in others], _load(session, changed)
+
+
+@in_one_transaction
+def finish_and_look(
+    session: Session, outcomes: Sequence[Outcome], study_id: int, known: Known, seen: Mapping[int, TrialState | None]
+) -> tuple[list[tuple[int, int, TrialState]], list[FrozenTrial]]:
+    """`finish_trials`, and then `look`, for who goes on with the study at once.
+
+    Raises:
+        UpdateFinishedTrialError: One of them is finished already, in another way.
+        SQLAlchemyError: The database failed.
+    """
+    FUNCTIONS[finish_trials.__name__](session, outcomes)
+    found: tuple[list[tuple[int, int, TrialState]], list[FrozenTrial]]
+    found = FUNCTIONS[look.__name__](session, study_id, known, seen)
+    return found
 
 
 @reading
@@ -311,23 +391,90 @@ def states_of(session: Session, trial_ids: Collection[int]) -> dict[int, TrialSt
 @reading
 def load_trials(session: Session, trial_ids: Collection[int]) -> list[FrozenTrial]:
     """Whole trials by their ids, ascending."""
-    details = (
-        models.TrialModel.params,
-        models.TrialModel.values,
-        models.TrialModel.user_attributes,
-        models.TrialModel.system_attributes,
-        models.TrialModel.intermediate_values,
-    )
-    no_storage: Any = None  # building a trial looks at its row alone
+    return _load(session, sorted(trial_ids))
+
+
+def _load(session: Session, ascending: Sequence[int]) -> list[FrozenTrial]:
+    table = models.TrialModel.__table__
     trials: list[FrozenTrial] = []
-    ascending = sorted(trial_ids)
     for start in range(0, len(ascending), LOADED_TOGETHER):
-        part = models.TrialModel.trial_id.in_(ascending[start : start + LOADED_TOGETHER])
-        query = select(models.TrialModel).where(part).order_by(models.TrialModel.trial_id)
-        rows = session.scalars(query.options(*map(selectinload, details)))
-        trials += [RDBStorage._build_frozen_trial_from_trial_model(no_storage, row) for row in rows]
-        session.expunge_all()
+        part = ascending[start : start + LOADED_TOGETHER]
+        rows = session.execute(select(table).where(table.c.trial_id.in_(part)).order_by(table.c.trial_id)).all()
+        parts: dict[int, _Parts] = {row.trial_id: _Parts() for row in rows}
+        for kind, trial_id, place, key, number, text in session.execute(_details_of(part)):
+            parts[trial_id].add(kind, place, key, number, text)
+        trials += [_frozen(row, parts[row.trial_id]) for row in rows]
     return trials
+
+
+def _details_of(trial_ids: Sequence[int]) -> CompoundSelect[Any]:
+    """All that is stored about trials beside their rows, with one query: the database is asked for each table in turn.
+
+    Columns: which table; the trial; the row's own id, the objective or the step; key; number; text.
+    """
+    params, user, system = models.TrialParamModel, models.TrialUserAttributeModel, models.TrialSystemAttributeModel
+    values, steps = models.TrialValueModel, models.TrialIntermediateValueModel
+    nothing = null()
+    columns: tuple[tuple[Any, ...], ...] = (
+        (params, params.param_id, params.param_name, params.param_value, params.distribution_json),
+        (user, user.trial_user_attribute_id, user.key, nothing, user.value_json),
+        (system, system.trial_system_attribute_id, system.key, nothing, system.value_json),
+        (values, values.objective, nothing, values.value, cast(values.value_type, String(10))),
+        (steps, steps.step, nothing, steps.intermediate_value, cast(steps.intermediate_value_type, String(10))),
+    )
+    queries: list[Any] = [
+        select(literal(kind, Integer), table.trial_id, *others).where(table.trial_id.in_(trial_ids))
+        for kind, (table, *others) in enumerate(columns)
+    ]
+    return union_all(*queries)
+
+
+class _Parts:
+    """What the rows of `_details_of` say of one trial."""
+
+    def __init__(self) -> None:
+        self._rows: tuple[list[tuple[int, str, float, str]], ...] = ([], [], [], [], [])
+
+    def add(self, kind: int, place: int, key: str, number: float, text: str) -> None:
+        """Take in a row."""
+        self._rows[kind].append((place, key, number, text))
+
+    def build(self) -> dict[str, Any]:
+        """Arguments of a `FrozenTrial`, each in the order in which it was written."""
+        params, user, system, values, steps = map(sorted, self._rows)
+        distributions = {key: _distribution(text) for _, key, _, text in params}
+        value_type, step_type = (
+            models.TrialValueModel.TrialValueType,
+            models.TrialIntermediateValueModel.TrialIntermediateValueType,
+        )
+        value_of = models.TrialValueModel.stored_repr_to_value
+        step_of = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+        return {
+            "params": {key: distributions[key].to_external_repr(number) for _, key, number, _ in params},
+            "distributions": distributions,
+            "user_attrs": {key: json.loads(text) for _, key, _, text in user},
+            "system_attrs": {key: json.loads(text) for _, key, _, text in system},
+            "values": [value_of(number, value_type[text]) for _, _, number, text in values] or None,
+            "intermediate_values": {step: step_of(number, step_type[text]) for step, _, number, text in steps},
+        }
+
+
+def _frozen(row: Any, parts: _Parts) -> FrozenTrial:
+    """A trial as Optuna builds it."""
+    return FrozenTrial(
+        trial_id=row.trial_id,
+        number=row.number,
+        state=row.state,
+        value=None,
+        datetime_start=_local(row.datetime_start),
+        datetime_complete=_local(row.datetime_complete),
+        **parts.build(),
+    )
+
+
+@functools.lru_cache(maxsize=1000)
+def _distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)
 
 
 @in_one_transaction
@@ -388,8 +535,37 @@ def found_study(
 
 
 def _take_turn(session: Session, study_id: int) -> None:
-    """Hold the study's row until the transaction ends."""
-    models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+    """Hold the study's row until the transaction ends.
+
+    Raises:
+        KeyError: There is no such study.
+    """
+    row = select(models.StudyModel.study_id).where(models.StudyModel.study_id == study_id).with_for_update()
+    if session.scalar(row) is None:
+        raise KeyError(models.NOT_FOUND_MSG)
+
+
+def _last_number(session: Session, study_id: int, others: Sequence["_Other"], known: Known) -> int:
+    """The number of the study's last trial, -1 where there is none; the caller holds the study's row.
+
+    What the worker knows spares the database the search for it, which a planner may do by reading every trial.
+    """
+    if known.number is not None:
+        return max([known.number, *(other.number for other in others)])
+    last = select(models.TrialModel.number).where(models.TrialModel.study_id == study_id)
+    newest = session.scalar(last.order_by(models.TrialModel.trial_id.desc()).limit(1))
+    return -1 if newest is None else int(newest)
+
+
+def _insert_trials(session: Session, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Enter rows of trials; returns their ids in order."""
+    table = models.TrialModel.__table__
+    if len(rows) > 1 and session.get_bind().dialect.insert_executemany_returning_sort_by_parameter_order:
+        inserted = insert(table).returning(table.c.trial_id, sort_by_parameter_order=True)
+        return [int(trial_id) for trial_id in session.scalars(inserted, rows)]
+    connection = session.connection()
+    keys: list[Any] = [connection.execute(insert(table), row).inserted_primary_key for row in rows]
+    return [int(key[0]) for key in keys]
 
 
 def _locked_rows(session: Session, trial_ids: Sequence[int], *details: Any) -> list[models.TrialModel]:
@@ -448,12 +624,30 @@ def _find_batch(
     return found
 
 
-def _count(session: Session, others: Sequence[_Other], known: Known) -> int:
-    """Trials that count, are running, or wait to be begun again; a user's own queue does not count."""
-    waiting = [other.trial_id for other in others if other.state == TrialState.WAITING]
-    begun = _system_attributes(session, waiting, (WORK,))
-    counted = sum(other.state in (*ENDED, TrialState.RUNNING) for other in others)
-    return known.ended + counted + len(begun)
+def _count(others: Sequence[_Other], known: Known, begun: Collection[int]) -> int:
+    """Trials that count, are running, or wait to be begun again; a user's own queue does not count.
+
+    Args:
+        others: At least the trials of which the worker does not know how they end.
+        known: What the worker knows.
+        begun: Ids of those that wait to be begun again.
+    """
+    counting = [other for other in others if other.state in (*ENDED, TrialState.RUNNING) or other.trial_id in begun]
+    unfinished = set(known.unfinished)
+    return known.ended + sum(other.trial_id > known.newest or other.trial_id in unfinished for other in counting)
+
+
+def _waiting(others: Sequence[_Other]) -> list[int]:
+    return [other.trial_id for other in others if other.state == TrialState.WAITING]
+
+
+def _least(knowledge: Sequence[Known]) -> Known:
+    """What several workers all know."""
+    if len(knowledge) == 1:
+        return knowledge[0]
+    oldest = min(knowledge, key=lambda known: known.newest)
+    unfinished = {trial_id for known in knowledge for trial_id in known.unfinished if trial_id <= oldest.newest}
+    return Known(newest=oldest.newest, number=oldest.number, unfinished=sorted(unfinished))
 
 
 def _finish_running(session: Session, outcomes: Sequence[Outcome]) -> None:
@@ -479,7 +673,7 @@ def _finish_running(session: Session, outcomes: Sequence[Outcome]) -> None:
     for state in {outcome.state for outcome in outcomes}:
         so = models.TrialModel.trial_id.in_([outcome.trial_id for outcome in outcomes if outcome.state == state])
         ending = update(models.TrialModel.__table__).where(so)
-        session.execute(ending.values(state=state, datetime_complete=datetime.now()))
+        session.execute(ending.values(state=state, datetime_complete=_stored(datetime.now())))
 
 
 def _finish(session: Session, row: models.TrialModel, outcome: Outcome) -> None:
@@ -516,6 +710,16 @@ def _set_work(session: Session, trial_id: int, attribute: Any, work: Mapping[str
 
 def _now() -> Any:
     return func.current_timestamp()
+
+
+def _stored(local: datetime | None) -> datetime | None:
+    """A time as Optuna's tables have it, which knows no zones: UTC."""
+    return None if local is None else local.astimezone(UTC).replace(tzinfo=None)
+
+
+def _local(stored: datetime | None) -> datetime | None:
+    """The inverse of `_stored`."""
+    return None if stored is None else stored.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
 class _Details:

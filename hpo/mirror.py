@@ -36,9 +36,9 @@ from hpo.bulk import (
     Stale,
     claim_trials,
     enter_trials,
+    finish_and_look,
     finish_trials,
-    glance,
-    load_trials,
+    look,
     queue_again,
     states_of,
 )
@@ -142,6 +142,7 @@ class MirroredStudy:
         self._make_copy(sampler, pruner or optuna.pruners.NopPruner())
         self.newest_number = -1
         self._newest = 0
+        self._last_number = -1
         self._ended = 0
         self._copy_of: dict[int, int] = {}
         self._mine: dict[int, AskedTrial] = {}
@@ -149,6 +150,7 @@ class MirroredStudy:
         self._elsewhere: dict[int, _Elsewhere] = {}
         self._waiting: dict[int, FrozenTrial] = {}
         self._news: list[FrozenTrial] = []
+        self._looked: tuple[list[tuple[int, int, TrialState]], list[FrozenTrial]] | None = None
         self.sync()
         if isinstance(sampler, BaseGASampler):
             self._find_parents(sampler)
@@ -255,12 +257,15 @@ class MirroredStudy:
         self._thin_out()
         return asked
 
-    def tell(self, told: Sequence[Told]) -> None:
+    def tell(self, told: Sequence[Told], *, looks: bool = False) -> None:
         """Finish trials in the database and let the sampler learn from them.
 
         One that somebody else has finished meanwhile, having taken this worker for dead, stays as it is. Until the
         database has them, the results are on disk.
 
+        Args:
+            told: What became of trials of this worker.
+            looks: Whether the next call is `sync`, which then takes in what the database says in the same breath.
         Raises:
             ResultsKept: The database did not take them.
         """
@@ -270,7 +275,7 @@ class MirroredStudy:
         ]
         self._kept.update(one.trial.trial_id for one in told if self.spool is not None)
         with nullcontext() if self.spool is None else self.spool.kept(results, self.storage.patience):
-            lost = self._finish(told)
+            lost = self._finish(told, looks)
         self._kept.clear()
         for one in told:
             del self._mine[one.trial.trial_id]
@@ -281,12 +286,19 @@ class MirroredStudy:
                 self._learn(one)
                 self._told.add(one.trial.trial_id)
 
-    def _finish(self, told: Sequence[Told]) -> set[int]:
+    def _finish(self, told: Sequence[Told], looks: bool) -> set[int]:
         """Finish trials in the database; returns the ids of those that somebody else has finished."""
         outcomes = [
             Outcome(trial_id=one.trial.trial_id, state=one.state, values=one.values, attributes=one.attributes)
             for one in told
         ]
+        if looks:
+            known = Known(newest=self._newest, unfinished=self._unfinished_up_to_newest())
+            try:
+                self._looked = finish_and_look(self.storage, outcomes, self.study._study_id, known, self._seen())
+                return set()
+            except UpdateFinishedTrialError:
+                logger.debug("Some of the trials were finished by another worker.")
         lost: set[int] = set()
         while True:
             try:
@@ -354,7 +366,12 @@ class MirroredStudy:
         return self.copy.pruner.prune(self.copy, self.memory.get_trial(copy_id))
 
     def _known(self) -> Known:
-        return Known(newest=self._newest, ended=self._ended, unfinished=self._unfinished_up_to_newest())
+        return Known(
+            newest=self._newest,
+            number=self._last_number,
+            ended=self._ended,
+            unfinished=self._unfinished_up_to_newest(),
+        )
 
     def _unfinished_up_to_newest(self) -> list[int]:
         unfinished = [*self.unfinished, *self._told]
@@ -362,25 +379,28 @@ class MirroredStudy:
 
     def _read(self, reread: Collection[int] = ()) -> None:
         """Look at new trials and those that were unfinished."""
-        known = Known(newest=self._newest, unfinished=[*self._unfinished_up_to_newest(), *reread])
-        rows = glance(self.storage, self.study._study_id, known)
-        changed = {trial_id for trial_id, state in rows if self._concerns(trial_id, state)}
-        whole = {trial._trial_id: trial for trial in load_trials(self.storage, changed)}
-        for trial_id, _ in rows:
-            self._newest = max(self._newest, trial_id)
+        looked, self._looked = self._looked, None
+        if looked is None or reread:
+            known = Known(newest=self._newest, unfinished=[*self._unfinished_up_to_newest(), *reread])
+            looked = look(self.storage, self.study._study_id, known, self._seen())
+        rows, changed = looked
+        whole = {trial._trial_id: trial for trial in changed}
+        for trial_id, number, _ in rows:
+            if trial_id > self._newest:
+                self._newest, self._last_number = trial_id, number
             if trial_id in self._told:
                 self._told.remove(trial_id)
                 self._ended += 1
             elif trial_id in whole:
                 self._take_in(whole[trial_id])
 
-    def _concerns(self, trial_id: int, state: TrialState) -> bool:
-        """Whether a trial is another's, and not as it was."""
-        if trial_id in self._mine or trial_id in self._told:
-            return False
-        if state == TrialState.RUNNING:
-            return trial_id not in self._elsewhere
-        return state != TrialState.WAITING or trial_id not in self._waiting
+    def _seen(self) -> dict[int, TrialState | None]:
+        """The unfinished trials as this worker has them; of its own it wants to know no more."""
+        return {
+            **dict.fromkeys(self._elsewhere, TrialState.RUNNING),
+            **dict.fromkeys(self._waiting, TrialState.WAITING),
+            **dict.fromkeys((*self._mine, *self._told), None),
+        }
 
     def _take_in(self, trial: FrozenTrial) -> None:
         """A trial of another worker, as it stands in the database now."""

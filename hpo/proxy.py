@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 GRPC_SCHEME = "grpc://"
 DEFAULT_PORT = 13000
 SERVICE = "hpo.Storage"
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when messages between client and server change."""
 MOST_BYTES = 256 * 2**20
 """Of one message; a generation of trials has some kilobytes each."""
@@ -64,12 +64,11 @@ class RemoteStorage(GrpcStorageProxy):
 
         options = [("grpc.max_receive_message_length", MOST_BYTES), ("grpc.max_send_message_length", MOST_BYTES)]
         options += [("grpc.max_reconnect_backoff_ms", 2000), ("grpc.enable_http_proxy", 0)]
-        self._channel = grpc.intercept_channel(
-            grpc.insecure_channel(f"{self._host}:{self._port}", options=options), _deadline()
-        )
+        channel = grpc.insecure_channel(f"{self._host}:{self._port}", options=options)
+        self._channel = grpc.intercept_channel(channel, _deadline())
         self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._cache = client.GrpcClientCache(self._stub)
-        self._run = self._channel.unary_unary(f"/{SERVICE}/Run")
+        self._run = functools.partial(channel.unary_unary(f"/{SERVICE}/Run"), timeout=ANSWER_TIMEOUT_S)
 
     def through(self, call: Callable[[], Result]) -> Result:
         """Run what may be repeated: again while the server is away, and to its end where Ctrl-C is pressed."""
@@ -180,8 +179,9 @@ def _check_versions(url: str, there: dict[str, Any]) -> None:
     for name, what in (("protocol", "hpo"), ("optuna", "optuna")):
         if there.get(name) != here[name]:
             raise StorageError(
-                f"The server at {url} runs {what} {there.get(what, 'unknown')}, this is {what} {here[what]}; install "
-                "the same on both sides."
+                f"The server at {url} runs {what} {there.get(what, 'unknown')}, this is {what} {here[what]}"
+                + (f", of protocols {there.get(name)} and {here[name]}" if name == "protocol" else "")
+                + "; install the same on both sides."
             )
 
 

@@ -6,7 +6,9 @@ database that is away is the clients' to wait for; they are told at once.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,15 +21,16 @@ from optuna.storages import _CachedStorage
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna.storages._rdb import models
+from optuna.trial import TrialState
 from sqlalchemy.orm import Session
 
-import hpo.bulk  # noqa: F401  # its functions are what clients may call
+from hpo.bulk import UNSEEN, Entry, Known, Outcome, beat, enter_all, enter_trials, finish_and_look, finish_trials, look
 from hpo.errors import HpoError, StorageError
 from hpo.outage import DatabaseAway, database_reason, is_passing
 from hpo.proxy import MOST_BYTES, SERVICE, description
 from hpo.storage import PatientStorage, close, open_database
-from hpo.transactions import FUNCTIONS, READERS, reading
-from hpo.wire import decode, encode
+from hpo.transactions import FUNCTIONS, READERS, in_one_transaction, reading
+from hpo.wire import Encoded, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,11 @@ THREADS = 32
 """Calls that are answered at a time; each waits for the database most of its time."""
 GRACE_S = 5.0
 """How long calls that are being answered may take when the server ends."""
+GATHERED_FOR_S = 0.003
+"""How long a transaction waits for calls that are likely to come."""
+FRESH_S = 0.05
+"""How old the server's memory of a study may be that answers what others did; whatever hangs on it is checked again in
+the transaction that enters trials."""
 PASSED_ON = (KeyError, UpdateFinishedTrialError)
 """Errors of a function that its caller gets as they are."""
 
@@ -53,10 +61,11 @@ def served(url: str, host: str, port: int) -> Iterator[int]:
         StorageError: The database cannot be used, or the address not be listened on.
     """
     storage = open_database(url, connections=THREADS)
+    changes = _Changes()
     try:
         server = grpc.server(
             ThreadPoolExecutor(THREADS),
-            interceptors=[_Explains()],
+            interceptors=[_Explains(changes)],
             options=[
                 ("grpc.max_receive_message_length", MOST_BYTES),
                 ("grpc.max_send_message_length", MOST_BYTES),
@@ -65,7 +74,7 @@ def served(url: str, host: str, port: int) -> Iterator[int]:
         )
         optunas = OptunaStorageProxyService(LearningStorage(storage))
         api_pb2_grpc.add_StorageServiceServicer_to_server(optunas, server)  # type: ignore[no-untyped-call]
-        server.add_generic_rpc_handlers((_Ours(storage).handler(),))
+        server.add_generic_rpc_handlers((_Ours(storage, changes).handler(),))
         try:
             bound = server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
@@ -120,13 +129,16 @@ class _Call:
 class Together:
     """Runs calls in one transaction with those that arrived while the one before was being made.
 
-    Workers that enter trials take turns anyway, so that one commit serves all who wait for it.
+    Workers that enter trials take turns anyway, so that one commit serves all who wait for it; trials that several
+    enter, or finish, are written with as many statements as those of one. Where calls come in numbers, a transaction
+    waits a moment for as many as came with the last two: the fewer there are, the more all of them get done.
     """
 
     storage: PatientStorage
     _waiting: list[_Call] = field(default_factory=list)
-    _entrance: threading.Lock = field(default_factory=threading.Lock)
+    _entrance: threading.Condition = field(default_factory=threading.Condition)
     _turn: threading.Lock = field(default_factory=threading.Lock)
+    _sizes: tuple[int, int] = (1, 1)
 
     def run(self, name: str, arguments: list[Any], named: dict[str, Any]) -> Any:
         """Run a function of `hpo.transactions`; returns when its transaction was made."""
@@ -136,16 +148,23 @@ class Together:
             return call.answer()
         with self._entrance:
             self._waiting.append(call)
+            self._entrance.notify()
         with self._turn:
             if not call.done:
                 with self._entrance:
+                    if max(self._sizes) > 1:
+                        self._entrance.wait_for(lambda: len(self._waiting) >= sum(self._sizes), GATHERED_FOR_S)
                     calls, self._waiting = self._waiting, []
+                    self._sizes = (self._sizes[1], len(calls))
                 self._run(calls)
         return call.answer()
 
     def _run(self, calls: list[_Call]) -> None:
         try:
-            results = self.storage.run_together([(call.name, call.arguments, call.named) for call in calls])
+            if len(calls) == 1:
+                results = self.storage.run_together([(calls[0].name, calls[0].arguments, calls[0].named)])
+            else:
+                results = run_joined(self.storage, [(call.name, call.arguments, call.named) for call in calls])
         except Exception as error:
             if len(calls) > 1 and not isinstance(error, DatabaseAway):
                 for call in calls:  # one of them is at fault, and the others are not to suffer for it
@@ -158,11 +177,114 @@ class Together:
             call.result, call.done = result, True
 
 
+@in_one_transaction
+def run_joined(session: Session, calls: list[tuple[str, list[Any], dict[str, Any]]]) -> list[Any]:
+    """Run functions by name, first those that finish trials, as one, then those that enter trials of a study, as one.
+
+    None of them has been answered, so none of their callers knows in which order they come.
+    """
+    results: list[Any] = [None] * len(calls)
+    entering: dict[int, list[int]] = {}
+    finishing: dict[int, list[Outcome]] = {}
+    finished: set[int] = set()
+    others: list[int] = []
+    for place, (name, arguments, named) in enumerate(calls):
+        if name == enter_trials.__name__ and len(arguments) == 2:
+            entering.setdefault(arguments[0], []).append(place)
+            continue
+        if name == finish_trials.__name__ and len(arguments) == 1 and not named:
+            ids = {outcome.trial_id for outcome in arguments[0]}
+            if finished.isdisjoint(ids):  # of two that finish a trial, the second is to hear of the first
+                finishing[place] = arguments[0]
+                finished |= ids
+                continue
+        others.append(place)
+    FUNCTIONS[finish_trials.__name__](session, [outcome for outcomes in finishing.values() for outcome in outcomes])
+    for study_id, places in entering.items():
+        entries = [Entry(trials=calls[place][1][1], **calls[place][2]) for place in places]
+        for place, entered in zip(places, enter_all(session, study_id, entries), strict=True):
+            results[place] = entered
+    for place in others:
+        name, arguments, named = calls[place]
+        results[place] = FUNCTIONS[name](session, *arguments, **named)
+    return results
+
+
+@dataclass
+class _Trial:
+    """A trial as a server has seen it, and what it told a client of it: the same text for all."""
+
+    number: int
+    state: TrialState
+    whole: Encoded
+
+
+class Watched:
+    """The trials of a study in memory, so that what one worker did is read once for all the others.
+
+    All that is here was read from the database, in the order in which it came there, so that who knows a trial knows
+    those before it. It is read anew before an answer that would be older than `FRESH_S`, or than a change made
+    through this server other than by entering and finishing trials, such as another turn of a dead worker's.
+    """
+
+    def __init__(self, storage: PatientStorage, study_id: int) -> None:
+        self._storage = storage
+        self._study_id = study_id
+        self._lock = threading.Lock()
+        self._trials: dict[int, _Trial] = {}
+        self._ids: list[int] = []
+        self._unfinished: set[int] = set()
+        self._read_at = float("-inf")
+        self._changes = -1
+
+    def look(self, known: Known, seen: Mapping[int, TrialState | None], changes: int) -> Encoded:
+        """What `hpo.bulk.look` answers; `changes` counts those that an answer must know of."""
+        with self._lock:
+            if changes > self._changes or time.monotonic() - self._read_at > FRESH_S:
+                self._read()
+                self._changes = changes
+            newer = self._ids[bisect_right(self._ids, known.newest) :]
+            again = (trial_id for trial_id in known.unfinished if trial_id <= known.newest and trial_id in self._trials)
+            ids = [*sorted(again), *newer]
+            rows = [(trial_id, self._trials[trial_id].number, self._trials[trial_id].state) for trial_id in ids]
+            changed = [
+                self._trials[trial_id].whole
+                for trial_id, _, state in rows
+                if seen.get(trial_id, UNSEEN) not in (None, state)
+            ]
+        return Encoded.of((Encoded.of(rows), Encoded.of(changed)))
+
+    def _read(self) -> None:
+        started = time.monotonic()
+        newest = self._ids[-1] if self._ids else 0
+        seen = {trial_id: self._trials[trial_id].state for trial_id in self._unfinished}
+        known = Known(newest=newest, unfinished=sorted(self._unfinished))
+        rows, changed = look(self._storage, self._study_id, known, seen)
+        whole = {trial._trial_id: trial for trial in changed}
+        for trial_id, number, state in rows:
+            if trial_id in whole:
+                self._trials[trial_id] = _Trial(number, state, Encoded.of(whole[trial_id]))
+            if trial_id not in self._trials:  # its study was deleted just now
+                continue
+            if trial_id > newest:
+                self._ids.append(trial_id)
+            if state.is_finished():
+                self._unfinished.discard(trial_id)
+            else:
+                self._unfinished.add(trial_id)
+        self._read_at = started
+
+
 class _Ours:
     """The second service: functions of `hpo.transactions` by name, arguments and answers in JSON."""
 
-    def __init__(self, storage: PatientStorage) -> None:
+    def __init__(self, storage: PatientStorage, changes: "_Changes") -> None:
+        self._storage = storage
         self._together = Together(storage)
+        self._changes = changes
+        self._watched: dict[int, Watched] = {}
+        self._deleted = 0
+        self._lock = threading.Lock()
 
     def handler(self) -> Any:
         methods = {"Run": self._run, "Greet": self._greet}
@@ -182,22 +304,61 @@ class _Ours:
         if not known:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the message asks for a function that there is not")
         try:
-            return encode([self._together.run(name, arguments, named), None])
+            return encode([self._answer(name, arguments, named), None])
         except PASSED_ON as error:
             return encode([None, [type(error).__name__, str(error.args[0]) if error.args else ""]])
 
+    def _answer(self, name: str, arguments: list[Any], named: dict[str, Any]) -> Any:
+        if name == finish_and_look.__name__ and not named:
+            outcomes, *arguments = arguments
+            self._together.run(finish_trials.__name__, [outcomes], {})
+            name = look.__name__
+        if name == look.__name__ and not named:
+            study_id, known, seen = arguments
+            with self._lock:
+                if self._deleted != self._changes.deleted:
+                    self._watched, self._deleted = {}, self._changes.deleted
+                watched = self._watched.setdefault(study_id, Watched(self._storage, study_id))
+            return watched.look(known, seen, self._changes.made)
+        result = self._together.run(name, arguments, named)
+        if name not in READERS and name not in (enter_trials.__name__, finish_trials.__name__, beat.__name__):
+            self._changes.made += 1
+        return result
+
+
+@dataclass
+class _Changes:
+    """What was done through the server that its answers must know of, counted.
+
+    Attributes:
+        made: Changes, other than by entering and finishing trials.
+        deleted: Studies deleted; their ids may come back.
+    """
+
+    made: int = 0
+    deleted: int = 0
+
 
 class _Explains(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Tells clients why a call failed: a database that is away apart from what no waiting mends."""
+    """Tells clients why a call failed: a database that is away apart from what no waiting mends; and counts changes."""
+
+    def __init__(self, changes: _Changes) -> None:
+        self._changes = changes
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         handler = continuation(details)
         if handler is None or handler.unary_unary is None:
             return handler
+        *_, service, method = details.method.split("/")
+        reads = service == SERVICE or method.startswith("Get")  # what our own calls change is counted elsewhere
 
         def explained(request: Any, context: grpc.ServicerContext) -> Any:
             try:
-                return handler.unary_unary(request, context)
+                answer = handler.unary_unary(request, context)
+                if not reads:
+                    self._changes.made += 1
+                    self._changes.deleted += method == "DeleteStudy"
+                return answer
             except Exception as error:
                 if context.code() is not None:  # the handler has said why
                     raise

@@ -108,7 +108,7 @@ def complete_study(mirror: MirroredStudy, plan: Plan, trials: int, times: Search
                 wait_s = SHORTEST_WAIT_S
                 told = plan.evaluate(asked)
                 with times.measure("storage"), uninterrupted():
-                    mirror.tell(told)
+                    mirror.tell(told, looks=True)
                 failures = 0
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"

@@ -4,12 +4,19 @@ Only the types that are entered here are read; nothing is evaluated.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.distributions import (
+    BaseDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+    json_to_distribution,
+)
 from optuna.trial import FrozenTrial, TrialState
 
 KIND = "$kind"
@@ -17,6 +24,8 @@ KIND = "$kind"
 
 Record = TypeVar("Record")
 RECORDS: dict[str, type[Any]] = {}
+PLAIN = frozenset({str, float, int, bool, type(None)})
+"""Types that JSON has itself."""
 
 
 def record(dataclass: type[Record]) -> type[Record]:
@@ -31,7 +40,7 @@ def encode(value: Any) -> bytes:
     Raises:
         TypeError: It holds something that has no JSON.
     """
-    return json.dumps(_plain(value)).encode()
+    return _json(value).encode()
 
 
 def decode(message: bytes) -> Any:
@@ -43,6 +52,28 @@ def decode(message: bytes) -> Any:
     return json.loads(message, object_hook=_value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A value that was encoded once, to be an item of lists and tuples that are encoded later."""
+
+    json: str
+
+    @classmethod
+    def of(cls, value: Any) -> "Encoded":
+        """As `encode`."""
+        return cls(_json(value))
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, Encoded):
+        return value.json
+    if isinstance(value, tuple):
+        return f'{{"{KIND}": "tuple", "items": {_json(list(value))}}}'
+    if isinstance(value, list) and any(isinstance(one, Encoded | tuple) for one in value):
+        return f"[{', '.join(map(_json, value))}]"
+    return json.dumps(_plain(value))
+
+
 def _plain(value: Any) -> Any:
     match value:
         case TrialState():
@@ -50,17 +81,21 @@ def _plain(value: Any) -> Any:
         case datetime():
             return {KIND: "time", "iso": value.isoformat()}
         case BaseDistribution():
-            return {KIND: "distribution", "json": distribution_to_json(value)}
+            cached = isinstance(value, FloatDistribution | IntDistribution)  # equal choices may differ in type
+            return {KIND: "distribution", "json": _text(value) if cached else distribution_to_json(value)}
         case FrozenTrial():
             fields = {name.removeprefix("_"): getattr(value, name) for name in TRIAL_FIELDS}
-            return {KIND: "trial", "fields": _plain(fields)}
+            times = {name: _in_utc(getattr(value, name)) for name in TRIAL_TIMES}
+            return {KIND: "trial", "fields": _plain(fields), **times}
         case Mapping():
+            if KIND not in value and all(type(key) is str for key in value):
+                return {key: one if type(one) in PLAIN else _plain(one) for key, one in value.items()}
             pairs = [[_plain(key), _plain(one)] for key, one in value.items()]
-            return {KIND: "mapping", "pairs": pairs}  # keys need not be text, and the text may be "$kind"
+            return {KIND: "mapping", "pairs": pairs}
         case tuple():
             return {KIND: "tuple", "items": [_plain(one) for one in value]}
         case list() | set() | frozenset():
-            return [_plain(one) for one in value]
+            return [one if type(one) in PLAIN else _plain(one) for one in value]
     if dataclasses.is_dataclass(value) and type(value).__name__ in RECORDS:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {KIND: "record", "name": type(value).__name__, "fields": _plain(fields)}
@@ -72,29 +107,50 @@ TRIAL_FIELDS = (
     "_trial_id",
     "state",
     "values",
-    "datetime_start",
-    "datetime_complete",
     "params",
     "distributions",
     "user_attrs",
     "system_attrs",
     "intermediate_values",
 )
+TRIAL_TIMES = ("datetime_start", "datetime_complete")
+"""Local times without a zone; the other side may be in another one."""
+
+
+def _in_utc(local: datetime | None) -> str | None:
+    return None if local is None else local.astimezone(UTC).isoformat()
+
+
+def _in_local_time(text: str | None) -> datetime | None:
+    return None if text is None else datetime.fromisoformat(text).astimezone().replace(tzinfo=None)
+
+
+@functools.lru_cache(maxsize=1000)
+def _distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)
+
+
+@functools.lru_cache(maxsize=1000)
+def _text(distribution: BaseDistribution) -> str:
+    return distribution_to_json(distribution)
 
 
 def _value(document: dict[str, Any]) -> Any:
+    if KIND not in document:
+        return document
     match document:
         case {"$kind": "state", "name": name}:
             return TrialState[name]
         case {"$kind": "time", "iso": iso}:
             return datetime.fromisoformat(iso)
         case {"$kind": "distribution", "json": text}:
-            return json_to_distribution(text)
+            return _distribution(text)
         case {"$kind": "tuple", "items": items}:
             return tuple(items)
         case {"$kind": "mapping", "pairs": pairs}:
             return dict(pairs)
-        case {"$kind": "trial", "fields": fields}:
+        case {"$kind": "trial", "fields": fields, **times}:
+            fields |= {name: _in_local_time(times[name]) for name in TRIAL_TIMES}
             return FrozenTrial(value=None, **fields)
         case {"$kind": "record", "name": name, "fields": fields} if name in RECORDS:
             return RECORDS[name](**fields)

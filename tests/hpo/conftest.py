@@ -53,6 +53,19 @@ def private_caches(tmp_path, monkeypatch):
     monkeypatch.delenv("HPO_RUNS", raising=False)
 
 
+@pytest.fixture
+def time_zone() -> Iterator[Callable[[str], None]]:
+    """Sets the zone of this process's clock until the test ends."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def set_zone(name: str) -> None:
+            patch.setenv("TZ", name)
+            time.tzset()
+
+        yield set_zone
+    time.tzset()
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory) -> Path:
     """A transformers folder: random BERT of three layers with its own vocabulary."""

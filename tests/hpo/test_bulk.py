@@ -1,7 +1,7 @@
 """Trials entered and finished together stand in the database as Optuna itself puts them, one by one."""
 
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import optuna
 import pytest
@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.bulk import Outcome, enter_trials, finish_trials
+from hpo.bulk import Batch, Known, Outcome, enter_trials, finish_trials, load_trials, look
 from hpo.once import TOKEN
 from hpo.storage import open_storage
 
@@ -67,6 +67,14 @@ def facts(study):
     ]
 
 
+def in_order(trial) -> str:
+    """All of a trial, in which nan equals itself; Optuna gives attributes in no order in particular."""
+    fields = {
+        name: sorted(map(repr, one.items())) if isinstance(one, dict) else one for name, one in vars(trial).items()
+    }
+    return repr(fields)
+
+
 def test_entered_trials_equal_those_that_optuna_enters(database):
     ours, theirs = study_in(database), study_in(database, "optuna's own")
     theirs_ids = [database.create_new_trial(theirs._study_id, running(number)) for number in range(3)]
@@ -102,6 +110,50 @@ def test_finished_trials_equal_those_that_optuna_finishes(database):
         database.set_trial_state_values(their_id, state, values)
     assert facts(ours) == facts(theirs)
     assert [trial.state for trial in ours.trials] == [state for state, _, _ in outcomes]
+
+
+def test_times_are_those_of_the_clock_wherever_the_machine_stands(database, time_zone):
+    time_zone("Asia/Tokyo")
+    study = study_in(database)
+    ((_, trial_id),) = enter_trials(database, study._study_id, [running(0)])
+    finish_trials(database, [Outcome(trial_id=trial_id, state=TrialState.FAIL)])
+    (trial,) = study.trials
+    assert trial.datetime_start == running(0).datetime_start
+    assert abs(trial.datetime_complete - datetime.now()) < timedelta(minutes=1)
+
+
+def test_trials_are_read_as_optuna_reads_them(database):
+    study = study_in(database)
+    enter_trials(database, study._study_id, [running(number) for number in range(3)])
+    for trial_id, step, value in ((1, 1, 0.5), (1, 2, float("nan")), (2, 1, float("-inf"))):
+        database.set_trial_intermediate_value(trial_id, step, value)
+    finish_trials(database, [Outcome(trial_id=2, state=TrialState.COMPLETE, values=(float("inf"), -1e300))])
+    database.create_new_trial(study._study_id)
+    study.enqueue_trial({"epochs": 2})
+    ours = load_trials(database, range(1, 6))
+    theirs = study.get_trials(deepcopy=False)
+    assert list(map(in_order, ours)) == list(map(in_order, theirs))
+    assert [list(trial.params) for trial in ours] == [list(trial.params) for trial in theirs]
+
+
+def test_of_a_workers_own_trials_and_those_it_has_seen_so_nothing_more_is_read(database):
+    study = study_in(database)
+    _, (_, own), (_, seen), (_, changed) = enter_trials(database, study._study_id, [running(n) for n in range(4)])
+    finish_trials(database, [Outcome(trial_id=changed, state=TrialState.FAIL)])
+    there = {own: None, seen: TrialState.RUNNING, changed: TrialState.RUNNING}
+    rows, whole = look(database, study._study_id, Known(newest=own - 1, number=0), there)
+    assert rows == [(own, 1, TrialState.RUNNING), (seen, 2, TrialState.RUNNING), (changed, 3, TrialState.FAIL)]
+    assert [trial._trial_id for trial in whole] == [changed]
+
+
+def test_numbers_follow_each_other_whatever_their_workers_know(database):
+    study, other = study_in(database), study_in(database, "another")
+    ((_, first),) = enter_trials(database, study._study_id, [running(0)], known=Known(number=-1))
+    known = Known(newest=first, number=0)
+    enter_trials(database, other._study_id, [running(1)])
+    for batch in (None, Batch(worker="w", token="t")):
+        enter_trials(database, study._study_id, [running(1), running(2)], known=known, batch=batch)
+    assert [trial.number for trial in study.trials] == list(range(5))
 
 
 def test_a_generation_enters_whole_or_not_at_all(database):

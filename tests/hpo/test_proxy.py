@@ -2,8 +2,9 @@
 
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import optuna
 import pytest
@@ -14,11 +15,22 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 pytest.importorskip("grpc", reason="gRPC is an extra")
 
-from hpo.bulk import Batch, Known, Outcome, Stale, enter_trials, finish_trials, glance, load_trials
+from hpo.bulk import (
+    KEY,
+    Batch,
+    Known,
+    Outcome,
+    Stale,
+    claim_trials,
+    enter_trials,
+    finish_trials,
+    load_trials,
+    look,
+)
 from hpo.errors import StorageError
 from hpo.mirror import MirroredStudy, Told
 from hpo.proxy import connect, parse_address
-from hpo.proxy_server import Together, served
+from hpo.proxy_server import FRESH_S, Together, run_joined, served
 from hpo.storage import close, open_database, open_storage
 from hpo.transactions import FUNCTIONS
 from hpo.wire import decode, encode
@@ -153,8 +165,9 @@ def test_what_a_worker_knows_of_others_goes_through_the_server(remote):
     assert entered[1] is None
     assert enter_trials(remote, study._study_id, [running(0), running(1)], limit=1, batch=batch) == entered
     _, trial_id = entered[0]
-    assert glance(remote, study._study_id, Known()) == [(trial_id, TrialState.RUNNING)]
-    (trial,) = load_trials(remote, {trial_id})
+    rows, (trial,) = look(remote, study._study_id, Known(), {})
+    assert rows == [(trial_id, 0, TrialState.RUNNING)]
+    assert load_trials(remote, {trial_id}) == [trial]
     assert (trial.params, trial.user_attrs) == (running().params, running().user_attrs)
 
 
@@ -183,6 +196,65 @@ def test_calls_made_together_fail_alone(direct):
     assert len(study.trials) == 2
 
 
+@on_any_database
+def test_trials_that_several_enter_together_have_one_limit_and_no_key_twice(direct):
+    study = optuna.create_study(storage=direct, study_name="s", directions=["maximize", "minimize"])
+    ((_, first),) = enter_trials(direct, study._study_id, [running(0)])
+    known = Known(newest=first, number=0, unfinished=[first])
+    calls = [
+        ("enter_trials", [study._study_id, [running(1, **{KEY: key})]], {"limit": 3, "known": known, "batch": batch})
+        for key, batch in (("a", Batch(worker=worker, token=worker)) for worker in "uv")
+    ]
+    calls.append(("enter_trials", [study._study_id, [running(2), running(3)]], {"limit": 3, "known": Known()}))
+    calls.append(("finish_trials", [[Outcome(trial_id=first, state=TrialState.FAIL)]], {}))
+    entered, twice, others, _ = run_joined(direct, calls)
+    assert [place and place[0] for place in (*entered, *twice, *others)] == [1, None, 2, 3], "a failed one makes room"
+    assert run_joined(direct, calls[:2]) == [entered, twice], "where the connection was lost, what was done is found"
+    assert [trial.number for trial in study.trials] == [0, 1, 2, 3]
+
+
+def test_of_two_who_finish_a_trial_together_the_second_hears_of_the_first(direct):
+    study = optuna.create_study(storage=direct, study_name="s", directions=["maximize", "minimize"])
+    ((_, trial_id),) = enter_trials(direct, study._study_id, [running()])
+    done = [Outcome(trial_id=trial_id, state=TrialState.COMPLETE, values=(value, 0.0)) for value in (1.0, 2.0)]
+    with pytest.raises(UpdateFinishedTrialError):
+        run_joined(direct, [("finish_trials", [[one]], {}) for one in done])
+    assert study.trials[0].state == TrialState.RUNNING, "each is tried alone then"
+
+
+def test_a_worker_hears_soon_of_what_was_done_beside_the_server(remote, direct):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    assert look(remote, study._study_id, Known(), {}) == ([], [])
+    ((number, trial_id),) = enter_trials(direct, study._study_id, [running()])
+    time.sleep(2 * FRESH_S)
+    for state in (TrialState.RUNNING, TrialState.FAIL):
+        rows, whole = look(remote, study._study_id, Known(newest=trial_id, unfinished=[trial_id]), {})
+        assert (rows, [trial.state for trial in whole]) == ([(trial_id, number, state)], [state])
+        finish_trials(direct, [Outcome(trial_id=trial_id, state=TrialState.FAIL)])
+        time.sleep(2 * FRESH_S)
+    assert look(remote, study._study_id, Known(newest=trial_id), {}) == ([], [])
+
+
+def test_what_was_done_through_the_server_is_heard_of_at_once(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    look(remote, study._study_id, Known(), {})
+    study.enqueue_trial({"x": 0.5})
+    ((trial_id, _, state),), _ = look(remote, study._study_id, Known(), {})
+    assert state == TrialState.WAITING
+    assert claim_trials(remote, study._study_id, [trial_id], "w") == [trial_id]
+    (row,), _ = look(remote, study._study_id, Known(), {})
+    assert row == (trial_id, 0, TrialState.RUNNING)
+
+
+def test_a_deleted_study_is_forgotten_since_its_id_may_come_back(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    enter_trials(remote, study._study_id, [running()])
+    assert len(look(remote, study._study_id, Known(), {})[0]) == 1
+    optuna.delete_study(study_name="s", storage=remote)
+    again = optuna.create_study(storage=remote, study_name="t", directions=["maximize", "minimize"])
+    assert look(remote, again._study_id, Known(), {}) == ([], [])
+
+
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
 def test_calls_made_together_see_what_others_entered_meanwhile(new_database, kind, monkeypatch):
     """A server's transaction has read something when one of its calls comes to wait for its turn."""
@@ -196,7 +268,7 @@ def test_calls_made_together_see_what_others_entered_meanwhile(new_database, kin
     monkeypatch.setitem(FUNCTIONS, "another_enters", another_enters)
     *_, entered = served.run_together(
         [
-            ("glance", [study._study_id, Known()], {}),
+            ("look", [study._study_id, Known(), {}], {}),
             ("another_enters", [], {}),
             ("enter_trials", [study._study_id, [running(), running()]], {"limit": 2, "known": Known()}),
         ]
@@ -335,3 +407,11 @@ def test_every_argument_comes_back_equal():
 
 def test_functions_of_several_workers_can_be_called():
     assert {"enter_trials", "finish_trials", "queue_again", "claim_trials", "beat"} <= FUNCTIONS.keys()
+
+
+def test_a_trials_times_are_the_same_instants_in_another_time_zone(time_zone):
+    time_zone("Asia/Tokyo")
+    trial = running()
+    message = encode(trial)
+    time_zone("America/Bogota")
+    assert decode(message).datetime_start == trial.datetime_start - timedelta(hours=14)
