@@ -334,10 +334,10 @@ def lengths_of(num_tokens_N: Ints, batch_size: int) -> Ints:
 
 
 def random_configs(num_layers: int, count: int, generator: np.random.Generator) -> list[LengthConfig]:
-    """Configs from gentle to strong in turn, about a third of whose layers drop nothing."""
+    """Configs from gentle to so strong that the first layer leaves few tokens, in turn; a third of layers drop none."""
     configs = []
     for number in range(count):
-        shares_N = np.sort(generator.random(num_layers))[::-1] ** (0.5, 1.0, 1.5)[number % 3]
+        shares_N = np.sort(generator.random(num_layers))[::-1] ** (0.5, 1.0, 2.0, 8.0)[number % 4]
         share, shares = 1.0, []
         for wanted, keeps_all in zip(shares_N, generator.random(num_layers) < 1 / 3, strict=True):
             share = share if keeps_all else max(0.02, float(wanted))
