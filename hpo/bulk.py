@@ -9,14 +9,13 @@ one has checked still holds when it writes. Each function may be called again af
 whether its transaction was committed: a second call finds what the first did and adds nothing.
 """
 
-import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.distributions import distribution_to_json
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
@@ -39,7 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session, selectinload
 
 from hpo.transactions import FUNCTIONS, in_one_transaction, reading
-from hpo.wire import record
+from hpo.wire import distribution_of, record
 
 WORK = "hpo:work"
 """System attribute of a trial: its worker, the batch it came with and its place in it, and which attempt it is."""
@@ -442,7 +441,7 @@ class _Parts:
     def build(self) -> dict[str, Any]:
         """Arguments of a `FrozenTrial`, each in the order in which it was written."""
         params, user, system, values, steps = map(sorted, self._rows)
-        distributions = {key: _distribution(text) for _, key, _, text in params}
+        distributions = {key: distribution_of(text) for _, key, _, text in params}
         value_type, step_type = (
             models.TrialValueModel.TrialValueType,
             models.TrialIntermediateValueModel.TrialIntermediateValueType,
@@ -470,11 +469,6 @@ def _frozen(row: Any, parts: _Parts) -> FrozenTrial:
         datetime_complete=_local(row.datetime_complete),
         **parts.build(),
     )
-
-
-@functools.lru_cache(maxsize=1000)
-def _distribution(text: str) -> BaseDistribution:
-    return json_to_distribution(text)
 
 
 @in_one_transaction

@@ -126,7 +126,8 @@ def _in_local_time(text: str | None) -> datetime | None:
 
 
 @functools.lru_cache(maxsize=1000)
-def _distribution(text: str) -> BaseDistribution:
+def distribution_of(text: str) -> BaseDistribution:
+    """The distribution of Optuna's JSON; many parameters share a few."""
     return json_to_distribution(text)
 
 
@@ -144,7 +145,7 @@ def _value(document: dict[str, Any]) -> Any:
         case {"$kind": "time", "iso": iso}:
             return datetime.fromisoformat(iso)
         case {"$kind": "distribution", "json": text}:
-            return _distribution(text)
+            return distribution_of(text)
         case {"$kind": "tuple", "items": items}:
             return tuple(items)
         case {"$kind": "mapping", "pairs": pairs}:

@@ -651,13 +651,13 @@ class _Walk:
 
     def _arrive(self, depth: int, cells: _Cells, arriving: _Rows) -> None:
         """Go on from a level at once, or with what arrives there later where the rows are far from filling a chunk."""
-        rows, most = int((cells.size * cells.rows).sum()), self.evaluator._rows_per_chunk
+        rows, most = len(arriving.position_R), self.evaluator._rows_per_chunk
         if rows >= WORTH_A_CHUNK * most:
             self._expand(depth, cells, arriving)
             return
         projected = arriving.projected_RP is not None
         waiting = self.waiting[depth, projected]
-        rows += sum(int((other.size * other.rows).sum()) for other, _ in waiting)
+        rows += sum(len(others.position_R) for _, others in waiting)
         if rows > most:
             self._let_go(depth, projected)
         waiting.append((cells, arriving))
@@ -671,15 +671,11 @@ class _Walk:
             return
         cells, arriving = waiting[0]
         if len(waiting) > 1:
-            rows_before = _starts(np.array([len(rows.position_R) for _, rows in waiting]))
-            tokens_before = _starts(np.array([self._origins(part)[-1] for part, _ in waiting]))
-            bounds = [
-                (*(bound + row for bound in _bounds(part.starts())), *(b + token for b in _bounds(self._origins(part))))
-                for (part, _), row, token in zip(waiting, rows_before[:-1], tokens_before[:-1], strict=True)
-            ]
             node, bundle = (np.concatenate([getattr(part, name) for part, _ in waiting]) for name in ("node", "bundle"))
             cells, order = self._sorted(depth, node, bundle)
-            first, last, first_token, last_token = (np.concatenate(parts)[order] for parts in zip(*bounds, strict=True))
+            in_turn = cells[np.argsort(order)]
+            first, last = (bound[order] for bound in _bounds(in_turn.starts()))
+            first_token, last_token = (bound[order] for bound in _bounds(self._origins(in_turn)))
             joined = _joined([rows for _, rows in waiting])
             arriving = joined.take(_ranges(first, last)[1], first_token, last_token)
         waiting.clear()

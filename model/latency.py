@@ -25,7 +25,7 @@ from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.hardware import processor_name
 from model.length_config import LengthConfig, counts_of_shares
-from model.packed import FEW_ROWS, ROW_STEPS, SHORT, SPREAD, PackedNetwork
+from model.packed import SHORT, SPREAD, PackedNetwork, filled
 from model.precision import Precision
 from model.timing import Batches, in_batches, ours, sample
 
@@ -422,11 +422,7 @@ def _ramps(name: str, rows_CM: Ints, edges: Sequence[int]) -> Terms:
 
 def _rows(law: Reading, rows_CM: Ints) -> Ints:
     """Rows that a product has, fillers included."""
-    if law.precision == "fp32":
-        return rows_CM
-    few, many = ROW_STEPS
-    filled_CM: Ints = rows_CM + np.where(rows_CM > FEW_ROWS, -rows_CM % many, -rows_CM % few)
-    return filled_CM
+    return rows_CM if law.precision == "fp32" else filled(rows_CM)
 
 
 def _groups(arriving_CMB: Ints, keep_CMB: Ints) -> Terms:

@@ -11,7 +11,7 @@ first layer, D hidden size, C outputs of the head.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ SHORT, SPREAD = 96, 8
 """Sequences of at most so many tokens attend together where their lengths differ by no more than the second."""
 
 Ints = NDArray[np.int64]
+Rows = TypeVar("Rows", int, Ints)
 
 
 class PackedNetwork:
@@ -151,9 +152,10 @@ class PackedNetwork:
         return F.pad(rows_RX, (0, 0) * (rows_RX.dim() - 1) + (0, surplus)) if surplus else rows_RX
 
 
-def filled(rows: int) -> int:
-    """Rows that a product in bf16 has where so many are asked for."""
-    return rows + -rows % ROW_STEPS[rows > FEW_ROWS]
+def filled(rows: Rows) -> Rows:
+    """Rows that a product in bf16 has where so many are asked for; of a number or of many."""
+    few, many = ROW_STEPS
+    return rows + -rows % (few + (rows > FEW_ROWS) * (many - few))
 
 
 @dataclass(frozen=True)
