@@ -201,8 +201,9 @@ def ours(url: str, size: int, measured: int) -> float:
             start = time.perf_counter()
             mirror.sync()
             mirror.take_news()
-            mirror.tell([told(trial) for trial in mirror.ask(1, Idle().attributes_of)], looks=True)
+            mirror.tell([told(trial) for trial in mirror.ask(1, Idle().attributes_of)], asks=True)
             times.append(time.perf_counter() - start)
+        mirror.settle()
     close(storage)
     return 1000 * statistics.median(times)
 

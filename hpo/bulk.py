@@ -148,6 +148,7 @@ def enter_trials(
     limit: int | None = None,
     known: Known = Known(),
     batch: Batch | None = None,
+    outcomes: Sequence[Outcome] = (),
 ) -> list[tuple[int, int] | None]:
     """Enter running trials with their parameters and attributes: all that may be, or none where the database fails.
 
@@ -159,12 +160,15 @@ def enter_trials(
         known: Counts, so that only later trials are read.
         batch: Marks the trials as a worker's, with a first heartbeat each; a batch that is there already is found, not
             entered again. A trial whose `KEY` another has that came after `known` is left out.
+        outcomes: Trials that are finished first; see `finish_trials`.
     Returns:
         Number in the study and id in the database of each, in order; None for those left out.
     Raises:
         KeyError: There is no such study.
+        UpdateFinishedTrialError: One of the outcomes is of a trial that is finished already, in another way.
         SQLAlchemyError: The database failed.
     """
+    FUNCTIONS[finish_trials.__name__](session, outcomes)
     (entered,) = enter_all(session, study_id, [Entry(trials=trials, limit=limit, known=known, batch=batch)])
     return entered
 

@@ -147,6 +147,7 @@ class MirroredStudy:
         self._copy_of: dict[int, int] = {}
         self._mine: dict[int, AskedTrial] = {}
         self._told: set[int] = set()
+        self._unsettled: list[Told] = []
         self._elsewhere: dict[int, _Elsewhere] = {}
         self._waiting: dict[int, FrozenTrial] = {}
         self._news: list[FrozenTrial] = []
@@ -204,9 +205,13 @@ class MirroredStudy:
             for one in dead:
                 self._forget(one.trial_id)  # whoever has it now is read anew
             self._read(reread={one.trial_id for one in dead})
-        if self.heartbeats is not None:
-            others = {number: trial.worker for number, trial in self._elsewhere.items() if trial.worker is not None}
-            self.heartbeats.watch(self._mine, others)
+        self._watch()
+
+    def has(self, trials: int) -> bool:
+        """Whether so many trials were completed or stopped early, and the database has them all."""
+        if self.ended >= trials:
+            self.settle()
+        return self.ended >= trials
 
     def enqueue(self, params: Mapping[str, Any]) -> None:
         """Have the next ask return these parameters."""
@@ -239,9 +244,7 @@ class MirroredStudy:
         if drawn:
             worker = None if self.heartbeats is None else self.heartbeats.worker
             batch = None if worker is None else Batch(worker=worker, token=uuid.uuid4().hex)
-            entered = enter_trials(
-                self.storage, self.study._study_id, drawn, limit=limit, known=self._known(), batch=batch
-            )
+            entered = self._enter(drawn, limit, batch)
             for place, trial in zip(entered, drawn, strict=True):
                 if place is None:
                     self.memory.set_trial_state_values(trial._trial_id, TrialState.FAIL)
@@ -251,13 +254,36 @@ class MirroredStudy:
                 self._copy_of[trial_id] = trial._trial_id
         self._mine.update({trial.trial_id: trial for trial in asked})
         self.newest_number = max([self.newest_number, *(trial.number for trial in asked)])
-        if self.heartbeats is not None:
-            others = {number: trial.worker for number, trial in self._elsewhere.items() if trial.worker is not None}
-            self.heartbeats.watch(self._mine, others)
+        self.settle()
+        self._watch()
         self._thin_out()
         return asked
 
-    def tell(self, told: Sequence[Told], *, looks: bool = False) -> None:
+    def _enter(
+        self, drawn: Sequence[FrozenTrial], limit: int | None, batch: Batch | None
+    ) -> list[tuple[int, int] | None]:
+        """Enter trials, and with them what is not settled; returns their places."""
+
+        def enter(outcomes: Sequence[Outcome]) -> list[tuple[int, int] | None]:
+            return enter_trials(
+                self.storage,
+                self.study._study_id,
+                drawn,
+                limit=limit,
+                known=self._known(),
+                batch=batch,
+                outcomes=outcomes,
+            )
+
+        try:
+            entered = enter([_outcome(one) for one in self._unsettled])
+        except UpdateFinishedTrialError:
+            self.settle()
+            return enter([])
+        self._unsettled = []
+        return entered
+
+    def tell(self, told: Sequence[Told], *, asks: bool = False) -> None:
         """Finish trials in the database and let the sampler learn from them.
 
         One that somebody else has finished meanwhile, having taken this worker for dead, stays as it is. Until the
@@ -265,7 +291,9 @@ class MirroredStudy:
 
         Args:
             told: What became of trials of this worker.
-            looks: Whether the next call is `sync`, which then takes in what the database says in the same breath.
+            asks: Whether `sync` and `ask` come next, which then share a call of the database with this: what the others
+                did is read along, or, where calls are dear and no spool says that results are, they are entered with
+                the trials that are asked for. A caller that does not come to ask must `settle`.
         Raises:
             ResultsKept: The database did not take them.
         """
@@ -273,25 +301,55 @@ class MirroredStudy:
             Result(number=one.trial.number, state=one.state, values=one.values, attributes=one.attributes)
             for one in told
         ]
-        self._kept.update(one.trial.trial_id for one in told if self.spool is not None)
-        with nullcontext() if self.spool is None else self.spool.kept(results, self.storage.patience):
-            lost = self._finish(told, looks)
-        self._kept.clear()
+        lost: set[int] = set()
+        if asks and self.storage.joins_calls and self.spool is None:
+            self._unsettled = list(told)
+        else:
+            self._kept.update(one.trial.trial_id for one in told if self.spool is not None)
+            with nullcontext() if self.spool is None else self.spool.kept(results, self.storage.patience):
+                lost = self._finish(told, looks=asks)
+            self._kept.clear()
         for one in told:
             del self._mine[one.trial.trial_id]
             if one.trial.trial_id in lost:
-                logger.warning("Trial %d was finished by another worker.", one.trial.number)
-                self._elsewhere[one.trial.trial_id] = _Elsewhere(one.trial.number, None, None, one.trial.params)
+                self._lose(one)
             else:
                 self._learn(one)
                 self._told.add(one.trial.trial_id)
 
+    def settle(self) -> None:
+        """Finish in the database what `tell` has left to `ask`.
+
+        The sampler has learned from it, also from what somebody else has finished meanwhile.
+        """
+        if not self._unsettled:
+            return
+        lost = self._finish(self._unsettled, looks=False)
+        for one in self._unsettled:
+            if one.trial.trial_id not in lost:
+                continue
+            if one.trial.trial_id in self._told:
+                self._told.remove(one.trial.trial_id)
+            else:  # `sync` has counted it
+                self._ended -= 1
+            self._lose(one)
+        self._unsettled = []
+
+    def _lose(self, told: Told) -> None:
+        """A trial that somebody else has finished; what became of it is read with the next `sync`."""
+        logger.warning("Trial %d was finished by another worker.", told.trial.number)
+        self._elsewhere[told.trial.trial_id] = _Elsewhere(told.trial.number, None, None, told.trial.params)
+
+    def _watch(self) -> None:
+        """Say whose heartbeats are to be recorded and watched."""
+        if self.heartbeats is None:
+            return
+        others = {number: trial.worker for number, trial in self._elsewhere.items() if trial.worker is not None}
+        self.heartbeats.watch([*self._mine, *(one.trial.trial_id for one in self._unsettled)], others)
+
     def _finish(self, told: Sequence[Told], looks: bool) -> set[int]:
         """Finish trials in the database; returns the ids of those that somebody else has finished."""
-        outcomes = [
-            Outcome(trial_id=one.trial.trial_id, state=one.state, values=one.values, attributes=one.attributes)
-            for one in told
-        ]
+        outcomes = [_outcome(one) for one in told]
         if looks:
             known = Known(newest=self._newest, unfinished=self._unfinished_up_to_newest())
             try:
@@ -603,6 +661,10 @@ def _running(trial: FrozenTrial) -> FrozenTrial:
         user_attrs=trial.user_attrs,
         system_attrs=trial.system_attrs,
     )
+
+
+def _outcome(told: Told) -> Outcome:
+    return Outcome(trial_id=told.trial.trial_id, state=told.state, values=told.values, attributes=told.attributes)
 
 
 def _asked(trial: FrozenTrial, number: int, trial_id: int) -> AskedTrial:

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 GRPC_SCHEME = "grpc://"
 DEFAULT_PORT = 13000
 SERVICE = "hpo.Storage"
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when messages between client and server change."""
 MOST_BYTES = 256 * 2**20
 """Of one message; a generation of trials has some kilobytes each."""
@@ -47,7 +47,10 @@ class RemoteStorage(GrpcStorageProxy):
     Attributes:
         url: The server's URL.
         patience: How long calls are repeated.
+        joins_calls: Whether a call waits for those of other workers, so that two are better made as one.
     """
+
+    joins_calls = True
 
     def __init__(self, url: str, host: str, port: int, patience: Patience) -> None:
         with catch_warnings():

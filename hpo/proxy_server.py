@@ -40,9 +40,11 @@ GRACE_S = 5.0
 """How long calls that are being answered may take when the server ends."""
 GATHERED_FOR_S = 0.003
 """How long a transaction waits for calls that are likely to come."""
-FRESH_S = 0.05
-"""How old the server's memory of a study may be that answers what others did; whatever hangs on it is checked again in
-the transaction that enters trials."""
+FRESH_S, STALE_S = 0.05, 0.5
+"""How old the server's memory of a study may be that answers what others did, where reading takes no time and where it
+takes long; whatever hangs on it is checked again in the transaction that enters trials."""
+READING_SHARE = 0.1
+"""Of the time that a server spends with reading at most, as long as its memory is not stale."""
 PASSED_ON = (KeyError, UpdateFinishedTrialError)
 """Errors of a function that its caller gets as they are."""
 
@@ -185,23 +187,30 @@ def run_joined(session: Session, calls: list[tuple[str, list[Any], dict[str, Any
     """
     results: list[Any] = [None] * len(calls)
     entering: dict[int, list[int]] = {}
-    finishing: dict[int, list[Outcome]] = {}
-    finished: set[int] = set()
+    finishing: list[Outcome] = []
     others: list[int] = []
     for place, (name, arguments, named) in enumerate(calls):
-        if name == enter_trials.__name__ and len(arguments) == 2:
-            entering.setdefault(arguments[0], []).append(place)
+        enters = name == enter_trials.__name__ and len(arguments) == 2
+        if enters:
+            outcomes = named.get("outcomes", [])
+        elif name == finish_trials.__name__ and len(arguments) == 1 and not named:
+            (outcomes,) = arguments
+        else:
+            others.append(place)
             continue
-        if name == finish_trials.__name__ and len(arguments) == 1 and not named:
-            ids = {outcome.trial_id for outcome in arguments[0]}
-            if finished.isdisjoint(ids):  # of two that finish a trial, the second is to hear of the first
-                finishing[place] = arguments[0]
-                finished |= ids
-                continue
-        others.append(place)
-    FUNCTIONS[finish_trials.__name__](session, [outcome for outcomes in finishing.values() for outcome in outcomes])
+        finished = {outcome.trial_id for outcome in finishing}
+        if not finished.isdisjoint(outcome.trial_id for outcome in outcomes):
+            others.append(place)  # of two that finish a trial, the second is to hear of the first
+            continue
+        finishing += outcomes
+        if enters:
+            entering.setdefault(arguments[0], []).append(place)
+    FUNCTIONS[finish_trials.__name__](session, finishing)
     for study_id, places in entering.items():
-        entries = [Entry(trials=calls[place][1][1], **calls[place][2]) for place in places]
+        entries = [
+            Entry(trials=trials, **{name: value for name, value in named.items() if name != "outcomes"})
+            for _, (_, trials), named in (calls[place] for place in places)
+        ]
         for place, entered in zip(places, enter_all(session, study_id, entries), strict=True):
             results[place] = entered
     for place in others:
@@ -223,7 +232,7 @@ class Watched:
     """The trials of a study in memory, so that what one worker did is read once for all the others.
 
     All that is here was read from the database, in the order in which it came there, so that who knows a trial knows
-    those before it. It is read anew before an answer that would be older than `FRESH_S`, or than a change made
+    those before it. It is read anew before an answer that would be older than it may be, or than a change made
     through this server other than by entering and finishing trials, such as another turn of a dead worker's.
     """
 
@@ -235,12 +244,13 @@ class Watched:
         self._ids: list[int] = []
         self._unfinished: set[int] = set()
         self._read_at = float("-inf")
+        self._fresh_s = FRESH_S
         self._changes = -1
 
     def look(self, known: Known, seen: Mapping[int, TrialState | None], changes: int) -> Encoded:
         """What `hpo.bulk.look` answers; `changes` counts those that an answer must know of."""
         with self._lock:
-            if changes > self._changes or time.monotonic() - self._read_at > FRESH_S:
+            if changes > self._changes or time.monotonic() - self._read_at > self._fresh_s:
                 self._read()
                 self._changes = changes
             newer = self._ids[bisect_right(self._ids, known.newest) :]
@@ -273,6 +283,7 @@ class Watched:
             else:
                 self._unfinished.add(trial_id)
         self._read_at = started
+        self._fresh_s = min(max(FRESH_S, (time.monotonic() - started) / READING_SHARE), STALE_S)
 
 
 class _Ours:

@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,7 +88,15 @@ def complete_study(mirror: MirroredStudy, plan: Plan, trials: int, times: Search
     Raises:
         HpoError: Trials fail again and again for a reason that should pass.
     """
-    times = SearchTimes() if times is None else times
+    try:
+        _complete(mirror, plan, trials, SearchTimes() if times is None else times)
+    except BaseException:
+        with suppress(*DATABASE_ERRORS), uninterrupted():
+            mirror.settle()
+        raise
+
+
+def _complete(mirror: MirroredStudy, plan: Plan, trials: int, times: SearchTimes) -> None:
     wait_s, failures = SHORTEST_WAIT_S, 0
     while True:
         asked: list[AskedTrial] = []  # outside the block at whose end a Ctrl-C is raised, so that none is forgotten
@@ -97,7 +105,7 @@ def complete_study(mirror: MirroredStudy, plan: Plan, trials: int, times: Search
                 with times.measure("storage"), uninterrupted():
                     mirror.sync()
                     plan.learn(mirror.take_news())
-                    if mirror.ended >= trials:
+                    if mirror.has(trials):
                         mirror.clear_queue("not needed: the study was complete without it")
                         return
                     asked = _ask(mirror, plan, trials)
@@ -108,7 +116,7 @@ def complete_study(mirror: MirroredStudy, plan: Plan, trials: int, times: Search
                 wait_s = SHORTEST_WAIT_S
                 told = plan.evaluate(asked)
                 with times.measure("storage"), uninterrupted():
-                    mirror.tell(told, looks=True)
+                    mirror.tell(told, asks=True)
                 failures = 0
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"

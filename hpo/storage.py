@@ -93,9 +93,11 @@ class PatientStorage(RDBStorage):
 
     Attributes:
         patience: How long they wait.
+        joins_calls: Whether a call waits for those of other workers, so that two are better made as one.
     """
 
     patience = Patience("the database")
+    joins_calls = False
 
     def through(self, call: Callable[[], Result]) -> Result:
         """Run what may be repeated: again while the database is away, and to its end where Ctrl-C is pressed."""

@@ -1,5 +1,6 @@
 """A database behind `hpo storage serve` answers as the database itself."""
 
+import signal
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import NSGAIISampler
+from optuna.samplers import NSGAIISampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 pytest.importorskip("grpc", reason="gRPC is an extra")
@@ -28,9 +29,11 @@ from hpo.bulk import (
     look,
 )
 from hpo.errors import StorageError
+from hpo.heartbeats import Heartbeats
 from hpo.mirror import MirroredStudy, Told
 from hpo.proxy import connect, parse_address
-from hpo.proxy_server import FRESH_S, Together, run_joined, served
+from hpo.proxy_server import STALE_S, Together, run_joined, served
+from hpo.sharing import complete_study
 from hpo.storage import close, open_database, open_storage
 from hpo.transactions import FUNCTIONS
 from hpo.wire import decode, encode
@@ -87,6 +90,39 @@ def search(storage, name, seed=3):
         asked = mirror.ask(6, lambda params: {"sum": params["x"] + params["y"]})
         mirror.tell([Told(trial=one, values=(one.params["x"], one.params["y"])) for one in asked])
     return study
+
+
+def mirrored(study, storage, heartbeats=None) -> MirroredStudy:
+    return MirroredStudy(study, storage, RandomSampler(seed=0), SPACE, heartbeats=heartbeats)
+
+
+def told(asked) -> list[Told]:
+    return [Told(trial=one, values=(one.params["x"], one.params["y"])) for one in asked]
+
+
+class IdlePlan:
+    """Trials whose values are their parameters, two at a time."""
+
+    def learn(self, trials):
+        pass
+
+    def first(self):
+        return []
+
+    def part(self, done):
+        return 2
+
+    def attributes_of(self, params):
+        return {}
+
+    def key_of(self, params):
+        return None
+
+    def evaluate(self, asked):
+        return told(asked)
+
+    def passes(self, error):
+        return False
 
 
 def facts(study):
@@ -222,16 +258,129 @@ def test_of_two_who_finish_a_trial_together_the_second_hears_of_the_first(direct
     assert study.trials[0].state == TrialState.RUNNING, "each is tried alone then"
 
 
+@on_any_database
+def test_who_enters_trials_finishes_others_in_the_same_breath(direct):
+    study = optuna.create_study(storage=direct, study_name="s", directions=["maximize", "minimize"])
+    ids = [trial_id for _, trial_id in enter_trials(direct, study._study_id, [running(), running()])]
+    calls = [
+        (
+            "enter_trials",
+            [study._study_id, [running()]],
+            {"outcomes": [Outcome(trial_id=trial_id, state=TrialState.COMPLETE, values=(1.0, 2.0))]},
+        )
+        for trial_id in ids
+    ]
+    entered = run_joined(direct, calls)
+    assert [place[0] for (place,) in entered] == [2, 3]
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "RUNNING", "RUNNING"]
+    with pytest.raises(UpdateFinishedTrialError):
+        enter_trials(direct, study._study_id, [running()], outcomes=[Outcome(trial_id=ids[0], state=TrialState.FAIL)])
+    assert len(study.trials) == 4
+
+
+def test_results_reach_the_database_with_the_trials_that_follow(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    mirror, other = mirrored(study, remote), mirrored(study, remote)
+    asked = mirror.ask(2)
+    mirror.tell(told(asked), asks=True)
+    assert mirror.ended == 2
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "RUNNING"]
+    mirror.sync()
+    assert len(mirror.ask(1, limit=3)) == 1, "those told count once"
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    assert [trial.values for trial in study.trials[:2]] == [[one.params["x"], one.params["y"]] for one in asked]
+    time.sleep(1.1 * STALE_S)
+    other.sync()
+    assert (mirror.ended, other.ended) == (2, 2)
+    assert mirror.ask(1, limit=3) == []
+
+
+def test_results_reach_the_database_where_nothing_follows(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    mirror = mirrored(study, remote)
+    for enough in (lambda: mirror.has(1), lambda: not mirror.ask(1, limit=2), mirror.settle):
+        mirror.tell(told(mirror.ask(1)), asks=True)
+        enough()
+        assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    assert len(study.trials) == 3
+
+
+def test_a_result_that_waits_keeps_its_heartbeat(remote):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    with Heartbeats(remote) as heartbeats:
+        mirror = mirrored(study, remote, heartbeats)
+        (asked,) = mirror.ask(1)
+        mirror.tell(told([asked]), asks=True)
+        mirror.sync()
+        assert heartbeats._own == {asked.trial_id}
+        mirror.settle()
+        mirror.sync()
+        assert not heartbeats._own
+
+
+@pytest.mark.parametrize("syncs", [False, True])
+def test_a_result_that_waits_gives_way_to_one_that_somebody_else_told(remote, direct, syncs):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    mirror = mirrored(study, remote)
+    (asked,) = mirror.ask(1)
+    mirror.tell(told([asked]), asks=True)
+    if syncs:
+        mirror.sync()
+    finish_trials(direct, [Outcome(trial_id=asked.trial_id, state=TrialState.COMPLETE, values=(7.0, 8.0))])
+    assert len(mirror.ask(1, limit=2)) == 1
+    assert mirror.ended == 0
+    time.sleep(1.1 * STALE_S)
+    mirror.sync()
+    assert mirror.ended == 1
+    assert [trial.values for trial in study.trials] == [[7.0, 8.0], None]
+
+
+def test_ctrl_c_between_telling_and_asking_loses_no_result(remote, monkeypatch):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    mirror = mirrored(study, remote)
+    tell, before = MirroredStudy.tell, signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def tell_and_be_interrupted(*arguments, **named):
+        tell(*arguments, **named)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(MirroredStudy, "tell", tell_and_be_interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            complete_study(mirror, IdlePlan(), 6)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+
+
+def test_several_workers_complete_a_study_through_the_server(remote, server):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+
+    def work(_):
+        storage = open_storage(server[0])
+        try:
+            with Heartbeats(storage) as heartbeats:
+                own = optuna.load_study(study_name="s", storage=storage)
+                complete_study(mirrored(own, storage, heartbeats), IdlePlan(), 41)
+        finally:
+            close(storage)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 41
+    assert all(trial.values == [trial.params["x"], trial.params["y"]] for trial in study.trials)
+
+
 def test_a_worker_hears_soon_of_what_was_done_beside_the_server(remote, direct):
     study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
     assert look(remote, study._study_id, Known(), {}) == ([], [])
     ((number, trial_id),) = enter_trials(direct, study._study_id, [running()])
-    time.sleep(2 * FRESH_S)
+    time.sleep(1.1 * STALE_S)
     for state in (TrialState.RUNNING, TrialState.FAIL):
         rows, whole = look(remote, study._study_id, Known(newest=trial_id, unfinished=[trial_id]), {})
         assert (rows, [trial.state for trial in whole]) == ([(trial_id, number, state)], [state])
         finish_trials(direct, [Outcome(trial_id=trial_id, state=TrialState.FAIL)])
-        time.sleep(2 * FRESH_S)
+        time.sleep(1.1 * STALE_S)
     assert look(remote, study._study_id, Known(newest=trial_id), {}) == ([], [])
 
 
