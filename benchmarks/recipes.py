@@ -43,13 +43,23 @@ from hpo.seeds import MASK_LEARNING_RATE, POWER_BERT, UPDATES
 from hpo.storage import open_storage
 from hpo.workload import LoadedWorkload, Workload, load_workload
 from model.data import DataSpec
-from model.distill import DistillSettings, distil
+from model.distill import (
+    CACHE_LIMIT_BYTES,
+    DistillSettings,
+    LiveTeacher,
+    TeacherCache,
+    checked_layer_map,
+    distil,
+    teacher_pieces,
+)
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision, predict
+from model.hardware import compute_device
 from model.length_config import LengthConfig
 from model.macs import mean_macs
 from model.power_bert import PowerBertSettings, learn_retention, retrain
 from model.train import TrainingSettings, train
+from model.training import uses_bf16
 from studies.loader import load_finetune, load_lengths
 
 UNSEARCHED = ("plain", "power-bert")
@@ -105,7 +115,31 @@ class Bench:
             seed=seed,
             **weights,
         )
-        distil(student, self.recipe.teacher, self.loaded.train, self.loaded.tokenizer, settings)
+        self.remember(student, settings)
+        distil(
+            student,
+            self.recipe.teacher,
+            self.loaded.train,
+            self.loaded.tokenizer,
+            settings,
+            cache_dir=self.arguments.cache,
+        )
+
+    def remember(self, student: LengthAdaptiveModel, settings: DistillSettings) -> None:
+        """Keep on disk what the teacher says of the training split, since every seed and recipe hears it again."""
+        assert self.recipe.teacher is not None
+        layer_map = checked_layer_map(settings.layer_map, student.num_layers, self.recipe.teacher.num_layers)
+        pieces = teacher_pieces(settings, layer_map)
+        live = LiveTeacher(
+            self.recipe.teacher,
+            self.loaded.train,
+            pieces,
+            bf16=uses_bf16(settings.precision),
+            device=compute_device(),
+        )
+        cache = TeacherCache(live, self.arguments.cache)
+        if cache.size_bytes <= CACHE_LIMIT_BYTES:
+            cache.fill()
 
     def scored(self, model: LengthAdaptiveModel, configs: Sequence[LengthConfig]) -> tuple[list[Point], list[Point]]:
         """Where configs of a model stand, on the search and on the report split."""
@@ -361,6 +395,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--distill-learning-rate", type=float, default=2e-4)
     parser.add_argument("--dropout", type=float, help="of the student; left out: as its checkpoint has it")
+    parser.add_argument("--cache", type=Path, help="where the teacher's outputs are kept; left out: while this runs")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--recipes", default=",".join(RECIPES))
@@ -373,9 +408,11 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     if arguments.lines is None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        for line in measure(make_bench(arguments)):
-            lines.append(line)
-            print(json.dumps({"benchmark": "recipes", **line, **where()}), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.cache = arguments.cache or Path(folder)
+            for line in measure(make_bench(arguments)):
+                lines.append(line)
+                print(json.dumps({"benchmark": "recipes", **line, **where()}), flush=True)
     else:
         lines += [
             json.loads(text) for file in arguments.lines for text in file.read_text(encoding="utf-8").splitlines()
