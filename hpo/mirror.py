@@ -11,8 +11,9 @@ they have running; it reads new trials alone, so that it costs no more in a long
 import logging
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,7 @@ class MirroredStudy:
         self._mine: dict[int, AskedTrial] = {}
         self._told: set[int] = set()
         self._unsettled: list[Told] = []
+        self._unsettled_file: Path | None = None
         self._elsewhere: dict[int, _Elsewhere] = {}
         self._waiting: dict[int, FrozenTrial] = {}
         self._news: list[FrozenTrial] = []
@@ -276,7 +278,8 @@ class MirroredStudy:
             )
 
         try:
-            entered = enter([_outcome(one) for one in self._unsettled])
+            with self._settling():
+                entered = enter([_outcome(one) for one in self._unsettled])
         except UpdateFinishedTrialError:
             self.settle()
             return enter([])
@@ -292,8 +295,8 @@ class MirroredStudy:
         Args:
             told: What became of trials of this worker.
             asks: Whether `sync` and `ask` come next, which then share a call of the database with this: what the others
-                did is read along, or, where calls are dear and no spool says that results are, they are entered with
-                the trials that are asked for. A caller that does not come to ask must `settle`.
+                did is read along, or, where calls are dear, results are entered with the trials that are asked for. A
+                caller that does not come to ask must `settle`.
         Raises:
             ResultsKept: The database did not take them.
         """
@@ -302,7 +305,8 @@ class MirroredStudy:
             for one in told
         ]
         lost: set[int] = set()
-        if asks and self.storage.joins_calls and self.spool is None:
+        if asks and told and self.storage.joins_calls:
+            self._unsettled_file = None if self.spool is None else self.spool.put(results)
             self._unsettled = list(told)
         else:
             self._kept.update(one.trial.trial_id for one in told if self.spool is not None)
@@ -324,7 +328,8 @@ class MirroredStudy:
         """
         if not self._unsettled:
             return
-        lost = self._finish(self._unsettled, looks=False)
+        with self._settling():
+            lost = self._finish(self._unsettled, looks=False)
         for one in self._unsettled:
             if one.trial.trial_id not in lost:
                 continue
@@ -334,6 +339,12 @@ class MirroredStudy:
                 self._ended -= 1
             self._lose(one)
         self._unsettled = []
+
+    def _settling(self) -> AbstractContextManager[None]:
+        """While the database is told what is not settled."""
+        if self.spool is None or self._unsettled_file is None or not self._unsettled:
+            return nullcontext()
+        return self.spool.telling(self._unsettled_file, len(self._unsettled), self.storage.patience)
 
     def _lose(self, told: Told) -> None:
         """A trial that somebody else has finished; what became of it is read with the next `sync`."""

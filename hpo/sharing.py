@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from hpo.errors import HpoError
 from hpo.interrupts import uninterrupted
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.outage import DATABASE_ERRORS, database_reason
+from hpo.spool import ResultsKept
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,20 @@ def complete_study(mirror: MirroredStudy, plan: Plan, trials: int, times: Search
         times: Where the time that this takes is added up.
     Raises:
         HpoError: Trials fail again and again for a reason that should pass.
+        ResultsKept: The database did not take results, which are on disk.
     """
     try:
         _complete(mirror, plan, trials, SearchTimes() if times is None else times)
-    except BaseException:
-        with suppress(*DATABASE_ERRORS), uninterrupted():
-            mirror.settle()
+    except BaseException as error:
+        try:
+            with uninterrupted():
+                mirror.settle()
+        except ResultsKept as kept:
+            if isinstance(error, DATABASE_ERRORS):
+                raise kept from error
+            logger.warning("%s", kept)
+        except DATABASE_ERRORS as database_error:
+            logger.warning("Results could not be told (%s); their trials run again.", database_reason(database_error))
         raise
 
 

@@ -89,13 +89,22 @@ class Spool:
         if not results:
             yield
             return
-        file = self.put(results)
+        with self.telling(self.put(results), len(results), patience):
+            yield
+
+    @contextmanager
+    def telling(self, file: Path, count: int, patience: Patience) -> Iterator[None]:
+        """Tell the results in a file, which is removed at the end.
+
+        Raises:
+            ResultsKept: The database did not take them.
+        """
         try:
             yield
         except DATABASE_ERRORS as error:
             raise ResultsKept(
                 f"The database {patience.shown} does not answer ({database_reason(error)}); the results of "
-                f"{len(results)} trials are kept in {file}, so put it right, and run the same command again or "
+                f"{count} trials are kept in {file}, so put it right, and run the same command again or "
                 f"`hpo storage replay --runs {self.folder.parent.parent}`."
             ) from error
         file.unlink(missing_ok=True)  # another worker may have told them

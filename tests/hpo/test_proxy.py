@@ -31,9 +31,11 @@ from hpo.bulk import (
 from hpo.errors import StorageError
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import MirroredStudy, Told
-from hpo.proxy import connect, parse_address
+from hpo.outage import DatabaseAway
+from hpo.proxy import RemoteStorage, connect, parse_address
 from hpo.proxy_server import STALE_S, Together, run_joined, served
 from hpo.sharing import complete_study
+from hpo.spool import Replayed, ResultsKept, Spool
 from hpo.storage import close, open_database, open_storage
 from hpo.transactions import FUNCTIONS
 from hpo.wire import decode, encode
@@ -316,6 +318,39 @@ def test_a_result_that_waits_keeps_its_heartbeat(remote):
         mirror.settle()
         mirror.sync()
         assert not heartbeats._own
+
+
+def test_a_result_that_waits_is_on_disk_meanwhile(remote, tmp_path):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    spool = Spool(tmp_path, "s")
+    mirror = MirroredStudy(study, remote, RandomSampler(seed=0), SPACE, spool=spool)
+    for enter in (lambda: mirror.ask(1), mirror.settle):
+        mirror.tell(told(mirror.ask(1)), asks=True)
+        assert len(list(spool.folder.iterdir())) == 1
+        enter()
+        assert list(spool.folder.iterdir()) == []
+    assert spool.replay(remote, study) == Replayed()
+
+
+def test_where_the_server_goes_away_the_error_says_where_results_are(remote, tmp_path, monkeypatch):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    spool = Spool(tmp_path, "s")
+    mirror = MirroredStudy(study, remote, RandomSampler(seed=0), SPACE, spool=spool)
+    tell = MirroredStudy.tell
+
+    def fail(*_):
+        raise DatabaseAway("the server is away")
+
+    def tell_and_lose_the_server(*arguments, **named):
+        tell(*arguments, **named)
+        patch.setattr(RemoteStorage, "run_transaction", fail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MirroredStudy, "tell", tell_and_lose_the_server)
+        with pytest.raises(ResultsKept, match=r"the results of 2 trials are kept in .*\.json"):
+            complete_study(mirror, IdlePlan(), 6)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING] * 2
+    assert spool.replay(remote, study) == Replayed(told=2)
 
 
 @pytest.mark.parametrize("syncs", [False, True])
