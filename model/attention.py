@@ -15,6 +15,8 @@ TOKEN_SCORES = ("attention", "value_norm")
 
 WEIGHT_BYTES = 3 * 2**20
 """Attention weights that are worked on together where a processor has to write them out."""
+SHORT = 32
+"""Tokens up to which torch's fused attention is slower on a processor than its parts."""
 SUMS_IN_RANGE = (1e-20, 1e33)
 """Sums of exponentials, between which float32 has room for each of them, and for its products with values."""
 
@@ -55,8 +57,11 @@ def attention(
     Source: the score is from Goyal et al. 2020 (PoWER-BERT), "Word-vector Selection".
     """
     together = _sequences_in_cache(query_BHLd, key_BHLd)
-    if with_scores and mask_BL is None and bias_BHLL is None and _infers_on_processor(query_BHLd):
-        return _attention_written_once(query_BHLd, key_BHLd, value_BHLd, by_value, together)
+    if mask_BL is None and bias_BHLL is None and _infers_on_processor(query_BHLd):
+        if with_scores:
+            return _attention_written_once(query_BHLd, key_BHLd, value_BHLd, by_value, together)
+        if query_BHLd.size(2) == key_BHLd.size(2) <= SHORT:
+            return _attention_of_short(query_BHLd, key_BHLd, value_BHLd), None
     if with_scores and together < query_BHLd.size(0):
         arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL, bias_BHLL)
         parts = zip(*(_parts(argument, together, query_BHLd.size(0)) for argument in arguments), strict=True)
@@ -147,6 +152,14 @@ def _attention_written_once(
     if by_value:
         received_BHL *= value_BHLd.norm(dim=-1)
     return context_BLHd.transpose(1, 2), received_BHL.sum(dim=1)
+
+
+def _attention_of_short(query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor) -> Tensor:
+    """Context of unpadded sequences that are so short that what fused attention saves is less than what it costs."""
+    query_GLd, key_GLd, value_GLd = (tensor.flatten(0, 1) for tensor in (query_BHLd, key_BHLd, value_BHLd))
+    weights_GLL = query_GLd.new_empty(len(query_GLd), query_GLd.size(1), key_GLd.size(1))
+    sum_GL1 = _exponentials(query_GLd, key_GLd, weights_GLL)
+    return (weights_GLL @ value_GLd).div_(sum_GL1).view(query_BHLd.shape)
 
 
 def _exponentials(query_GLd: Tensor, key_GLd: Tensor, out_GLL: Tensor) -> Tensor:

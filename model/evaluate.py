@@ -36,10 +36,11 @@ from torch import Tensor
 
 from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel, significance_order
-from model.hardware import computes_in_bf16, is_out_of_memory
+from model.hardware import computes_in_bf16, is_out_of_memory, keep_freed_memory
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
 from model.prefix_tree import Ints, PrefixTree, paths_of
+from model.prepacked import pack
 from model.tasks import Metric
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Evaluator:
             rows_per_chunk: Most rows of one chunk; a single longer sequence is a chunk of its own.
             cache_bytes: Memory for answers and hidden states that later calls may need; 0 for none.
         """
+        keep_freed_memory()
         self.model = model
         self.split = split
         self.precision: Precision = precision
@@ -110,6 +112,7 @@ class Evaluator:
         self._answers = _Memory[Answers](cache_bytes // ANSWERS_PART, lambda answer: answer.nbytes + ENTRY_BYTES)
         self._states = _Memory[_Rows](cache_bytes - self._answers.limit, lambda made: made.nbytes)
         self._network = snapshot(model.network, precision)
+        pack(model.family, self._network, model.num_layers)
         self.blocks = stratified_blocks(split.num_tokens, num_blocks, seed)
         self._bundles = _cut_blocks(split, self.blocks, rows_per_chunk)
 

@@ -26,6 +26,8 @@ from model.macs import EncoderShape
 
 TOKEN_TASKS = ("question-answering", "token-classification")
 """Tasks whose heads read every token."""
+TOGETHER = "packed_with_those_after_it"
+"""Attribute of a projection: a product in place of it and those that follow it, where `model.prepacked` left one."""
 
 
 Prepared = tuple[Tensor, Tensor, Tensor | None]
@@ -509,6 +511,10 @@ class DebertaV2Family(BertFamily):
 
 def _together(hidden_RD: Tensor, *projections: Any) -> Tensor:
     """Several projections of the same rows as one product, in the precision of their weights."""
+    packed = getattr(projections[0], TOGETHER, None)
+    if packed is not None:
+        product: Tensor = packed.product(hidden_RD)
+        return product
     weight = _as_one([projection.weight for projection in projections])
     return F.linear(hidden_RD.to(weight.dtype), weight, _as_one([projection.bias for projection in projections]))
 

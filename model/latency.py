@@ -422,7 +422,7 @@ def _ramps(name: str, rows_CM: Ints, edges: Sequence[int]) -> Terms:
 
 def _rows(law: Reading, rows_CM: Ints) -> Ints:
     """Rows that a product has, fillers included."""
-    return rows_CM if law.precision == "fp32" else filled(rows_CM)
+    return filled(rows_CM, law.precision)
 
 
 def _groups(arriving_CMB: Ints, keep_CMB: Ints) -> Terms:

@@ -21,13 +21,16 @@ from torch import Tensor
 
 from model.encoder import LengthAdaptiveModel, significant
 from model.families import lay_side_by_side
+from model.hardware import keep_freed_memory
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
+from model.prepacked import pack
 
 FEW_ROWS = 512
-ROW_STEPS = 16, 64
-"""Rows are filled up to a multiple of the first, or of the second where they are more than `FEW_ROWS`, in bf16: oneDNN
-builds a kernel for each number of rows it meets, and keeps about a thousand."""
+ROW_STEPS = {"fp32": 8, "mixed": 16, "bf16": 16}
+MANY_ROW_STEP = 64
+"""Rows are filled up to a multiple of the first, or of the second where they are more than `FEW_ROWS`: oneDNN prepares
+a kernel for each number of rows it meets, at more cost in bf16, and keeps about a thousand."""
 SHORT, SPREAD = 96, 8
 """Sequences of at most so many tokens attend together where their lengths differ by no more than the second."""
 
@@ -45,10 +48,12 @@ class PackedNetwork:
             model: The encoder; left as it was.
             precision: "bf16" rounds the factors of the large products.
         """
+        keep_freed_memory()
         self.family, self.reads_first = model.family, model.reads_first
         self.precision: Precision = precision
         self.network: Any = snapshot(model.network, precision)
         lay_side_by_side(self.family, self.network, model.num_layers)
+        pack(self.family, self.network, model.num_layers)
 
     def logits(
         self,
@@ -145,17 +150,15 @@ class PackedNetwork:
         return newer_RD if restored_TD is None else restored_TD.index_copy(0, token_R, newer_RD)
 
     def _fill(self, rows_RX: Tensor) -> Tensor:
-        """The rows with fillers after them, copies of nothing in particular, where kernels are built for a size."""
-        if self.precision == "fp32":
-            return rows_RX
-        surplus = filled(len(rows_RX)) - len(rows_RX)
+        """The rows with fillers after them, copies of nothing in particular."""
+        surplus = filled(len(rows_RX), self.precision) - len(rows_RX)
         return F.pad(rows_RX, (0, 0) * (rows_RX.dim() - 1) + (0, surplus)) if surplus else rows_RX
 
 
-def filled(rows: Rows) -> Rows:
-    """Rows that a product in bf16 has where so many are asked for; of a number or of many."""
-    few, many = ROW_STEPS
-    return rows + -rows % (few + (rows > FEW_ROWS) * (many - few))
+def filled(rows: Rows, precision: Precision) -> Rows:
+    """Rows that a product has where so many are asked for; of a number or of many."""
+    few = ROW_STEPS[precision]
+    return rows + -rows % (few + (rows > FEW_ROWS) * (MANY_ROW_STEP - few))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from model.attention import attention
@@ -100,17 +101,26 @@ def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(heads, mask, by_va
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.parametrize("with_scores", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e-6])
 @pytest.mark.parametrize("shift", [0.0, 200.0, -200.0], ids=["", "all high", "all low"])
-def test_inference_gives_what_training_gives_however_large_the_products_are(heads, scale, shift):
+def test_inference_gives_what_training_gives_however_large_the_products_are(heads, scale, shift, with_scores):
     query, key, value = heads
     query, key = scale * query, scale * key
     query[..., 0], key[..., 0] = abs(shift) ** 0.5, shift / max(1.0, abs(shift) ** 0.5) * HEAD**0.5
-    learning = attention(query, key, value, None, 0.0, with_scores=True, by_value=True)
+    learning = attention(query, key, value, None, 0.0, with_scores, by_value=True)
     with torch.inference_mode():
-        inferring = attention(query, key, value, None, 0.0, with_scores=True, by_value=True)
+        inferring = attention(query, key, value, None, 0.0, with_scores, by_value=True)
     torch.testing.assert_close(inferring, learning, rtol=1e-4, atol=1e-5)
-    assert torch.isfinite(inferring[1]).all()
+    assert all(torch.isfinite(part).all() for part in inferring if part is not None)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 32, 33])
+def test_inference_gives_the_context_of_fused_attention_however_long_the_sequences_are(tokens):
+    heads = torch.randn(3, 2, 3, tokens, HEAD, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        context, _ = attention(*heads, None, 0.0, with_scores=False)
+    torch.testing.assert_close(context, F.scaled_dot_product_attention(*heads))
 
 
 def test_inference_carries_what_is_not_a_number(heads):

@@ -337,15 +337,20 @@ def test_blocks_are_samples_of_equal_size_and_like_lengths():
 def test_precision_is_the_quickest_that_the_machine_has_and_that_leaves_the_metric(
     model, make_batch, unpadded, monkeypatch
 ):
-    split = unpadded(make_batch(LENGTHS * 20))
+    split = unpadded(make_batch(LENGTHS * 100))
     labels = predict(model, split, [LengthConfig.full(4)])[0]
     metric = choose_metric(CLASS_METRICS, "accuracy")
     monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: False)
     assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"
     monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: True)
-    rounded = predict(model, split, [LengthConfig.full(4)], precision="bf16")[0]
+    rounded, mixed = (
+        predict(model, split, [LengthConfig.full(4)], precision=precision)[0] for precision in ("bf16", "mixed")
+    )
     assert (rounded != labels).any(), "so many classes that rounding changes an answer"
+    assert (mixed != labels).any()
     assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"
+    both_wrong = np.where(mixed == labels, labels, -1)
+    assert choose_precision(model, replace(split, labels=both_wrong), metric) == "mixed"
     same = np.where(rounded == labels, labels, -1)  # both are wrong where they differ
     assert choose_precision(model, replace(split, labels=same), metric) == "bf16"
     mixed = predict(model, split, [LengthConfig.full(4)], precision="mixed")[0]

@@ -22,6 +22,8 @@ from model.families import FAMILIES, TOKEN_TASKS
 from model.length_config import LengthConfig
 from model.macs import layer_macs
 from model.packed import PackedNetwork
+from model.precision import RoundedLinear
+from model.prepacked import PackedLinear
 from model.remote_code import standalone_source
 from model.train import TrainingSettings, train
 from model.training import with_dropout
@@ -507,7 +509,11 @@ def test_without_dropout_training_sees_what_evaluation_sees(model):
 def test_the_engine_in_bf16_rounds_the_layers_of_every_family(model, unpadded):
     split = unpadded(batch_of(model.network, LENGTHS))
     evaluator = Evaluator(model, split, precision="bf16")
-    rounded = [module for module in evaluator._network.modules() if type(module).__name__ == "RoundedLinear"]
+    rounded = [
+        module
+        for module in evaluator._network.modules()
+        if isinstance(module, RoundedLinear) or (isinstance(module, PackedLinear) and module.dtype == torch.bfloat16)
+    ]
     assert len(rounded) >= 4 * 2
     assert evaluator.predict([SHORT]).shape == (1, len(LENGTHS))
 

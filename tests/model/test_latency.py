@@ -41,17 +41,17 @@ class Synthetic:
     def exact(self, batch, config):
         arriving = self.batches[batch]
         whole = arriving.sum()
-        seconds = [3e-4 + 2e-7 * arriving.sum() + 1e-5 * len(arriving)]
+        seconds = [3e-4 + 2e-7 * whole + 1e-5 * len(arriving)]
         for layer in config.computed:
             keep = counts_of_shares(np.array(config.shares[layer]), self.batches[batch])
             last = layer == config.computed[-1]
             if last and self.reads_first:
-                step = 4e-4 + 3e-6 * arriving.sum() + 2e-5 * len(arriving)
+                step = 4e-4 + 3e-6 * rows_of(arriving) + 2e-5 * len(arriving)
                 seconds.append(
                     step + sum(3e-5 + 1e-7 * group.count_B[-1] * len(group.count_B) for group in groups(arriving))
                 )
                 continue
-            step = 1e-3 + bent(arriving.sum()) + 5e-6 * keep.sum()
+            step = 1e-3 + bent(rows_of(arriving)) + 5e-6 * rows_of(keep)
             if (keep < arriving).any():
                 step += 1e-4 + 4e-7 * keep.sum() + (0 if self.reads_first else 1e-7 * whole)
             for group in groups(arriving, keep):
@@ -62,6 +62,11 @@ class Synthetic:
             seconds.append(step + (2e-4 + 1e-6 * whole if last else 0.0))
             arriving = keep
         return seconds
+
+
+def rows_of(counts):
+    """Rows of a product over sequences of so many tokens, fillers included."""
+    return filled(counts.sum(), "fp32")
 
 
 def groups(arriving, keep=None):
@@ -205,7 +210,7 @@ def test_rows_in_bf16_are_counted_with_their_fillers():
     law = Law(reads_first=False, edges=(), precision="bf16")
     for rows in (1, 16, 17, 511, 512, 513, 700):
         _, terms = steps(law, np.array([[rows]]), np.ones((1, 1)), np.zeros((1, 1), dtype=np.bool_))
-        assert terms["arriving from 0"].item() == filled(rows)
+        assert terms["arriving from 0"].item() == filled(rows, "bf16")
 
 
 def test_lengths_lie_in_batches_by_rising_length():

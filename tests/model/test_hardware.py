@@ -1,0 +1,45 @@
+"""What is kept of freed memory, seen from outside: a process of its own counts its page faults."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from model.hardware import MALLOC_VARIABLES
+
+WORK = """
+import ctypes, resource, sys
+from model.hardware import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+SIZE = 24 * 2**20
+def rounds(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        arrays = [libc.malloc(ctypes.c_size_t(SIZE)) for _ in range(4)]
+        for array in arrays:
+            ctypes.memset(array, 1, SIZE)
+        for array in arrays:
+            libc.free(ctypes.c_void_p(array))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+rounds(5)
+print(rounds(5))
+"""
+ROUND_PAGES = 4 * 24 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+
+
+def page_faults(*arguments, **variables):
+    """Page faults of five rounds of four arrays of 24 MiB, filled and freed, when as many rounds went before."""
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC_VARIABLES} | variables
+    done = subprocess.run([sys.executable, "-c", WORK, *arguments], env=environment, capture_output=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_unless_the_environment_says_how_memory_is_to_be_had():
+    assert page_faults("keep") < ROUND_PAGES / 10
+    assert page_faults("leave") > ROUND_PAGES
+    assert page_faults("keep", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072") > ROUND_PAGES
