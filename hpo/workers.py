@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tqdm import tqdm
+
 from hpo.errors import HpoError
 from hpo.outage import DEFAULT_TIMEOUT_S
 from studies.loader import FinetuneStudy, LengthsStudy
@@ -307,6 +309,7 @@ def _work(
 ) -> None:
     """A worker's process: Ctrl-C reaches it from the process that started it, as a signal to end."""
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, which a worker that is killed leaves behind
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     threading.Thread(target=_end_with, args=(held,), name="lifeline", daemon=True).start()

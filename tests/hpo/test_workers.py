@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from hpo.errors import HpoError
 from hpo.rehearsal import RehearsalJob, survivors
@@ -44,9 +45,10 @@ def test_killed_workers_lose_no_trial_and_none_is_evaluated_twice(any_url):
 
 @dataclass(frozen=True)
 class DiesJob:
-    """A job that kills whoever works on it."""
+    """A job that kills whoever works on it, once what it loads was drawn."""
 
     def run(self, on_progress=None):
+        list(tqdm(range(2)))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -116,13 +118,27 @@ def test_ctrl_c_ends_the_workers(tmp_path):
     assert workers_of_this_process() == []
 
 
-def test_no_worker_outlives_a_killed_parent(tmp_path):
+def start(job, *arguments, **streams):
+    """A process that runs a job of this file with two workers."""
     places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     command = (
-        "import sys; from pathlib import Path; from hpo.workers import run_workers; from test_workers import HangsJob;"
-        "run_workers(HangsJob(Path(sys.argv[1])), 2)"
+        "import sys; from pathlib import Path; from hpo.workers import run_workers; from test_workers import *;"
+        f"run_workers({job}, 2)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", command, tmp_path], env={**os.environ, "PYTHONPATH": places})
+    environment = {**os.environ, "PYTHONPATH": places}
+    return subprocess.Popen([sys.executable, "-c", command, *arguments], env=environment, **streams)
+
+
+def test_killed_workers_leave_nothing_behind_that_python_complains_of():
+    with start("DiesJob()", stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stderr is not None
+        words = parent.stderr.read()
+    assert "workers died one after the other" in words
+    assert "leaked" not in words
+
+
+def test_no_worker_outlives_a_killed_parent(tmp_path):
+    parent = start("HangsJob(Path(sys.argv[1]))", tmp_path)
     deadline = time.monotonic() + 240
     while len(list(tmp_path.iterdir())) < 2:
         assert time.monotonic() < deadline
