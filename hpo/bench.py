@@ -158,6 +158,8 @@ def bench(
         raise ValueError(f"baseline {unknown[0]!r} is unknown; choose among {', '.join(BASELINES)}.")
     if precision == "bf16" and not computes_in_bf16():
         raise HpoError("This processor has no bf16 products; leave --bf16 out.")
+    if on_progress is not None:
+        on_progress(0, len(batch_sizes), "loading the model and its sequences")
     front = compute_front(study, storage)
     checkpoint = checkpoint_of(study, runs)
     loaded = load_workload(Workload.from_attribute(front.workload), checkpoint)
@@ -246,6 +248,7 @@ def time_points(
                 if on_progress is not None:
                     on_progress(number + done / total, len(batch_sizes), f"batches of {size}")
 
+            report(0, 1)  # rounds that do not count come first
             timings = race(contenders, rounds, on_round=report)
             measured = {
                 key: _measured(*key, timing, len(split), 1.0 if key[1] is None else shares[key[1]])
