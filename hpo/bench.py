@@ -1,7 +1,8 @@
 """`hpo bench`: what the points of a front take in time on this machine, beside what else one would run.
 
 Times are measured on the search split's own sequences, in the batches that one asks for, and kept with the study as
-one record for each machine, number of threads, precision and size of batch: figures of different ones are never mixed.
+one record for each machine, number of threads, precision, size of batch and number of sequences: figures of different
+ones are never mixed.
 """
 
 import hashlib
@@ -109,16 +110,16 @@ class Record:
     @property
     def key(self) -> str:
         """The study attribute that holds it."""
-        return record_key(self.processor, self.threads, self.precision, self.batch_size)
+        return record_key(self.processor, self.threads, self.precision, self.batch_size, self.sequences)
 
     def realised(self, point: Measured) -> float:
         """The share of the MACs saved that became time saved: speed-up over full length by the fall of the MACs."""
         return self.full.ms / point.ms * point.relative_macs
 
 
-def record_key(processor: str, threads: int, precision: Precision, batch_size: int) -> str:
+def record_key(processor: str, threads: int, precision: Precision, batch_size: int, sequences: int) -> str:
     """The study attribute that holds what was measured so."""
-    place = f"{processor}|{threads}|{precision}|{batch_size}"
+    place = f"{processor}|{threads}|{precision}|{batch_size}|{sequences}"
     return f"{LATENCY}{hashlib.sha256(place.encode()).hexdigest()[:12]}"
 
 
@@ -157,6 +158,8 @@ def bench(
         raise ValueError(f"baseline {unknown[0]!r} is unknown; choose among {', '.join(BASELINES)}.")
     if precision == "bf16" and not computes_in_bf16():
         raise HpoError("This processor has no bf16 products; leave --bf16 out.")
+    if on_progress is not None:
+        on_progress(0, len(batch_sizes), "loading the model and its sequences")
     front = compute_front(study, storage)
     checkpoint = checkpoint_of(study, runs)
     loaded = load_workload(Workload.from_attribute(front.workload), checkpoint)
@@ -245,6 +248,7 @@ def time_points(
                 if on_progress is not None:
                     on_progress(number + done / total, len(batch_sizes), f"batches of {size}")
 
+            report(0, 1)  # rounds that do not count come first
             timings = race(contenders, rounds, on_round=report)
             measured = {
                 key: _measured(*key, timing, len(split), 1.0 if key[1] is None else shares[key[1]])
@@ -271,9 +275,9 @@ def time_points(
     return records
 
 
-def covers(study: optuna.Study, front: Front, precision: Precision, batch_size: int) -> bool:
-    """Whether all points of a front were timed on this machine as it is set up now."""
-    key = record_key(processor_name(), torch.get_num_threads(), precision, batch_size)
+def covers(study: optuna.Study, front: Front, precision: Precision, batch_size: int, sequences: int) -> bool:
+    """Whether all points of a front were timed over so many sequences on this machine as it is set up now."""
+    key = record_key(processor_name(), torch.get_num_threads(), precision, batch_size, sequences)
     timed = {point["trial"] for point in study.user_attrs.get(key, {"points": []})["points"]}
     return timed >= {point.trial for point in front.points}
 

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -683,7 +683,7 @@ def bench_command(
     if threads is not None:
         torch.set_num_threads(threads)
     url = storage_url(storage)
-    with _database(url), _progress("size") as progress:
+    with _abandoned_by_ctrl_c(), _database(url), _progress("size", say=True) as progress:
         found = find_study(open_storage(url, create=False), _study_name(study), start_with="hpo search-lengths")
         records = bench(
             found,
@@ -937,10 +937,10 @@ def _quieten_libraries() -> None:
 
 
 @contextmanager
-def _progress(unit: str) -> Iterator[Any]:
-    """A bar on stderr, or nothing where stderr is no terminal."""
+def _progress(unit: str, *, say: bool = False) -> Iterator[Any]:
+    """A bar on stderr, or nothing where stderr is no terminal; with `say`, there a line for each new remark."""
     if not err.is_terminal:
-        yield None
+        yield _say_each_once() if say else None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[remark]}"), console=err, transient=True) as bar:
@@ -950,6 +950,29 @@ def _progress(unit: str) -> Iterator[Any]:
             bar.update(line, completed=done, total=total, remark=remark)
 
         yield update
+
+
+def _say_each_once() -> Callable[[float, int, str], None]:
+    """Shows progress as lines, for steps of which each takes a while."""
+    said = ""
+
+    def update(_done: float, _total: int, remark: str) -> None:
+        nonlocal said
+        if remark != said:
+            said = remark
+            err.print(f"{remark} ...", markup=False, highlight=False, soft_wrap=True)
+
+    return update
+
+
+@contextmanager
+def _abandoned_by_ctrl_c() -> Iterator[None]:
+    """On Ctrl-C exit 130 with a line; what a step had finished is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("\nInterrupted; what was timed whole is kept with the study.", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 @contextmanager

@@ -473,16 +473,24 @@ def _full_macs(name: str, attrs: Mapping[str, Any]) -> float:
 def _latencies(attrs: Mapping[str, Any]) -> tuple[LatencySource | None, float | None, dict[int, float]]:
     """One record of `hpo bench`: where it was measured, full length's milliseconds, and those of each trial.
 
-    This machine's records come before others', then those of what a study's times are predicted for, single sequences
-    before batches, and the newest before older ones.
+    This machine's records come before others', then those of what a study's times are predicted for, over as many
+    sequences, single sequences before batches, and the newest before older ones.
     """
     records = [value for name, value in attrs.items() if name.startswith(LATENCY)]
     if not records:
         return None, None, {}
+    from model.timing import SEQUENCES  # brings transformers with it, which a front without times does without
+
     own = processor_name()
     records.sort(key=lambda record: str(record["measured_at"]), reverse=True)
     wanted = _source(attrs[TABLE]) if TABLE in attrs else None
-    record = min(records, key=lambda one: (one["processor"] != own, _source(one) != wanted, one["batch_size"]))
+
+    def rank(one: Mapping[str, Any]) -> tuple[Any, ...]:
+        is_wanted = _source(one) == wanted
+        apart = abs(one["sequences"] - SEQUENCES) if is_wanted else 0  # a smaller split has all its sequences timed
+        return one["processor"] != own, not is_wanted, apart, one["batch_size"]
+
+    record = min(records, key=rank)
     return _source(record), record["full"]["ms"], {point["trial"]: point["ms"] for point in record["points"]}
 
 

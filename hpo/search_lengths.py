@@ -263,20 +263,20 @@ def measure_front(
 
     What was measured on this machine before is not measured again. None where the table is another processor's.
     """
-    front = compute_front(study, url)
+    front, timed = compute_front(study, url), sample(loaded.search)
 
     def report(done: float, total: float, what: str) -> None:
         if on_progress is not None:
             on_progress(trials, trials, f"timing the front: {done / total:.0%}")
 
     with threads(table.threads):
-        if not covers(study, front, table.precision, table.batch_size):
+        if not covers(study, front, table.precision, table.batch_size, len(timed)):
             model = load_encoder(checkpoint, loaded.corpus).eval()
             time_points(
                 study,
                 front,
                 model,
-                sample(loaded.search),
+                timed,
                 batch_sizes=(table.batch_size,),
                 points=len(front.points),
                 rounds=FRONT_ROUNDS,

@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from statistics import median
 
 import numpy as np
@@ -159,7 +164,39 @@ def test_what_is_being_made_is_told(study, storage, tmp_path, monkeypatch):
     monkeypatch.setattr("hpo.bench.baseline", lambda *_: lambda batches: lambda: None)
     options = {**QUICK, "baselines": ["eager", "onnx-int8"]}
     bench(study, storage, tmp_path / "runs", batch_sizes=(4,), on_progress=lambda *a: told.append(a), **options)
-    assert [remark for *_, remark in told[:2]] == ["making transformers, eager", "making ONNX Runtime, int8"]
+    steps = list(dict.fromkeys(remark for *_, remark in told))
+    assert steps == [
+        "loading the model and its sequences",
+        "making transformers, eager",
+        "making ONNX Runtime, int8",
+        "batches of 4",
+    ]
+    first_done = next(done for done, _, remark in told if remark == "batches of 4")
+    assert first_done == 0, "rounds that do not count are said to be of the batches, too"
+
+
+@pytest.mark.parametrize("step", ["making ONNX Runtime, fp32", "batches of 1"])
+def test_ctrl_c_ends_any_step_with_a_line(study, storage, tmp_path, step):
+    pytest.importorskip("onnxscript")
+    flags = ["--batch-size", "1", "--baselines", "onnx-fp32", "--rounds", "100000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "hpo", "bench", *flags],
+        env={**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal's Ctrl-C reaches all processes of the job
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    ) as process:
+        said = next(line for line in process.stderr if line.startswith(step))
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert said.endswith(" ...\n")
+    assert process.returncode == 130
+    assert out == ""
+    assert "Interrupted" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(("said", "reason"), [("", "ValueError"), (" \n", "ValueError"), ("one\ntwo", "one")])

@@ -148,6 +148,16 @@ def test_bad_input_is_one_sentence_with_its_exit_code(command, tiny_encoder, tin
         assert err.count("\n") == 1
 
 
+def test_python_runs_the_package_as_the_command(command, tmp_path):
+    environment = {**os.environ, "HPO_STORAGE": f"sqlite:///{tmp_path}/hpo.db", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hpo", "pareto"], env=environment, capture_output=True, text=True, check=False
+    )
+    code, out, err = command("pareto")
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+    assert err.startswith("hpo: ")
+
+
 def test_unknown_study_lists_those_that_are_there(tuned):
     code, _, err = tuned("pareto", "--study", "other")
     assert code == 1

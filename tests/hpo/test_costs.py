@@ -12,6 +12,7 @@ import pytest
 
 import hpo.costs
 import hpo.search_lengths
+from hpo.bench import bench
 from hpo.costs import Costs
 from hpo.errors import HpoError, StudyChanged
 from hpo.front import MACS, MS, TABLE, compute_front, front_table, front_to_json, hypervolume, hypervolume_history
@@ -260,6 +261,22 @@ def test_the_front_is_measured_in_the_end_and_only_once(run, device):
     assert search.study.user_attrs["latency_prediction"] == dataclasses.asdict(search.prediction)
     assert run(20).prediction == search.prediction
     assert len(device.races) == 1
+
+
+def test_times_of_fewer_sequences_are_kept_beside_those_that_predictions_are_of(run, storage, tmp_path, device):
+    search = run(20)
+    (few,) = bench(
+        search.study, storage, tmp_path / "runs", batch_sizes=(8,), sequences=8, points=99, rounds=1, baselines=()
+    )
+    assert few.full.ms == pytest.approx(128 / 8)
+    assert few.key in search.study.user_attrs
+    front = compute_front(search.study, storage)
+    assert [point.latency_ms for point in (front.full, *front.points)] == [pytest.approx(128 / 60)] * (
+        1 + len(front.points)
+    )
+    races = len(device.races)
+    assert run(20).prediction == search.prediction
+    assert len(device.races) == races, "the front was timed before"
 
 
 @pytest.mark.parametrize("cost", ["latency", "both"])

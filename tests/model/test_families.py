@@ -18,7 +18,9 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from model.encoder import HEADS, CheckpointError, LengthAdaptiveModel, max_tokens, significant
 from model.evaluate import Evaluator
+from model.export import write_transformers_folder
 from model.families import FAMILIES, TOKEN_TASKS
+from model.front_file import ServedFront, ServedPoint
 from model.length_config import LengthConfig
 from model.macs import layer_macs
 from model.packed import PackedNetwork
@@ -78,6 +80,7 @@ VARIANTS = {
     ),
 }
 SHORT = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5))
+MILD, STRONG = LengthConfig.from_retention((0.9,) * LAYERS), LengthConfig.from_retention((0.5,) * LAYERS)
 SKIPS = ((0,), (3,), (1, 2), (0, 1, 3))
 SHORT_AND_SHALLOW = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5), skipped=(0, 2))
 SKIPPING = LengthConfig.from_retention((0.8, 1.0, 0.7, 1.0), skipped=(1, 3))
@@ -113,6 +116,15 @@ def batch_of(network, lengths, seed=0):
     if getattr(network.config, "type_vocab_size", 0) > 1 and network.config.model_type != "mpnet":
         batch["token_type_ids"] = torch.randint(0, 2, size, generator=generator) * mask
     return batch
+
+
+def tokenizer_of(network):
+    """Knows the words w0, w1, ... of a network."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w4")),
+        pad_token=f"w{network.config.pad_token_id}",
+    )
 
 
 def without_layers(network, skipped):
@@ -388,12 +400,7 @@ def test_a_saved_model_loads_as_it_was(family_variant, task, tmp_path):
 @pytest.mark.parametrize("task", HEADS)
 def test_a_step_of_sandwich_training_changes_every_weight(family_variant, task, unpadded):
     network = build(family_variant, task, **({"num_labels": 1} if task == "regression" else {}))
-    model = LengthAdaptiveModel(network, task)
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w4")),
-        pad_token=f"w{network.config.pad_token_id}",
-    )
+    model, tokenizer = LengthAdaptiveModel(network, task), tokenizer_of(network)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     settings = TrainingSettings(
         learning_rate=1e-2, batch_size=8, plain_epochs=0, epochs=1, warmup_ratio=0.0, precision="fp32"
@@ -560,6 +567,76 @@ def test_the_standalone_file_gives_the_same_logits(family_variant, task):
             expected, got = model(**batch, length_config=config).logits, every_logit(standalone(**batch))
             real = batch["attention_mask"].bool() if expected.dim() == 3 else slice(None)
             torch.testing.assert_close(got[real], expected[real], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def remote_modules(tmp_path_factory):
+    """Where transformers keeps the files that it runs with `trust_remote_code`, and Python finds them."""
+    folder, before = tmp_path_factory.mktemp("modules"), set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+        patch.setattr("sys.path", [*sys.path])
+        yield
+        for name in sys.modules.keys() - before:
+            if name.partition(".")[0] == "transformers_modules":
+                del sys.modules[name]
+
+
+def served_points(model, configs):
+    """Points of a front under these configs, whose quality nobody measured."""
+    costs = [model.macs(30, config) for config in configs]
+    return tuple(
+        ServedPoint(
+            trial=number,
+            length_config=config,
+            metric=0.5,
+            report_metric=None,
+            macs=cost,
+            relative_macs=cost / model.macs(30, LengthConfig.full(LAYERS)),
+        )
+        for number, (config, cost) in enumerate(zip(configs, costs, strict=True))
+    )
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("remote_modules")
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("variant", ["bert", "distilbert", "mpnet", "deberta-v2", "modernbert"])
+def test_an_exported_folder_gives_the_same_logits_at_every_point_of_its_front(variant, task, tmp_path):
+    """The folder is run as `hpo` does, by plain transformers, and by transformers with the file beside the weights."""
+    changes = {"num_labels": 1} if task == "regression" else {}
+    model = LengthAdaptiveModel(build(variant, task, **changes), task).eval()
+    model.token_score = "value_norm"
+    *shorter, full = points = served_points(model, (STRONG, MILD, LengthConfig.full(LAYERS)))
+    front = ServedFront(
+        task=task,
+        kind=task,
+        label_names=(),
+        text_columns=("text",),
+        max_length=40,
+        stride=None,
+        metric="quality",
+        full=full,
+        points=points,
+        chosen=shorter[0],
+    )
+    write_transformers_folder(tmp_path, model, tokenizer_of(model.network), front)
+    again = LengthAdaptiveModel.from_pretrained(tmp_path).eval()
+    plain = HEADS[task].from_pretrained(tmp_path).eval()
+    remote = HEADS[task].from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(plain) is type(model.network)
+    assert remote.config.length_config == json.loads(STRONG.to_json())
+    for seed, lengths in enumerate((LENGTHS, (40,), (2, 2), (5, 40, 9, 2))):
+        batch = batch_of(model.network, lengths, seed)
+        real = batch["attention_mask"].bool() if task in TOKEN_TASKS else slice(None)
+        for point in again.front.points:
+            expected = model(**batch, length_config=point.length_config).logits[real]
+            remote.config.length_config = json.loads(point.length_config.to_json())
+            told = [again(**batch, length_config=point.length_config).logits, every_logit(remote(**batch))]
+            if point == again.front.full:
+                told += [every_logit(plain(**batch)), again(**batch).logits]
+            for logits in told:
+                torch.testing.assert_close(logits[real], expected, rtol=0, atol=1e-4)
 
 
 def get_imports_of(source):

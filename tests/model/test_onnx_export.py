@@ -1,5 +1,6 @@
 """ONNX graphs of five families equal the encoder; the graph's own code is tested for all in test_families."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -47,6 +48,9 @@ FAMILIES = {
 DISTILBERT_TOO = ("vocab_size", "max_position_embeddings", "num_labels", "pad_token_id")
 POINTS = tuple(LengthConfig.from_retention(retention) for retention in ((0.9, 0.8), (0.6, 0.7), (0.3, 0.5)))
 """Three points whose layers both drop tokens, so that their graphs differ in the table of counts alone."""
+FULL = LengthConfig.full(LAYERS)
+BATCHES = (19, 30, 3, 30, 12), (40,), (2, 2), (5, 40, 9, 2)
+"""Tokens of each batch's sequences."""
 
 
 def build(model_type, task="classification"):
@@ -93,29 +97,40 @@ def check(session, model, config, make_batch, lengths, seed=0, length=None):
         torch.testing.assert_close(got[row][own], expected[row][own], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "task"),
-    [
-        *itertools.product(FAMILIES, ("classification",)),
-        *itertools.product(("bert",), ("regression", "question-answering", "token-classification")),
-        ("modernbert", "token-classification"),
-    ],
-)
-def test_the_graph_gives_the_encoders_logits_at_three_points(model_type, task, make_batch, tmp_path):
-    model, path = build(model_type, task), tmp_path / "model.onnx"
-    write_graph(model, POINTS[0], path, longest=LONGEST)
-    for config in POINTS:
+@pytest.fixture(scope="module")
+def make_graph(tmp_path_factory):
+    """Builds a model and the graph of its first point, each once."""
+
+    @functools.cache
+    def make(model_type, task):
+        model, path = build(model_type, task), tmp_path_factory.mktemp("graph") / "model.onnx"
+        write_graph(model, POINTS[0], path, longest=LONGEST)
+        return model, path
+
+    return make
+
+
+@pytest.mark.parametrize(("model_type", "task"), [*itertools.product(FAMILIES, HEADS)])
+def test_the_graph_gives_the_encoders_logits_at_full_length_and_three_points(model_type, task, make_graph, make_batch):
+    model, path = make_graph(model_type, task)
+    for config in (FULL, *POINTS):
         session = onnxruntime.InferenceSession(with_counts(path, POINTS[0], config))
-        for seed, lengths in enumerate([(19, 30, 3, 30, 12), (40,), (2, 2), (5, 40, 9, 2)]):
+        for seed, lengths in enumerate(BATCHES):
             check(session, model, config, make_batch, lengths, seed)
 
 
-@pytest.fixture(scope="module")
-def span_graph(tmp_path_factory):
+def test_the_graph_of_full_length_chooses_no_tokens(make_batch, tmp_path):
+    model, path = build("bert", "question-answering"), tmp_path / "model.onnx"
+    write_graph(model, FULL, path, longest=LONGEST)
+    assert "TopK" not in {node.op_type for node in onnx.load(path).graph.node}
+    for seed, lengths in enumerate(BATCHES):
+        check(onnxruntime.InferenceSession(path), model, FULL, make_batch, lengths, seed)
+
+
+@pytest.fixture
+def span_graph(make_graph):
     """A span head over a graph that skips no layer and drops in both."""
-    model, path = build("bert", "question-answering"), tmp_path_factory.mktemp("graph") / "model.onnx"
-    write_graph(model, POINTS[0], path, longest=LONGEST)
-    return model, path
+    return make_graph("bert", "question-answering")
 
 
 def test_later_layers_work_on_fewer_tokens(span_graph, make_batch):
