@@ -431,9 +431,8 @@ class _Run:
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         full = [trial for trial in complete if constant_rate(trial.params) == 1.0][:1]
         wanted = {trial.number: config_of(trial.params) for trial in (*full, *self.study.best_trials)}
-        numbers = self._not_reported(
-            sorted(wanted, key=lambda number: wanted[number].shares or ())
-        )  # like ones together
+        alike = sorted(wanted, key=lambda number: wanted[number].shares or ())  # those scored together share layers
+        numbers = self._not_reported(alike)
         if not numbers:
             return
         if self.workers > 1:

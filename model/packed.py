@@ -24,7 +24,7 @@ from model.families import lay_side_by_side
 from model.hardware import keep_freed_memory
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
-from model.prepacked import pack
+from model.prepacked import can_pack, pack
 
 FEW_ROWS = 512
 ROW_STEPS = {"fp32": 8, "mixed": 16, "bf16": 16}
@@ -52,8 +52,8 @@ class PackedNetwork:
         self.family, self.reads_first = model.family, model.reads_first
         self.precision: Precision = precision
         self.network: Any = snapshot(model.network, precision)
-        lay_side_by_side(self.family, self.network, model.num_layers)
-        pack(self.family, self.network, model.num_layers)
+        arrange = pack if can_pack(self.network) else lay_side_by_side
+        arrange(self.family, self.network, model.num_layers)
 
     def logits(
         self,
