@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 FINETUNE, DEMO_FINETUNE, DISTILL, LENGTHS = "finetune", "finetune-demo", "distill", "lengths"
 
 STORAGE_TIMEOUT_S = 600.0
+SIGNALS_HEARD_AFTER_S = 0.5
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 app = typer.Typer(
@@ -831,7 +832,9 @@ def storage_serve_command(
         err.print(
             f"Serving {display_url(url)} on grpc://{host}:{bound} (Ctrl-C ends it).", markup=False, soft_wrap=True
         )
-        threading.Event().wait()
+        # A wait without end would miss a signal that comes just before it, or that another thread hears.
+        while not threading.Event().wait(SIGNALS_HEARD_AFTER_S):
+            pass
     err.print("Ended.")
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from subprocess import PIPE
 from urllib.parse import quote
 
 import optuna
@@ -267,7 +268,7 @@ def test_serving_says_where_and_ends_cleanly(storage, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "hpo.cli", "storage", "serve", "--port", "0", "--storage", storage],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
+        stderr=PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -278,6 +279,32 @@ def test_serving_says_where_and_ends_cleanly(storage, number):
     close(remote)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "Ended.\n")
+
+
+HEARD_BY_ANOTHER = """
+import signal, sys, threading, time
+from hpo.cli import main
+def tell():
+    sys.stdin.readline()
+    time.sleep(0.2)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+threading.Thread(target=tell, daemon=True).start()
+main()
+"""
+
+
+def test_serving_ends_though_another_thread_hears_the_signal(storage):
+    pytest.importorskip("grpc")
+    arguments = ["storage", "serve", "--port", "0", "--storage", storage]
+    with subprocess.Popen(
+        [sys.executable, "-c", HEARD_BY_ANOTHER, *arguments], stdin=PIPE, stderr=PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr.readline().startswith("Serving ")
+            _, err = process.communicate("now\n", timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (0, "Ended.\n")
 
 
