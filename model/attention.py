@@ -15,8 +15,12 @@ TOKEN_SCORES = ("attention", "value_norm")
 
 WEIGHT_BYTES = 3 * 2**20
 """Attention weights that are worked on together where a processor has to write them out."""
-SHORT = 32
-"""Tokens up to which torch's fused attention is slower on a processor than its parts."""
+WORTH_ROUNDING = 2**16
+"""Attention weights from which on a product in bf16 saves more than it costs to round them."""
+WIDTH_STEP = 16
+"""Weights of a query are filled up to a multiple: torch's softmax takes those beyond one by one."""
+SHORT = {torch.float32: 28, torch.bfloat16: 12}
+"""Tokens, by the type of the values, up to which exponentials are quicker than a softmax of so many weights."""
 SUMS_IN_RANGE = (1e-20, 1e33)
 """Sums of exponentials, between which float32 has room for each of them, and for its products with values."""
 
@@ -57,11 +61,15 @@ def attention(
     Source: the score is from Goyal et al. 2020 (PoWER-BERT), "Word-vector Selection".
     """
     together = _sequences_in_cache(query_BHLd, key_BHLd)
-    if mask_BL is None and bias_BHLL is None and _infers_on_processor(query_BHLd):
-        if with_scores:
-            return _attention_written_once(query_BHLd, key_BHLd, value_BHLd, by_value, together)
-        if query_BHLd.size(2) == key_BHLd.size(2) <= SHORT:
-            return _attention_of_short(query_BHLd, key_BHLd, value_BHLd), None
+    if infers_on_processor(query_BHLd):
+        length, is_plain = key_BHLd.size(2), mask_BL is None and bias_BHLL is None
+        if is_plain and length <= SHORT[value_BHLd.dtype]:
+            return _attention_of_short(query_BHLd, key_BHLd, value_BHLd, with_scores, by_value, together)
+        if with_scores or value_BHLd.dtype == torch.bfloat16:  # in float32 the fused one is as quick or quicker
+            added_BHLL = _added(mask_BL, bias_BHLL)
+            return _attention_in_parts(
+                query_BHLd, key_BHLd, value_BHLd, mask_BL, with_scores, by_value, added_BHLL, together
+            )
     if with_scores and together < query_BHLd.size(0):
         arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL, bias_BHLL)
         parts = zip(*(_parts(argument, together, query_BHLd.size(0)) for argument in arguments), strict=True)
@@ -125,41 +133,113 @@ def _attention_of_a_graph(
     return context, received_BHL.sum(dim=1)
 
 
-def _infers_on_processor(query_BHLd: Tensor) -> bool:
-    """Whether a processor computes in float32, in torch's inference mode."""
-    return torch.is_inference_mode_enabled() and query_BHLd.device.type == "cpu" and query_BHLd.dtype == torch.float32
+def infers_on_processor(tensor: Tensor) -> bool:
+    """Whether a processor computes with it, in torch's inference mode and in no more than single precision."""
+    is_single = tensor.dtype in (torch.float32, torch.bfloat16)
+    return torch.is_inference_mode_enabled() and tensor.device.type == "cpu" and is_single and not _is_traced()
 
 
-def _attention_written_once(
-    query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor, by_value: bool, together: int
-) -> tuple[Tensor, Tensor]:
-    """Context and scores of unpadded sequences, with the weights in one buffer that stays in the cache.
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
-    The weights are never divided by their sums: what is computed from them is, which is far smaller.
+
+def _attention_of_short(
+    query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor, with_scores: bool, by_value: bool, together: int
+) -> tuple[Tensor, Tensor | None]:
+    """Context and scores of unpadded sequences of few tokens.
+
+    The weights are never divided by their sums: what is computed from them is.
     """
-    size, heads, length, _ = query_BHLd.shape
-    context_BLHd = value_BHLd.new_empty(size, length, heads, value_BHLd.size(3))
+    size, heads, queries, _ = query_BHLd.shape
+    length = key_BHLd.size(2)
+    query_BHLd, key_BHLd = _single(query_BHLd), _single(key_BHLd)
+    context_BLHd = value_BHLd.new_empty(size, queries, heads, value_BHLd.size(3))
     received_BHL = query_BHLd.new_empty(size, heads, length)
-    buffer = query_BHLd.new_empty(min(together, size) * heads, length, length)
+    buffer = query_BHLd.new_empty(min(together, size) * heads, queries, length)
     for first in range(0, size, together):
         part = slice(first, min(first + together, size))
         query_GLd, key_GLd, value_GLd = (tensor[part].flatten(0, 1) for tensor in (query_BHLd, key_BHLd, value_BHLd))
         weights_GLL = buffer[: len(query_GLd)]
-        share_GL1 = _exponentials(query_GLd, key_GLd, weights_GLL).reciprocal_()
-        context_GLd = (weights_GLL @ value_GLd).mul_(share_GL1)
-        context_BLHd[part] = context_GLd.view(-1, heads, length, value_BHLd.size(3)).transpose(1, 2)
-        received_BHL[part] = (share_GL1.mT @ weights_GLL).view(-1, heads, length)
+        sum_GL1 = _exponentials(query_GLd, key_GLd, weights_GLL)
+        context_GLd = _product(weights_GLL, value_GLd).div_(sum_GL1)
+        context_BLHd[part] = context_GLd.view(-1, heads, *context_GLd.shape[1:]).transpose(1, 2)
+        if with_scores:
+            received_BHL[part] = (sum_GL1.reciprocal_().mT @ weights_GLL).view(-1, heads, length)
+    return context_BLHd.transpose(1, 2), _score(received_BHL, value_BHLd, by_value) if with_scores else None
+
+
+def _attention_in_parts(
+    query_BHLd: Tensor,
+    key_BHLd: Tensor,
+    value_BHLd: Tensor,
+    mask_BL: Tensor | None,
+    with_scores: bool,
+    by_value: bool,
+    added_BHLL: Tensor | None,
+    together: int,
+) -> tuple[Tensor, Tensor | None]:
+    """As `attention`, with the float32 weights of a few sequences at a time in one buffer that stays in the cache.
+
+    Beside `attention`'s arguments: what is added to the scaled products, and how many sequences are worked on together.
+    """
+    size, heads, queries, _ = query_BHLd.shape
+    length = key_BHLd.size(2)
+    surplus = -length % WIDTH_STEP
+    query_BHLd, key_BHLd = _single(query_BHLd), _padded(key_BHLd, surplus, torch.float32)
+    values_BHLd = _padded(value_BHLd, surplus, value_BHLd.dtype)
+    context_BLHd = value_BHLd.new_empty(size, queries, heads, value_BHLd.size(3))
+    received_BHL = query_BHLd.new_empty(size, heads, length)
+    buffer = query_BHLd.new_empty(min(together, size) * heads, queries, length + surplus)
+    for first in range(0, size, together):
+        part = slice(first, min(first + together, size))
+        query_GLd, key_GLd, value_GLd = (tensor[part].flatten(0, 1) for tensor in (query_BHLd, key_BHLd, values_BHLd))
+        weights_GLL = buffer[: len(query_GLd)]
+        weights_BHLL = weights_GLL.view(-1, heads, *weights_GLL.shape[1:])
+        scale = query_GLd.size(2) ** -0.5
+        torch.baddbmm(weights_GLL, query_GLd, key_GLd.mT, beta=0, alpha=scale, out=weights_GLL)
+        weights_BHLL[..., length:] = -torch.inf
+        if added_BHLL is not None:
+            weights_BHLL[..., :length] += added_BHLL if len(added_BHLL) == 1 else added_BHLL[part]
+        torch.softmax(weights_GLL, -1, out=weights_GLL)
+        context_GLd = _product(weights_GLL, value_GLd)
+        context_BLHd[part] = context_GLd.view(-1, heads, *context_GLd.shape[1:]).transpose(1, 2)
+        if with_scores and mask_BL is not None:
+            asking_B11L = mask_BL[part, None, None].float()
+            received_BHL[part] = (asking_B11L @ weights_BHLL).squeeze(2)[..., :length]
+        elif with_scores:
+            received_BHL[part] = weights_BHLL.sum(dim=2)[..., :length]
+    return context_BLHd.transpose(1, 2), _score(received_BHL, value_BHLd, by_value) if with_scores else None
+
+
+def _single(tensor_BHLd: Tensor) -> Tensor:
+    """The tensor in float32, and where that takes a copy, one head after the other."""
+    if tensor_BHLd.dtype == torch.float32:
+        return tensor_BHLd
+    return tensor_BHLd.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _padded(tensor_BHLd: Tensor, surplus: int, dtype: torch.dtype) -> Tensor:
+    """The tensor in this type, with so many more tokens of zeros, head after head."""
+    if not surplus:
+        return tensor_BHLd.to(dtype, memory_format=torch.contiguous_format)
+    size, heads, length, width = tensor_BHLd.shape
+    padded_BHLd = tensor_BHLd.new_zeros(size, heads, length + surplus, width, dtype=dtype)
+    padded_BHLd[:, :, :length] = tensor_BHLd
+    return padded_BHLd
+
+
+def _product(weights_GLL: Tensor, value_GLd: Tensor) -> Tensor:
+    """Weights times values, in the type of the values unless there are so few that it does not matter."""
+    if weights_GLL.numel() < WORTH_ROUNDING:
+        return weights_GLL @ value_GLd.float()
+    return weights_GLL.to(value_GLd.dtype) @ value_GLd
+
+
+def _score(received_BHL: Tensor, value_BHLd: Tensor, by_value: bool) -> Tensor:
+    """What the heads gave each token, together; `received_BHL` is used up."""
     if by_value:
-        received_BHL *= value_BHLd.norm(dim=-1)
-    return context_BLHd.transpose(1, 2), received_BHL.sum(dim=1)
-
-
-def _attention_of_short(query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor) -> Tensor:
-    """Context of unpadded sequences that are so short that what fused attention saves is less than what it costs."""
-    query_GLd, key_GLd, value_GLd = (tensor.flatten(0, 1) for tensor in (query_BHLd, key_BHLd, value_BHLd))
-    weights_GLL = query_GLd.new_empty(len(query_GLd), query_GLd.size(1), key_GLd.size(1))
-    sum_GL1 = _exponentials(query_GLd, key_GLd, weights_GLL)
-    return (weights_GLL @ value_GLd).div_(sum_GL1).view(query_BHLd.shape)
+        received_BHL *= value_BHLd.float().norm(dim=-1)
+    return received_BHL.sum(dim=1)
 
 
 def _exponentials(query_GLd: Tensor, key_GLd: Tensor, out_GLL: Tensor) -> Tensor:
@@ -176,6 +256,17 @@ def _exponentials(query_GLd: Tensor, key_GLd: Tensor, out_GLL: Tensor) -> Tensor
     torch.baddbmm(out_GLL, query_GLd, key_GLd.mT, beta=0, alpha=scale, out=out_GLL)
     out_GLL -= out_GLL.amax(dim=2, keepdim=True)
     return out_GLL.exp_().sum(dim=2, keepdim=True)
+
+
+def _added(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | None:
+    """What is added to the scaled products, in float32, of four dimensions; None for nothing."""
+    if mask_BL is None:
+        return None if bias_BHLL is None else bias_BHLL.float()
+    # Not -inf: padding that may see nothing but padding would get no number.
+    least = torch.finfo(torch.float32).min
+    if bias_BHLL is None:
+        return torch.zeros(mask_BL.shape, device=mask_BL.device).masked_fill(~mask_BL, least)[:, None, None]
+    return bias_BHLL.float().masked_fill(~mask_BL[:, None, None], least)
 
 
 def _mask_or_bias(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | None:

@@ -565,7 +565,7 @@ class _Walk:
         assert arriving.projected_RP is not None
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
-            projected_BLP = arriving.projected_RP[rows].float().view(-1, length, arriving.projected_RP.size(1))
+            projected_BLP = _attending(arriving.projected_RP[rows], length)
             first_BD = hidden_BD[done : done + len(projected_BLP)]
             positions_BL = self._positions(arriving.position_R[rows], length)
             contexts.append(self.family.mix_first(self.network, depth, first_BD, projected_BLP, positions_BL))
@@ -605,13 +605,13 @@ class _Walk:
     def _mix(self, depth: int, cells: _Cells, projected_RP: Tensor, position_R: Ints) -> tuple[Tensor, Ints]:
         """Each row's context, and its rank in its sequence by attention received; 0 where none is dropped."""
         starts = cells.starts()
-        context_RD = projected_RP.new_zeros(len(projected_RP), self.model.shape.hidden_size, dtype=torch.float32)
+        context_RD = projected_RP.new_zeros(len(projected_RP), self.model.shape.hidden_size)
         rank_R = np.zeros(starts[-1], dtype=np.int64)
         drops = self.tree.levels[depth].drops[cells.node] | (depth < self.cached_levels)
         edges = np.flatnonzero(np.diff(cells.rows * 2 + drops, prepend=-1, append=-1))
         for first, last in itertools.pairwise(edges):
             rows, length = slice(int(starts[first]), int(starts[last])), int(cells.rows[first])
-            projected_BLP = projected_RP[rows].float().view(-1, length, projected_RP.size(1))
+            projected_BLP = _attending(projected_RP[rows], length)
             positions_BL = self._positions(position_R[rows], length)
             context_BLD, score_BL = self.family.mix(
                 self.network, depth, projected_BLP, positions_BL, None, bool(drops[first])
@@ -762,6 +762,12 @@ def _joined(parts: Sequence[_Rows]) -> _Rows:
         np.concatenate([part.rank_R for part in parts]),
         joined([part.said_TV for part in parts]),
     )
+
+
+def _attending(projected_RP: Tensor, length: int) -> Tensor:
+    """The rows by sequences, (B, L, P); in float32 on a GPU, where attention computes in the type that it is given."""
+    projected_RP = projected_RP if projected_RP.device.type == "cpu" else projected_RP.float()
+    return projected_RP.view(-1, length, projected_RP.size(1))
 
 
 def _starts(sizes: Ints) -> Ints:

@@ -111,7 +111,7 @@ class PackedNetwork:
             projected_RP = family.project(network, layer, hidden_RD)
             contexts, kept = [], []
             for group in _groups(arriving_B, keep_B):
-                projected_BLP, place_BL = group.take(projected_RP).float(), group.take(place_R)
+                projected_BLP, place_BL = group.take(projected_RP), group.take(place_R)
                 context_BLD, score_BL = family.mix(
                     network, layer, projected_BLP, place_BL, group.mask_BL, group.keep_B is not None
                 )
@@ -135,7 +135,7 @@ class PackedNetwork:
         projected_RP = family.project_for_first(network, layer, hidden_RD)
         contexts, done = [], 0
         for group in _groups(arriving_B, arriving_B):
-            projected_BLP = group.take(projected_RP).float()
+            projected_BLP = group.take(projected_RP)
             own_BD = first_BD[done : done + len(projected_BLP)]
             done += len(own_BD)
             place_BL = group.take(place_R)

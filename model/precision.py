@@ -2,8 +2,8 @@
 
 bf16 keeps 8 bits of each factor. What hurts accuracy is not the products, which are summed in float32, but vectors that
 are rounded again and again on their way through the layers, and tokens whose attention is so close that rounding
-decides which is kept. So only the factors of the large products are rounded: vectors pass from layer to layer, are
-normalised and attend to each other in float32.
+decides which is kept. So only the factors of the large products are rounded, the attention's with the values among
+them: vectors pass from layer to layer and are normalised in float32, and who attends to whom is decided there.
 
 "mixed" leaves the first layers' products in float32 too. What rounding does there goes through every later layer, and a
 search over length configs computes those layers least often, since configs share them.

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from model.attention import attention
+from model.attention import SHORT, WIDTH_STEP, attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,35 +91,87 @@ def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(heads, mask, by_va
     whole = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
     monkeypatch.setattr("model.attention.WEIGHT_BYTES", together * H * L * L * 4)
     sizes = []
-    name = "exp_" if inferring and mask is None else "softmax"
-    method = getattr(torch.Tensor, name)
-    monkeypatch.setattr(torch.Tensor, name, lambda self, *dim: sizes.append(self.numel()) or method(self, *dim))
+    owner, name, width = torch.Tensor, "softmax", L
+    if inferring:
+        owner, name, width = (torch.Tensor, "exp_", L) if mask is None else (torch, "softmax", WIDTH_STEP)
+    weigh = getattr(owner, name)
+
+    def noted(weights, *args, **kwargs):
+        sizes.append(weights.numel())
+        return weigh(weights, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, noted)
     with torch.inference_mode(inferring):
         parts = attention(*heads, mask, 0.0, with_scores=True, by_value=by_value)
-    assert sizes == [size * H * L * L for size in ([1, 1, 1] if together == 1 else [2, 1])]
+    assert sizes == [size * H * L * width for size in ([1, 1, 1] if together == 1 else [2, 1])]
     torch.testing.assert_close(parts, whole)
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e-6])
 @pytest.mark.parametrize("shift", [0.0, 200.0, -200.0], ids=["", "all high", "all low"])
-def test_inference_gives_what_training_gives_however_large_the_products_are(heads, scale, shift, with_scores):
+def test_inference_is_exact_however_large_the_products_are(heads, scale, shift, with_scores):
     query, key, value = heads
     query, key = scale * query, scale * key
     query[..., 0], key[..., 0] = abs(shift) ** 0.5, shift / max(1.0, abs(shift) ** 0.5) * HEAD**0.5
-    learning = attention(query, key, value, None, 0.0, with_scores, by_value=True)
+    exact = attention(query.double(), key.double(), value.double(), None, 0.0, with_scores, by_value=True)
     with torch.inference_mode():
         inferring = attention(query, key, value, None, 0.0, with_scores, by_value=True)
-    torch.testing.assert_close(inferring, learning, rtol=1e-4, atol=1e-5)
-    assert all(torch.isfinite(part).all() for part in inferring if part is not None)
+    lost = torch.finfo(torch.float32).eps * abs(shift) * value.abs().max().item()  # with the products, before a softmax
+    for one, other in zip(inferring, exact, strict=True):
+        if other is None:
+            assert one is None
+            continue
+        assert one.isfinite().all()
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-4, atol=1e-5 + lost)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 32, 33])
-def test_inference_gives_the_context_of_fused_attention_however_long_the_sequences_are(tokens):
-    heads = torch.randn(3, 2, 3, tokens, HEAD, generator=torch.Generator().manual_seed(0))
+LENGTHS = (1, 2, 12, 13, 16, 17, 28, 29, 40)
+assert {*SHORT.values()} <= {*LENGTHS}
+
+
+def of_length(tokens, mask, bias):
+    """Queries, keys and values of 3 sequences, and of which tokens they are and what is added to their products."""
+    draws = torch.Generator().manual_seed(tokens)
+    real = torch.arange(tokens) < torch.tensor([tokens, 1, max(1, tokens - 3)])[:, None]
+    bias_BHLL = torch.randn(3 if bias == "own" else 1, 1 if bias == "all heads" else H, tokens, tokens, generator=draws)
+    bias_BHLL[..., 0, 1:] = torch.finfo(torch.float32).min
+    return torch.randn(3, 3, H, tokens, HEAD, generator=draws), real if mask else None, bias_BHLL if bias else None
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("mask", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("bias", [None, "own", "shared", "all heads"])
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_inference_gives_what_learning_gives_however_long_the_sequences_are(tokens, mask, bias, with_scores):
+    heads, real, bias_BHLL = of_length(tokens, mask, bias)
+    learning = attention(*heads, real, 0.0, with_scores, by_value=True, bias_BHLL=bias_BHLL)
     with torch.inference_mode():
-        context, _ = attention(*heads, None, 0.0, with_scores=False)
-    torch.testing.assert_close(context, F.scaled_dot_product_attention(*heads))
+        inferring = attention(*heads, real, 0.0, with_scores, by_value=True, bias_BHLL=bias_BHLL)
+    real = torch.ones(3, tokens, dtype=torch.bool) if real is None else real
+    for one, other in zip(inferring, learning, strict=True):
+        if other is None:
+            assert one is None
+            continue
+        seen = real if other.dim() == 2 else real[:, None].expand(-1, H, -1)
+        torch.testing.assert_close(one[seen], other[seen], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("mask", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("rounded_from", [0, 10**9], ids=["rounded", "not worth it"])
+def test_values_in_bf16_are_multiplied_with_weights_that_are_rounded_last(tokens, mask, rounded_from, monkeypatch):
+    monkeypatch.setattr("model.attention.WORTH_ROUNDING", rounded_from)
+    heads, real, _ = of_length(tokens, mask, None)
+    heads = heads.bfloat16()
+    exact, scores = attention(*heads.double(), real, 0.0, with_scores=True, by_value=True)
+    with torch.inference_mode():
+        context, received = attention(*heads, real, 0.0, with_scores=True, by_value=True)
+    assert (context.dtype, received.dtype) == (torch.bfloat16, torch.float32)
+    real = torch.ones(3, tokens, dtype=torch.bool) if real is None else real
+    seen = real[:, None].expand(-1, H, -1)
+    torch.testing.assert_close(context[seen].double(), exact[seen], rtol=0.01, atol=0.01)
+    torch.testing.assert_close(received[real].double(), scores[real].double(), rtol=1e-4, atol=1e-5)
 
 
 def test_inference_carries_what_is_not_a_number(heads):
