@@ -26,6 +26,7 @@ from sqlalchemy import (
     String,
     cast,
     delete,
+    exists,
     func,
     insert,
     literal,
@@ -55,6 +56,11 @@ LOADED_TOGETHER = 500
 """Trials that are read with one query; databases limit a query's variables."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 """States that count towards a study's total."""
+
+# Statements on tables, not on Optuna's classes: to load objects costs a server of many workers more than the database.
+STUDIES, TRIALS = models.StudyModel.__table__, models.TrialModel.__table__
+USER_ATTRIBUTES = models.TrialUserAttributeModel.__table__
+SYSTEM_ATTRIBUTES = models.TrialSystemAttributeModel.__table__
 
 
 @record
@@ -94,8 +100,8 @@ class Known:
 
     def others(self) -> ColumnElement[bool]:
         """The trials of which it does not know how they end."""
-        newer = models.TrialModel.trial_id > self.newest
-        return or_(newer, models.TrialModel.trial_id.in_(self.unfinished)) if self.unfinished else newer
+        newer: ColumnElement[bool] = TRIALS.c.trial_id > self.newest
+        return or_(newer, TRIALS.c.trial_id.in_(self.unfinished)) if self.unfinished else newer
 
 
 @record
@@ -139,6 +145,10 @@ class Entry:
     batch: Batch | None = None
 
 
+Entered = list[tuple[int, int] | None]
+"""Number in the study and id in the database of trials that were entered; None for those left out."""
+
+
 @in_one_transaction
 def enter_trials(
     session: Session,
@@ -149,7 +159,7 @@ def enter_trials(
     known: Known = Known(),
     batch: Batch | None = None,
     outcomes: Sequence[Outcome] = (),
-) -> list[tuple[int, int] | None]:
+) -> Entered:
     """Enter running trials with their parameters and attributes: all that may be, or none where the database fails.
 
     Args:
@@ -168,24 +178,36 @@ def enter_trials(
         UpdateFinishedTrialError: One of the outcomes is of a trial that is finished already, in another way.
         SQLAlchemyError: The database failed.
     """
-    FUNCTIONS[finish_trials.__name__](session, outcomes)
-    (entered,) = enter_all(session, study_id, [Entry(trials=trials, limit=limit, known=known, batch=batch)])
+    entry = Entry(trials=trials, limit=limit, known=known, batch=batch)
+    return finish_and_enter(session, outcomes, {study_id: [entry]})[study_id][0]
+
+
+def finish_and_enter(
+    session: Session, outcomes: Sequence[Outcome], entries: Mapping[int, Sequence[Entry]]
+) -> dict[int, list[Entered]]:
+    """`finish_trials` and `enter_trials` for several workers, one after the other, with as many statements as for one.
+
+    Args:
+        session: A transaction.
+        outcomes: Of different trials.
+        entries: By the id of the study.
+    Returns:
+        What `enter_trials` says of each entry, by study.
+    """
+    details = _Details()
+    _finish_all(session, outcomes, details)
+    entered = {study_id: _enter_all(session, study_id, given, details) for study_id, given in entries.items()}
+    details.insert(session)
     return entered
 
 
-def enter_all(session: Session, study_id: int, entries: Sequence[Entry]) -> list[list[tuple[int, int] | None]]:
-    """`enter_trials` for several workers, one after the other, with as many statements as for one."""
+def _enter_all(session: Session, study_id: int, entries: Sequence[Entry], details: "_Details") -> list[Entered]:
+    """Enter rows of trials; what else is to be written about them is noted."""
     _take_turn(session, study_id)
     known = _least([entry.known for entry in entries])
     counts = any(entry.batch is not None or entry.limit is not None for entry in entries)
-    others = _others(session, study_id, known) if counts or known.number is not None else []
-    attributes: dict[int, dict[str, Any]] = {}
-    if any(entry.batch is not None for entry in entries):
-        new_ids = [other.trial_id for other in others if other.trial_id > known.newest and not other.failed]
-        attributes = _system_attributes(session, new_ids, (WORK, KEY))
-    limited = any(entry.limit is not None for entry in entries)
-    begun = _system_attributes(session, _waiting(others), (WORK,)) if limited else {}
-    entered: list[list[tuple[int, int] | None]] = []
+    others = _others(session, study_id, known, (WORK, KEY)) if counts or known.number is not None else []
+    entered: list[Entered] = []
     rows: list[dict[str, Any]] = []
     keys: set[str] = set()
     places: list[tuple[int, int]] = []
@@ -193,15 +215,14 @@ def enter_all(session: Session, study_id: int, entries: Sequence[Entry]) -> list
         entered.append([None] * len(entry.trials))
         taken = set(keys)
         if entry.batch is not None:
-            new = {o.trial_id: o for o in others if o.trial_id > entry.known.newest and not o.failed}
-            theirs = {trial_id: attributes[trial_id] for trial_id in new if trial_id in attributes}
-            if there := _find_batch(new, theirs, entry.batch):
+            new = [other for other in others if other.trial_id > entry.known.newest and not other.failed]
+            if there := _find_batch(new, entry.batch):
                 entered[-1] = [there.get(place) for place in range(len(entry.trials))]
                 continue
-            taken |= {found[KEY] for found in theirs.values() if KEY in found}
+            taken |= {other.attributes[KEY] for other in new if KEY in other.attributes}
         room = len(entry.trials)
         if entry.limit is not None:
-            room = entry.limit - _count(others, entry.known, begun) - len(rows)
+            room = entry.limit - _count(others, entry.known) - len(rows)
         before = len(rows)
         for place, trial in enumerate(entry.trials):
             key = trial.system_attrs.get(KEY)
@@ -217,7 +238,6 @@ def enter_all(session: Session, study_id: int, entries: Sequence[Entry]) -> list
         return entered
     for number, row in enumerate(rows, start=1 + _last_number(session, study_id, others, known)):
         row["number"] = number
-    details = _Details()
     for (turn, place), row, trial_id in zip(places, rows, _insert_trials(session, rows), strict=True):
         entered[turn][place] = (row["number"], trial_id)
         details.add_trial(trial_id, entries[turn].trials[place])
@@ -226,7 +246,6 @@ def enter_all(session: Session, study_id: int, entries: Sequence[Entry]) -> list
             work = {"worker": batch.worker, "batch": batch.token, "place": place, "attempt": 1}
             details.add_attribute(models.TrialSystemAttributeModel, trial_id, WORK, work)
             details.add(models.TrialHeartbeatModel, trial_id=trial_id)
-    details.insert(session)
     return entered
 
 
@@ -238,17 +257,9 @@ def finish_trials(session: Session, outcomes: Sequence[Outcome]) -> None:
         UpdateFinishedTrialError: One of them is finished already, in another way.
         SQLAlchemyError: The database failed.
     """
-    if not outcomes:
-        return
-    outcome_of = {outcome.trial_id: outcome for outcome in outcomes}
-    columns = models.TrialModel.trial_id, models.TrialModel.state
-    query = select(*columns).where(models.TrialModel.trial_id.in_(outcome_of)).order_by(models.TrialModel.trial_id)
-    state_of = {int(trial_id): state for trial_id, state in session.execute(query.with_for_update())}
-    ended = [trial_id for trial_id in outcome_of if state_of[trial_id].is_finished()]
-    for row in _locked_rows(session, ended, models.TrialModel.user_attributes, models.TrialModel.values):
-        if not _ended_so(row, outcome_of[int(row.trial_id)]):
-            raise UpdateFinishedTrialError(f"Trial {row.number} is finished already.")
-    _finish_running(session, [outcome for outcome in outcome_of.values() if outcome.trial_id not in ended])
+    details = _Details()
+    _finish_all(session, outcomes, details)
+    details.insert(session)
 
 
 @in_one_transaction
@@ -325,8 +336,7 @@ def claim_trials(
     claimed = []
     room = len(trial_ids)
     if limit is not None:
-        others = _others(session, study_id, known)
-        room = limit - _count(others, known, _system_attributes(session, _waiting(others), (WORK,)))
+        room = limit - _count(_others(session, study_id, known, (WORK,)), known)
     for row in _locked_rows(session, trial_ids, models.TrialModel.system_attributes, models.TrialModel.heartbeats):
         attribute = next((attribute for attribute in row.system_attributes if attribute.key == WORK), None)
         work = {} if attribute is None else json.loads(attribute.value_json)
@@ -538,8 +548,8 @@ def _take_turn(session: Session, study_id: int) -> None:
     Raises:
         KeyError: There is no such study.
     """
-    row = select(models.StudyModel.study_id).where(models.StudyModel.study_id == study_id).with_for_update()
-    if session.scalar(row) is None:
+    row = select(STUDIES.c.study_id).where(STUDIES.c.study_id == study_id).with_for_update()
+    if session.connection().scalar(row) is None:
         raise KeyError(models.NOT_FOUND_MSG)
 
 
@@ -577,66 +587,69 @@ def _locked_rows(session: Session, trial_ids: Sequence[int], *details: Any) -> l
 
 @dataclass(frozen=True)
 class _Other:
-    """A trial of which a worker does not know how it ends."""
+    """A trial of which a worker does not know how it ends.
+
+    Attributes:
+        trial_id: Its id in the database.
+        number: Its number in the study.
+        state: What it is now.
+        attributes: Those of its system attributes that were asked for.
+    """
 
     trial_id: int
     number: int
     state: TrialState
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
         return self.state == TrialState.FAIL
 
 
-def _others(session: Session, study_id: int, known: Known) -> list[_Other]:
-    """The trials of which `known` does not say how they end, ascending by id."""
-    columns = models.TrialModel.trial_id, models.TrialModel.number, models.TrialModel.state
-    study = models.TrialModel.study_id
+def _others(session: Session, study_id: int, known: Known, keys: Sequence[str] = ()) -> list[_Other]:
+    """The trials of which `known` does not say how they end, ascending by id, with some of their system attributes."""
+    study = TRIALS.c.study_id
     # PostgreSQL's index of studies is not ordered by trial within one: by it, every trial of the study would be read.
     is_of_study = study + 0 == study_id if session.get_bind().dialect.name == "postgresql" else study == study_id
-    query = select(*columns).where(is_of_study, known.others()).order_by(models.TrialModel.trial_id)
-    return [_Other(int(trial_id), int(number), state) for trial_id, number, state in session.execute(query)]
+    query = select(TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state)
+    if keys:
+        own = (SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id) & SYSTEM_ATTRIBUTES.c.key.in_(keys)
+        query = query.add_columns(SYSTEM_ATTRIBUTES.c.key, SYSTEM_ATTRIBUTES.c.value_json)
+        query = query.select_from(TRIALS.outerjoin(SYSTEM_ATTRIBUTES, own))
+    others: list[_Other] = []
+    rows = session.connection().execute(query.where(is_of_study, known.others()).order_by(TRIALS.c.trial_id))
+    for trial_id, number, state, *attribute in rows:
+        if not others or others[-1].trial_id != trial_id:
+            others.append(_Other(int(trial_id), int(number), state))
+        if attribute and attribute[0] is not None:
+            others[-1].attributes[attribute[0]] = json.loads(attribute[1])
+    return others
 
 
-def _system_attributes(session: Session, trial_ids: Sequence[int], keys: Collection[str]) -> dict[int, dict[str, Any]]:
-    """Some system attributes of trials, given by id so that no database reads the others' to find them."""
-    table = models.TrialSystemAttributeModel
-    found: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(trial_ids), LOADED_TOGETHER):
-        part = table.trial_id.in_(trial_ids[start : start + LOADED_TOGETHER])
-        query = select(table.trial_id, table.key, table.value_json).where(part, table.key.in_(keys))
-        for trial_id, key, value in session.execute(query):
-            found.setdefault(int(trial_id), {})[key] = json.loads(value)
-    return found
-
-
-def _find_batch(
-    new: Mapping[int, _Other], attributes: Mapping[int, Mapping[str, Any]], batch: Batch
-) -> dict[int, tuple[int, int]]:
+def _find_batch(new: Sequence[_Other], batch: Batch) -> dict[int, tuple[int, int]]:
     """Number and id of a batch's trials by their places in it."""
     found = {}
-    for trial_id, own in attributes.items():
-        work = own.get(WORK, {})
+    for other in new:
+        work = other.attributes.get(WORK, {})
         if work.get("batch") == batch.token:
-            found[int(work["place"])] = (new[trial_id].number, trial_id)
+            found[int(work["place"])] = (other.number, other.trial_id)
     return found
 
 
-def _count(others: Sequence[_Other], known: Known, begun: Collection[int]) -> int:
+def _count(others: Sequence[_Other], known: Known) -> int:
     """Trials that count, are running, or wait to be begun again; a user's own queue does not count.
 
     Args:
-        others: At least the trials of which the worker does not know how they end.
+        others: At least the trials of which the worker does not know how they end, with what is their `WORK`.
         known: What the worker knows.
-        begun: Ids of those that wait to be begun again.
     """
-    counting = [other for other in others if other.state in (*ENDED, TrialState.RUNNING) or other.trial_id in begun]
     unfinished = set(known.unfinished)
-    return known.ended + sum(other.trial_id > known.newest or other.trial_id in unfinished for other in counting)
-
-
-def _waiting(others: Sequence[_Other]) -> list[int]:
-    return [other.trial_id for other in others if other.state == TrialState.WAITING]
+    counting = (*ENDED, TrialState.RUNNING)
+    return known.ended + sum(
+        other.trial_id > known.newest or other.trial_id in unfinished
+        for other in others
+        if other.state in counting or (other.state == TrialState.WAITING and WORK in other.attributes)
+    )
 
 
 def _least(knowledge: Sequence[Known]) -> Known:
@@ -648,30 +661,59 @@ def _least(knowledge: Sequence[Known]) -> Known:
     return Known(newest=oldest.newest, number=oldest.number, unfinished=sorted(unfinished))
 
 
-def _finish_running(session: Session, outcomes: Sequence[Outcome]) -> None:
-    """`_finish` for many, whose rows are locked, with a few statements for all."""
-    attributes = models.TrialUserAttributeModel
-    ids = [outcome.trial_id for outcome in outcomes if outcome.attributes]
-    query = select(attributes.trial_id, attributes.key).where(attributes.trial_id.in_(ids))
-    there = {(trial_id, key) for trial_id, key in session.execute(query)} if ids else set()
-    details = _Details()
+def _finish_all(session: Session, outcomes: Sequence[Outcome], details: "_Details") -> None:
+    """`finish_trials`, for which what it adds to other tables is noted."""
+    if not outcomes:
+        return
+    outcome_of = {outcome.trial_id: outcome for outcome in outcomes}
+    keys = {key for outcome in outcomes for key in outcome.attributes}
+    own = (USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id) & USER_ATTRIBUTES.c.key.in_(sorted(keys))
+    has_some = exists().where(own).correlate(TRIALS) if keys else literal(False)
+    query = select(TRIALS.c.trial_id, TRIALS.c.state, has_some).where(TRIALS.c.trial_id.in_(outcome_of))
+    rows = session.connection().execute(query.order_by(TRIALS.c.trial_id).with_for_update()).all()
+    state_of = {int(trial_id): state for trial_id, state, _ in rows}
+    ended = [trial_id for trial_id in outcome_of if state_of[trial_id].is_finished()]
+    for row in _locked_rows(session, ended, models.TrialModel.user_attributes, models.TrialModel.values):
+        if not _ended_so(row, outcome_of[int(row.trial_id)]):
+            raise UpdateFinishedTrialError(f"Trial {row.number} is finished already.")
+    running = [outcome for trial_id, outcome in outcome_of.items() if trial_id not in ended]
+    _finish_running(session, running, [int(trial_id) for trial_id, _, some in rows if some], details)
+
+
+def _finish_running(
+    session: Session, outcomes: Sequence[Outcome], with_attributes: Sequence[int], details: "_Details"
+) -> None:
+    """`_finish` for many, whose rows are locked, with a few statements for all.
+
+    Args:
+        session: A transaction.
+        outcomes: Of running trials.
+        with_attributes: Ids of those that may have attributes already that the outcomes have too.
+        details: Where rows are noted.
+    """
+    there: set[tuple[int, str]] = set()
+    if with_attributes:
+        query = select(USER_ATTRIBUTES.c.trial_id, USER_ATTRIBUTES.c.key)
+        found = session.connection().execute(query.where(USER_ATTRIBUTES.c.trial_id.in_(with_attributes)))
+        there = {(int(trial_id), key) for trial_id, key in found}
     for outcome in outcomes:
         for key, value in outcome.attributes.items():
             if (outcome.trial_id, key) in there:
-                written = (attributes.trial_id == outcome.trial_id) & (attributes.key == key)
-                session.execute(update(attributes.__table__).where(written).values(value_json=json.dumps(value)))
+                written = (USER_ATTRIBUTES.c.trial_id == outcome.trial_id) & (USER_ATTRIBUTES.c.key == key)
+                session.connection().execute(
+                    update(USER_ATTRIBUTES).where(written).values(value_json=json.dumps(value))
+                )
             else:
-                details.add_attribute(attributes, outcome.trial_id, key, value)
+                details.add_attribute(models.TrialUserAttributeModel, outcome.trial_id, key, value)
         for objective, value in enumerate(outcome.values or ()):
             stored, kind = models.TrialValueModel.value_to_stored_repr(value)
             details.add(
                 models.TrialValueModel, trial_id=outcome.trial_id, objective=objective, value=stored, value_type=kind
             )
-    details.insert(session)
     for state in {outcome.state for outcome in outcomes}:
-        so = models.TrialModel.trial_id.in_([outcome.trial_id for outcome in outcomes if outcome.state == state])
-        ending = update(models.TrialModel.__table__).where(so)
-        session.execute(ending.values(state=state, datetime_complete=_stored(datetime.now())))
+        so = TRIALS.c.trial_id.in_([outcome.trial_id for outcome in outcomes if outcome.state == state])
+        ending = update(TRIALS).where(so).values(state=state, datetime_complete=_stored(datetime.now()))
+        session.connection().execute(ending)
 
 
 def _finish(session: Session, row: models.TrialModel, outcome: Outcome) -> None:
@@ -753,7 +795,7 @@ class _Details:
     def insert(self, session: Session) -> None:
         """Write all that was noted."""
         for table, rows in self._rows.items():
-            session.execute(insert(table.__table__), rows)
+            session.connection().execute(insert(table.__table__), rows)
 
 
 def _attribute(

@@ -24,7 +24,18 @@ from optuna.storages._rdb import models
 from optuna.trial import TrialState
 from sqlalchemy.orm import Session
 
-from hpo.bulk import UNSEEN, Entry, Known, Outcome, beat, enter_all, enter_trials, finish_and_look, finish_trials, look
+from hpo.bulk import (
+    UNSEEN,
+    Entry,
+    Known,
+    Outcome,
+    beat,
+    enter_trials,
+    finish_and_enter,
+    finish_and_look,
+    finish_trials,
+    look,
+)
 from hpo.errors import HpoError, StorageError
 from hpo.outage import DatabaseAway, database_reason, is_passing
 from hpo.proxy import MOST_BYTES, SERVICE, description
@@ -205,13 +216,15 @@ def run_joined(session: Session, calls: list[tuple[str, list[Any], dict[str, Any
         finishing += outcomes
         if enters:
             entering.setdefault(arguments[0], []).append(place)
-    FUNCTIONS[finish_trials.__name__](session, finishing)
-    for study_id, places in entering.items():
-        entries = [
+    entries = {
+        study_id: [
             Entry(trials=trials, **{name: value for name, value in named.items() if name != "outcomes"})
             for _, (_, trials), named in (calls[place] for place in places)
         ]
-        for place, entered in zip(places, enter_all(session, study_id, entries), strict=True):
+        for study_id, places in entering.items()
+    }
+    for study_id, all_entered in finish_and_enter(session, finishing, entries).items():
+        for place, entered in zip(entering[study_id], all_entered, strict=True):
             results[place] = entered
     for place in others:
         name, arguments, named = calls[place]

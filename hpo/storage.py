@@ -22,8 +22,9 @@ from optuna.storages._rdb import models
 from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, InvalidatePoolError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from hpo.bulk import ENDED, found_study
 from hpo.errors import HpoError, StorageError, StudyChanged, StudyNotFound
@@ -43,6 +44,8 @@ BUSY_TIMEOUT_S = 60
 PATIENT_BUSY_TIMEOUT_S = 2
 """Where a call is repeated anyway: SQLite's own wait for a lock heeds no Ctrl-C."""
 CONNECT_TIMEOUT_S = 10
+RESTED_S, USED_AT = 1.0, "hpo:used_at"
+"""A connection to a server that was not used for so long is tested first; and where it is noted when it was."""
 CONNECT_OPTIONS: dict[str, dict[str, int]] = {
     "psycopg": {
         "connect_timeout": CONNECT_TIMEOUT_S,
@@ -241,8 +244,28 @@ def open_database(
     if is_sqlite:
         sqlalchemy.event.listen(storage.engine, "connect", _relax_sqlite_sync)
         storage.engine.dispose()  # connections made before the listener
+    else:
+        _test_rested_connections(storage.engine)
     storage.patience = Patience(shown, timeout_s, on_state)
     return storage
+
+
+def _test_rested_connections(engine: sqlalchemy.Engine) -> None:
+    """Have connections to a server tested before they are used again, unless they were in use just now."""
+
+    def note(_connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info[USED_AT] = time.monotonic()
+
+    def test(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        if time.monotonic() - record.info.get(USED_AT, float("-inf")) < RESTED_S:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error  # and connect anew
+
+    sqlalchemy.event.listen(engine, "checkin", note)
+    sqlalchemy.event.listen(engine, "checkout", test)
 
 
 def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: int) -> dict[str, Any]:
@@ -252,7 +275,8 @@ def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: in
     ours = CONNECT_OPTIONS.get(url.get_driver_name(), {})
     return {
         "pool_size": connections,
-        "pool_pre_ping": True,
+        "pool_pre_ping": False,  # which Optuna would choose for MySQL
+        "pool_use_lifo": True,  # one that was used just now need not be tested, and knows the statements already
         # Who has waited for a turn must see what was written meanwhile; MariaDB shows a transaction its beginning.
         "isolation_level": "READ COMMITTED",
         "connect_args": {option: value for option, value in ours.items() if option not in url.query},

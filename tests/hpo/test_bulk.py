@@ -112,6 +112,22 @@ def test_finished_trials_equal_those_that_optuna_finishes(database):
     assert [trial.state for trial in ours.trials] == [state for state, _, _ in outcomes]
 
 
+def test_an_attribute_that_a_trial_has_is_written_anew_when_it_finishes(database):
+    study = study_in(database)
+    places = enter_trials(database, study._study_id, [running(0), running(1), running(2)])
+    ids = [trial_id for _, trial_id in places]
+    database.set_trial_user_attr(ids[1], "metrics", "before")
+    outcomes = [
+        Outcome(trial_id=trial_id, state=TrialState.PRUNED, attributes={"metrics": trial_id, "quote": "another"})
+        for trial_id in ids[:2]
+    ]
+    finish_trials(database, [*outcomes, Outcome(trial_id=ids[2], state=TrialState.FAIL)])
+    attributes = [trial.user_attrs for trial in study.get_trials()]
+    assert [one.get("metrics") for one in attributes] == [ids[0], ids[1], None]
+    assert [one["quote"] for one in attributes] == ["another", "another", running(0).user_attrs["quote"]]
+    assert [one["shares"] for one in attributes] == [running(number).user_attrs["shares"] for number in range(3)]
+
+
 def test_times_are_those_of_the_clock_wherever_the_machine_stands(database, time_zone):
     time_zone("Asia/Tokyo")
     study = study_in(database)
