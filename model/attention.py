@@ -223,8 +223,9 @@ def _padded(tensor_BHLd: Tensor, surplus: int, dtype: torch.dtype) -> Tensor:
     if not surplus:
         return tensor_BHLd.to(dtype, memory_format=torch.contiguous_format)
     size, heads, length, width = tensor_BHLd.shape
-    padded_BHLd = tensor_BHLd.new_zeros(size, heads, length + surplus, width, dtype=dtype)
+    padded_BHLd = tensor_BHLd.new_empty(size, heads, length + surplus, width, dtype=dtype)
     padded_BHLd[:, :, :length] = tensor_BHLd
+    padded_BHLd[:, :, length:] = 0
     return padded_BHLd
 
 
