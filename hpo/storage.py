@@ -264,6 +264,7 @@ def _test_rested_connections(engine: sqlalchemy.Engine) -> None:
         except engine.dialect.loaded_dbapi.Error as error:
             raise InvalidatePoolError from error  # and connect anew
 
+    sqlalchemy.event.listen(engine, "connect", note)
     sqlalchemy.event.listen(engine, "checkin", note)
     sqlalchemy.event.listen(engine, "checkout", test)
 

@@ -533,6 +533,23 @@ def test_only_connections_that_rested_are_tested(server_url, monkeypatch):
     close(storage)
 
 
+def test_a_connection_that_has_just_been_made_is_not_tested(server_url, monkeypatch):
+    storage = open_storage(server_url)
+    storage.remove_session()
+    refused = []
+
+    def refuse(_connection):
+        refused.append(1)
+        raise storage.engine.dialect.loaded_dbapi.OperationalError("cut again")
+
+    monkeypatch.setattr(storage.engine.dialect, "do_ping", refuse)
+    monkeypatch.setattr("hpo.storage.RESTED_S", 0.5)
+    time.sleep(0.6)
+    storage.engine.connect().close()
+    assert len(refused) == 1
+    close(storage)
+
+
 def test_a_server_without_the_database_says_so(server_url):
     assert "nosuchdb" in refusal(server_url.rpartition("/")[0] + "/nosuchdb")
 
