@@ -9,6 +9,7 @@ they have running; it reads new trials alone, so that it costs no more in a long
 """
 
 import logging
+import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -153,6 +154,7 @@ class MirroredStudy:
         self._elsewhere: dict[int, _Elsewhere] = {}
         self._waiting: dict[int, FrozenTrial] = {}
         self._news: list[FrozenTrial] = []
+        self._read_at = float("-inf")
         self._looked: tuple[list[tuple[int, int, TrialState]], list[FrozenTrial]] | None = None
         self.sync()
         if isinstance(sampler, BaseGASampler):
@@ -193,8 +195,12 @@ class MirroredStudy:
         return news
 
     def sync(self) -> None:
-        """Take in what others did, and put trials of dead workers back into the queue."""
-        self._read()
+        """Take in what others did, and put trials of dead workers back into the queue.
+
+        A server's answer may be a moment old; so old an answer is not asked for anew.
+        """
+        if time.monotonic() - self._read_at > self.storage.fresh_s:
+            self._read()
         dead = [
             Stale(trial_id=trial_id, worker=trial.worker)
             for trial_id, trial in self._elsewhere.items()
@@ -448,6 +454,7 @@ class MirroredStudy:
 
     def _read(self, reread: Collection[int] = ()) -> None:
         """Look at new trials and those that were unfinished."""
+        self._read_at = time.monotonic()
         looked, self._looked = self._looked, None
         if looked is None or reread:
             known = Known(newest=self._newest, unfinished=[*self._unfinished_up_to_newest(), *reread])

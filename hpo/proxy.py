@@ -32,6 +32,9 @@ PROTOCOL = 3
 MOST_BYTES = 256 * 2**20
 """Of one message; a generation of trials has some kilobytes each."""
 ADDRESS = re.compile(r"grpc://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>[0-9]{1,5}))?/?")
+FRESH_S = 0.05
+"""How old a server's memory of a study may be, at least, that answers what others did; whatever hangs on it is checked
+again in the transaction that enters trials."""
 ANSWER_TIMEOUT_S = 120.0
 """How long a server may take to answer; then it counts as away."""
 CONNECT_TIMEOUT_S = 10.0
@@ -48,9 +51,11 @@ class RemoteStorage(GrpcStorageProxy):
         url: The server's URL.
         patience: How long calls are repeated.
         joins_calls: Whether a call waits for those of other workers, so that two are better made as one.
+        fresh_s: How old what was read may be that needs not be read anew, in seconds.
     """
 
     joins_calls = True
+    fresh_s = FRESH_S
 
     def __init__(self, url: str, host: str, port: int, patience: Patience) -> None:
         with catch_warnings():

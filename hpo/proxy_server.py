@@ -38,7 +38,7 @@ from hpo.bulk import (
 )
 from hpo.errors import HpoError, StorageError
 from hpo.outage import DatabaseAway, database_reason, is_passing
-from hpo.proxy import MOST_BYTES, SERVICE, description
+from hpo.proxy import FRESH_S, MOST_BYTES, SERVICE, description
 from hpo.storage import PatientStorage, close, open_database
 from hpo.transactions import FUNCTIONS, READERS, in_one_transaction, reading
 from hpo.wire import Encoded, decode, encode
@@ -51,9 +51,8 @@ GRACE_S = 5.0
 """How long calls that are being answered may take when the server ends."""
 GATHERED_FOR_S = 0.003
 """How long a transaction waits for calls that are likely to come."""
-FRESH_S, STALE_S = 0.05, 0.5
-"""How old the server's memory of a study may be that answers what others did, where reading takes no time and where it
-takes long; whatever hangs on it is checked again in the transaction that enters trials."""
+STALE_S = 0.5
+"""How old the server's memory of a study may be where reading takes long, instead of `FRESH_S`."""
 READING_SHARE = 0.1
 """Of the time that a server spends with reading at most, as long as its memory is not stale."""
 PASSED_ON = (KeyError, UpdateFinishedTrialError)

@@ -97,10 +97,12 @@ class PatientStorage(RDBStorage):
     Attributes:
         patience: How long they wait.
         joins_calls: Whether a call waits for those of other workers, so that two are better made as one.
+        fresh_s: How old what was read may be that needs not be read anew, in seconds.
     """
 
     patience = Patience("the database")
     joins_calls = False
+    fresh_s = 0.0
 
     def through(self, call: Callable[[], Result]) -> Result:
         """Run what may be repeated: again while the database is away, and to its end where Ctrl-C is pressed."""
