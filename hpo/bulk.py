@@ -607,23 +607,24 @@ class _Other:
 
 
 def _others(session: Session, study_id: int, known: Known, keys: Sequence[str] = ()) -> list[_Other]:
-    """The trials of which `known` does not say how they end, ascending by id, with some of their system attributes."""
+    """The trials of which `known` does not say how they end, ascending by id.
+
+    Those that came later or wait have those of their system attributes that are asked for.
+    """
     study = TRIALS.c.study_id
     # PostgreSQL's index of studies is not ordered by trial within one: by it, every trial of the study would be read.
     is_of_study = study + 0 == study_id if session.get_bind().dialect.name == "postgresql" else study == study_id
-    query = select(TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state)
-    if keys:
-        own = (SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id) & SYSTEM_ATTRIBUTES.c.key.in_(keys)
-        query = query.add_columns(SYSTEM_ATTRIBUTES.c.key, SYSTEM_ATTRIBUTES.c.value_json)
-        query = query.select_from(TRIALS.outerjoin(SYSTEM_ATTRIBUTES, own))
-    others: list[_Other] = []
-    rows = session.connection().execute(query.where(is_of_study, known.others()).order_by(TRIALS.c.trial_id))
-    for trial_id, number, state, *attribute in rows:
-        if not others or others[-1].trial_id != trial_id:
-            others.append(_Other(int(trial_id), int(number), state))
-        if attribute and attribute[0] is not None:
-            others[-1].attributes[attribute[0]] = json.loads(attribute[1])
-    return others
+    query = select(TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state).where(is_of_study, known.others())
+    rows = session.connection().execute(query.order_by(TRIALS.c.trial_id))
+    others = {int(trial_id): _Other(int(trial_id), int(number), state) for trial_id, number, state in rows}
+    # By their ids, and not joined: a plan made for any ids would read the attributes of all trials there are.
+    asked = [one for one, other in others.items() if one > known.newest or other.state == TrialState.WAITING]
+    for start in range(0, len(asked) if keys else 0, LOADED_TOGETHER):
+        part = SYSTEM_ATTRIBUTES.c.trial_id.in_(asked[start : start + LOADED_TOGETHER])
+        found = select(SYSTEM_ATTRIBUTES.c.trial_id, SYSTEM_ATTRIBUTES.c.key, SYSTEM_ATTRIBUTES.c.value_json)
+        for trial_id, key, value in session.connection().execute(found.where(part, SYSTEM_ATTRIBUTES.c.key.in_(keys))):
+            others[int(trial_id)].attributes[key] = json.loads(value)
+    return list(others.values())
 
 
 def _find_batch(new: Sequence[_Other], batch: Batch) -> dict[int, tuple[int, int]]:

@@ -599,3 +599,24 @@ def test_a_trials_times_are_the_same_instants_in_another_time_zone(time_zone):
     message = encode(trial)
     time_zone("America/Bogota")
     assert decode(message).datetime_start == trial.datetime_start - timedelta(hours=14)
+
+
+def test_what_was_read_a_moment_ago_is_not_asked_for_anew(remote, direct, monkeypatch):
+    study = optuna.create_study(storage=direct, study_name="fresh", directions=["maximize", "minimize"])
+    looks = []
+    monkeypatch.setattr("hpo.mirror.look", lambda *arguments: looks.append(1) or look(*arguments))
+    monkeypatch.setattr(remote, "fresh_s", 60.0)
+    for storage, asked in ((remote, 1), (direct, 3)):
+        looks.clear()
+        mirror = mirrored(optuna.load_study(study_name="fresh", storage=storage), storage)
+        mirror.sync()
+        mirror.sync()
+        assert len(looks) == asked
+    mirror = mirrored(optuna.load_study(study_name="fresh", storage=remote), remote)
+    enter_trials(direct, study._study_id, [running()])
+    time.sleep(1.1 * STALE_S)
+    mirror.sync()
+    assert mirror.unfinished == []
+    monkeypatch.setattr(remote, "fresh_s", STALE_S)
+    mirror.sync()
+    assert len(mirror.unfinished) == 1
