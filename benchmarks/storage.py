@@ -119,14 +119,18 @@ def check(url: str, trials: int) -> None:
 def work(url: str, trials: int, seed: int, barrier: Barrier) -> None:
     """One worker."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = open_storage(url, timeout_s=60)
-    study = optuna.load_study(study_name=STUDY, storage=storage)
-    with Heartbeats(storage) as heartbeats:
-        mirror = MirroredStudy(study, storage, RandomSampler(seed=seed), SPACE, heartbeats=heartbeats)
-        barrier.wait(600)
-        complete_study(mirror, Idle(), trials)
-        barrier.wait(3600)
-    close(storage)
+    try:
+        storage = open_storage(url, timeout_s=60)
+        study = optuna.load_study(study_name=STUDY, storage=storage)
+        with Heartbeats(storage) as heartbeats:
+            mirror = MirroredStudy(study, storage, RandomSampler(seed=seed), SPACE, heartbeats=heartbeats)
+            barrier.wait(600)
+            complete_study(mirror, Idle(), trials)
+            barrier.wait(3600)
+        close(storage)
+    except BaseException:
+        barrier.abort()  # the others and the main process would wait for this one
+        raise
 
 
 class Idle:
