@@ -42,7 +42,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention and, where asked for, the attention each token receives.
 
-    torch's fused attention returns no weights, so they are computed in the open only where a layer needs scores.
+    torch's fused attention returns no weights, so they are computed in the open where a layer needs scores, and where
+    that is quicker.
 
     Args:
         query_BHLd: Queries per head.
@@ -62,14 +63,10 @@ def attention(
     """
     together = _sequences_in_cache(query_BHLd, key_BHLd)
     if infers_on_processor(query_BHLd):
-        length, is_plain = key_BHLd.size(2), mask_BL is None and bias_BHLL is None
-        if is_plain and length <= SHORT[value_BHLd.dtype]:
-            return _attention_of_short(query_BHLd, key_BHLd, value_BHLd, with_scores, by_value, together)
-        if with_scores or value_BHLd.dtype == torch.bfloat16:  # in float32 the fused one is as quick or quicker
-            added_BHLL = _added(mask_BL, bias_BHLL)
-            return _attention_in_parts(
-                query_BHLd, key_BHLd, value_BHLd, mask_BL, with_scores, by_value, added_BHLL, together
-            )
+        is_short = mask_BL is None and bias_BHLL is None and key_BHLd.size(2) <= SHORT[value_BHLd.dtype]
+        if is_short or with_scores or value_BHLd.dtype == torch.bfloat16:  # else the fused one is as quick or quicker
+            rest = (mask_BL, with_scores, by_value, bias_BHLL)
+            return _attention_in_parts(query_BHLd, key_BHLd, value_BHLd, *rest, is_short=is_short, together=together)
     if with_scores and together < query_BHLd.size(0):
         arguments = (query_BHLd, key_BHLd, value_BHLd, mask_BL, bias_BHLL)
         parts = zip(*(_parts(argument, together, query_BHLd.size(0)) for argument in arguments), strict=True)
@@ -143,29 +140,11 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
-def _attention_of_short(
-    query_BHLd: Tensor, key_BHLd: Tensor, value_BHLd: Tensor, with_scores: bool, by_value: bool, together: int
-) -> tuple[Tensor, Tensor | None]:
-    """Context and scores of unpadded sequences of few tokens.
-
-    The weights are never divided by their sums: what is computed from them is.
-    """
-    size, heads, queries, _ = query_BHLd.shape
-    length = key_BHLd.size(2)
-    query_BHLd, key_BHLd = _single(query_BHLd), _single(key_BHLd)
-    context_BLHd = value_BHLd.new_empty(size, queries, heads, value_BHLd.size(3))
-    received_BHL = query_BHLd.new_empty(size, heads, length)
-    buffer = query_BHLd.new_empty(min(together, size) * heads, queries, length)
-    for first in range(0, size, together):
-        part = slice(first, min(first + together, size))
-        query_GLd, key_GLd, value_GLd = (tensor[part].flatten(0, 1) for tensor in (query_BHLd, key_BHLd, value_BHLd))
-        weights_GLL = buffer[: len(query_GLd)]
-        sum_GL1 = _exponentials(query_GLd, key_GLd, weights_GLL)
-        context_GLd = _product(weights_GLL, value_GLd).div_(sum_GL1)
-        context_BLHd[part] = context_GLd.view(-1, heads, *context_GLd.shape[1:]).transpose(1, 2)
-        if with_scores:
-            received_BHL[part] = (sum_GL1.reciprocal_().mT @ weights_GLL).view(-1, heads, length)
-    return context_BLHd.transpose(1, 2), _score(received_BHL, value_BHLd, by_value) if with_scores else None
+def as_weighed(tensor_BHLd: Tensor) -> Tensor:
+    """Queries or keys as `attention` takes them: in float32, and by heads where copied, on a processor that infers."""
+    if tensor_BHLd.dtype == torch.float32 or not infers_on_processor(tensor_BHLd):
+        return tensor_BHLd
+    return tensor_BHLd.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _attention_in_parts(
@@ -175,18 +154,22 @@ def _attention_in_parts(
     mask_BL: Tensor | None,
     with_scores: bool,
     by_value: bool,
-    added_BHLL: Tensor | None,
+    bias_BHLL: Tensor | None,
+    *,
+    is_short: bool,
     together: int,
 ) -> tuple[Tensor, Tensor | None]:
     """As `attention`, with the float32 weights of a few sequences at a time in one buffer that stays in the cache.
 
-    Beside `attention`'s arguments: what is added to the scaled products, and how many sequences are worked on together.
+    Beside `attention`'s arguments: whether sequences are so short that weights are left undivided by their sums, by
+    which what is computed from them is divided, and how many sequences are worked on together.
     """
     size, heads, queries, _ = query_BHLd.shape
     length = key_BHLd.size(2)
-    surplus = -length % WIDTH_STEP
-    query_BHLd, key_BHLd = _single(query_BHLd), _padded(key_BHLd, surplus, torch.float32)
-    values_BHLd = _padded(value_BHLd, surplus, value_BHLd.dtype)
+    surplus = 0 if is_short else -length % WIDTH_STEP
+    added_BHLL = _added(mask_BL, bias_BHLL)
+    query_BHLd, key_BHLd = as_weighed(query_BHLd), _padded(as_weighed(key_BHLd), surplus)
+    values_BHLd = _padded(value_BHLd, surplus)
     context_BLHd = value_BHLd.new_empty(size, queries, heads, value_BHLd.size(3))
     received_BHL = query_BHLd.new_empty(size, heads, length)
     buffer = query_BHLd.new_empty(min(together, size) * heads, queries, length + surplus)
@@ -195,35 +178,35 @@ def _attention_in_parts(
         query_GLd, key_GLd, value_GLd = (tensor[part].flatten(0, 1) for tensor in (query_BHLd, key_BHLd, values_BHLd))
         weights_GLL = buffer[: len(query_GLd)]
         weights_BHLL = weights_GLL.view(-1, heads, *weights_GLL.shape[1:])
-        scale = query_GLd.size(2) ** -0.5
-        torch.baddbmm(weights_GLL, query_GLd, key_GLd.mT, beta=0, alpha=scale, out=weights_GLL)
-        weights_BHLL[..., length:] = -torch.inf
-        if added_BHLL is not None:
-            weights_BHLL[..., :length] += added_BHLL if len(added_BHLL) == 1 else added_BHLL[part]
-        torch.softmax(weights_GLL, -1, out=weights_GLL)
-        context_GLd = _product(weights_GLL, value_GLd)
+        asking_BHQ = None if mask_BL is None else mask_BL[part, None].float()
+        if is_short:
+            sum_GL1 = _exponentials(query_GLd, key_GLd, weights_GLL)
+            context_GLd = _product(weights_GLL, value_GLd).div_(sum_GL1)
+            asking_BHQ = sum_GL1.reciprocal_().view(-1, heads, queries)
+        else:
+            _scaled_products(query_GLd, key_GLd, weights_GLL)
+            weights_BHLL[..., length:] = -torch.inf
+            if added_BHLL is not None:
+                weights_BHLL[..., :length] += added_BHLL if len(added_BHLL) == 1 else added_BHLL[part]
+            torch.softmax(weights_GLL, -1, out=weights_GLL)
+            context_GLd = _product(weights_GLL, value_GLd)
         context_BLHd[part] = context_GLd.view(-1, heads, *context_GLd.shape[1:]).transpose(1, 2)
-        if with_scores and mask_BL is not None:
-            asking_B11L = mask_BL[part, None, None].float()
-            received_BHL[part] = (asking_B11L @ weights_BHLL).squeeze(2)[..., :length]
-        elif with_scores:
-            received_BHL[part] = weights_BHLL.sum(dim=2)[..., :length]
-    return context_BLHd.transpose(1, 2), _score(received_BHL, value_BHLd, by_value) if with_scores else None
+        if with_scores:
+            summed = weights_BHLL.sum(dim=2) if asking_BHQ is None else (asking_BHQ[:, :, None] @ weights_BHLL)[:, :, 0]
+            received_BHL[part] = summed[..., :length]
+    if not with_scores:
+        return context_BLHd.transpose(1, 2), None
+    if by_value:
+        received_BHL *= value_BHLd.float().norm(dim=-1)
+    return context_BLHd.transpose(1, 2), received_BHL.sum(dim=1)
 
 
-def _single(tensor_BHLd: Tensor) -> Tensor:
-    """The tensor in float32, and where that takes a copy, one head after the other."""
-    if tensor_BHLd.dtype == torch.float32:
-        return tensor_BHLd
-    return tensor_BHLd.to(torch.float32, memory_format=torch.contiguous_format)
-
-
-def _padded(tensor_BHLd: Tensor, surplus: int, dtype: torch.dtype) -> Tensor:
-    """The tensor in this type, with so many more tokens of zeros, head after head."""
+def _padded(tensor_BHLd: Tensor, surplus: int) -> Tensor:
+    """The tensor with so many more tokens of zeros, head after head."""
     if not surplus:
-        return tensor_BHLd.to(dtype, memory_format=torch.contiguous_format)
+        return tensor_BHLd
     size, heads, length, width = tensor_BHLd.shape
-    padded_BHLd = tensor_BHLd.new_empty(size, heads, length + surplus, width, dtype=dtype)
+    padded_BHLd = tensor_BHLd.new_empty(size, heads, length + surplus, width)
     padded_BHLd[:, :, :length] = tensor_BHLd
     padded_BHLd[:, :, length:] = 0
     return padded_BHLd
@@ -236,11 +219,8 @@ def _product(weights_GLL: Tensor, value_GLd: Tensor) -> Tensor:
     return weights_GLL.to(value_GLd.dtype) @ value_GLd
 
 
-def _score(received_BHL: Tensor, value_BHLd: Tensor, by_value: bool) -> Tensor:
-    """What the heads gave each token, together; `received_BHL` is used up."""
-    if by_value:
-        received_BHL *= value_BHLd.float().norm(dim=-1)
-    return received_BHL.sum(dim=1)
+def _scaled_products(query_GLd: Tensor, key_GLd: Tensor, out_GLL: Tensor) -> None:
+    torch.baddbmm(out_GLL, query_GLd, key_GLd.mT, beta=0, alpha=query_GLd.size(2) ** -0.5, out=out_GLL)
 
 
 def _exponentials(query_GLd: Tensor, key_GLd: Tensor, out_GLL: Tensor) -> Tensor:
@@ -248,26 +228,22 @@ def _exponentials(query_GLd: Tensor, key_GLd: Tensor, out_GLL: Tensor) -> Tensor
 
     They are not shifted by the greatest product first, which saves two passes, unless that leaves float32's range.
     """
-    scale = query_GLd.size(2) ** -0.5
-    torch.baddbmm(out_GLL, query_GLd, key_GLd.mT, beta=0, alpha=scale, out=out_GLL)
+    _scaled_products(query_GLd, key_GLd, out_GLL)
     sum_GL1 = out_GLL.exp_().sum(dim=2, keepdim=True)
     least, most = torch.aminmax(sum_GL1)
     if least > SUMS_IN_RANGE[0] and most < SUMS_IN_RANGE[1]:
         return sum_GL1
-    torch.baddbmm(out_GLL, query_GLd, key_GLd.mT, beta=0, alpha=scale, out=out_GLL)
+    _scaled_products(query_GLd, key_GLd, out_GLL)
     out_GLL -= out_GLL.amax(dim=2, keepdim=True)
     return out_GLL.exp_().sum(dim=2, keepdim=True)
 
 
 def _added(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | None:
     """What is added to the scaled products, in float32, of four dimensions; None for nothing."""
-    if mask_BL is None:
-        return None if bias_BHLL is None else bias_BHLL.float()
-    # Not -inf: padding that may see nothing but padding would get no number.
-    least = torch.finfo(torch.float32).min
-    if bias_BHLL is None:
-        return torch.zeros(mask_BL.shape, device=mask_BL.device).masked_fill(~mask_BL, least)[:, None, None]
-    return bias_BHLL.float().masked_fill(~mask_BL[:, None, None], least)
+    both = _mask_or_bias(mask_BL, bias_BHLL)
+    if both is None or both.dtype != torch.bool:
+        return None if both is None else both.float()
+    return torch.zeros(both.shape).masked_fill(~both, torch.finfo(torch.float32).min)
 
 
 def _mask_or_bias(mask_BL: Tensor | None, bias_BHLL: Tensor | None) -> Tensor | None:

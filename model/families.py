@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from model.attention import attention, infers_on_processor, token_score
+from model.attention import as_weighed, attention, token_score
 from model.macs import EncoderShape
 
 TOKEN_TASKS = ("question-answering", "token-classification")
@@ -124,8 +124,7 @@ class EncoderFamily(abc.ABC):
             The context (B, L, D), and the float32 scores (B, L) or None.
         """
         query, key, value = self.heads(network, projected_BLP)
-        if infers_on_processor(query):
-            query, key = query.float(), key.float()
+        query, key = as_weighed(query), as_weighed(key)  # before families bring in where tokens stood
         dropout = self.attention_dropout(network.config) if network.training else 0.0
         query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL, positions_BL))
         by_value = token_score(network.config) == "value_norm"
@@ -151,13 +150,10 @@ class EncoderFamily(abc.ABC):
         mask_BL: Tensor | None = None,
     ) -> Tensor:
         """The context (B, D) of each sequence's first token alone, whose vector is given; no mask, no padding."""
-        query_BD = self.query_of_first(network, layer, first_BD)
+        query_BD = self.query_of_first(network, layer, first_BD).to(projected_BLQ.dtype)
         query = query_BD.view(query_BD.size(0), network.config.num_attention_heads, 1, -1)
         key, value = self.heads(network, projected_BLQ)
-        if infers_on_processor(query):
-            query, key = query.float(), key.float()
-        else:
-            query = query.to(key.dtype)
+        query, key = as_weighed(query), as_weighed(key)
         query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL[:, :1], positions_BL))
         return attention(query, key, value, mask_BL, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
 

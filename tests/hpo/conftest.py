@@ -223,12 +223,17 @@ class Server:
 
     def cut(self) -> int:
         """Cut all connections of others; returns how many there were."""
-        engine = sqlalchemy.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+        return self.cut_at(self.url)
+
+    @classmethod
+    def cut_at(cls, url: str) -> int:
+        """`cut` for any database of a server of this kind."""
+        engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
         with engine.connect() as connection:
-            ids = list(connection.scalars(sqlalchemy.text(self.connections)))
+            ids = list(connection.scalars(sqlalchemy.text(cls.connections)))
             for number in ids:
                 with suppress(sqlalchemy.exc.DBAPIError):  # it has just been closed
-                    connection.execute(sqlalchemy.text(self.kill.format(number)))
+                    connection.execute(sqlalchemy.text(cls.kill.format(number)))
         return len(ids)
 
 
@@ -316,6 +321,12 @@ class MariaDB(Server):
 
 
 KINDS = {"postgresql": PostgreSQL, "mariadb": MariaDB}
+
+
+@pytest.fixture
+def cut_connections() -> Callable[[str], int]:
+    """Cuts the connections to a database of a server; returns how many there were."""
+    return lambda url: KINDS["postgresql" if url.startswith("postgresql") else "mariadb"].cut_at(url)
 
 
 @contextmanager

@@ -487,33 +487,12 @@ def test_several_may_open_a_new_database_of_a_server_at_the_same_moment(server_u
     gc.collect()  # Optuna does not close the connection of an attempt that failed; here and not in a later test
 
 
-def cut_connections(url: str) -> None:
-    """End the connections to a database that are open now, on the server's side."""
-    engine = sqlalchemy.create_engine(url)
-    others, end = {
-        "postgresql": (
-            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
-            "SELECT pg_terminate_backend({})",
-        ),
-        "mysql": (
-            "SELECT id FROM information_schema.processlist WHERE db = database() AND id <> connection_id()",
-            "KILL {}",
-        ),
-    }[engine.dialect.name]
-    with engine.connect() as connection:
-        numbers = connection.scalars(sqlalchemy.text(others)).all()
-        for number in numbers:
-            connection.execute(sqlalchemy.text(end.format(number)))
-    engine.dispose()
-    assert numbers
-
-
-def test_a_connection_that_was_cut_while_it_rested_is_made_anew(server_url, monkeypatch):
+def test_a_connection_that_was_cut_while_it_rested_is_made_anew(server_url, cut_connections, monkeypatch):
     storage = open_storage(server_url)
     make_study(storage)
     storage.remove_session()
     monkeypatch.setattr("hpo.storage.RESTED_S", 0.0)
-    cut_connections(server_url)
+    assert cut_connections(server_url)
     assert [study.study_name for study in storage.get_all_studies()] == ["lengths"]
     close(storage)
 
