@@ -114,17 +114,14 @@ def _attention_of_a_graph(
     weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
     if bias_BHLL is not None:
         weights = weights + bias_BHLL
-    if mask_BL is not None:
-        unseen_BL = torch.zeros_like(mask_BL, dtype=weights.dtype).masked_fill(~mask_BL, torch.finfo(weights.dtype).min)
-        weights = weights + unseen_BL[:, None, None, :]
+    seen_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
+    if seen_B11L is not None:
+        weights = weights + torch.where(seen_B11L, 0.0, torch.finfo(weights.dtype).min)
     weights = weights.softmax(-1)
     context = weights @ value_BHLd
     if not with_scores:
         return context, None
-    if mask_BL is None:
-        received_BHL = weights.sum(dim=2)
-    else:
-        received_BHL = (mask_BL.to(weights.dtype)[:, None, None, :] @ weights).squeeze(2)
+    received_BHL = weights.sum(dim=2) if seen_B11L is None else (seen_B11L.to(weights.dtype) @ weights).squeeze(2)
     if by_value:
         received_BHL = received_BHL * value_BHLd.norm(dim=-1)
     return context, received_BHL.sum(dim=1)

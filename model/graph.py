@@ -5,7 +5,8 @@ that another runtime computes cannot ask. Here every decision is either known be
 many tokens a sequence keeps is looked up by how many it has, and each layer hands on as many as the sequence that keeps
 most, the others' surplus being masked. So later layers really work on fewer tokens.
 
-Shape letters: B sequences, L tokens arriving, K tokens handed on, D hidden size, M layers, N lengths from 0 up.
+Shape letters: B sequences, L tokens arriving, K tokens handed on, D hidden size, M layers, N lengths from 0 up, R rows
+of a batch.
 """
 
 from collections.abc import Mapping
@@ -81,6 +82,9 @@ def graph_logits(
     size, length = input_ids_BL.size(0), input_ids_BL.size(1)
     mask_BL = attention_mask_BL.bool()
     left_BM = left_NM[mask_BL.sum(dim=1)]
+    most_M = left_BM.amax(dim=0).clamp(min=MIN_TOKENS)
+    number_B1 = torch.arange(size, device=input_ids_BL.device)[:, None]
+    home_B1 = number_B1 * (length + 1)  # each sequence's tokens are followed by a place for padding
     positions_BL = torch.arange(length, device=input_ids_BL.device).expand(size, length)
     hidden = family.embed(network, input_ids_BL, token_type_ids_BL, positions_BL)
     restored = None
@@ -92,44 +96,41 @@ def graph_logits(
             return family.classify(network, family.feed_forward(network, layer, attended))
         drops = layer in plan.dropping
         if drops and not reads_first:
-            restored = _put_back(restored, hidden, positions_BL, mask_BL)
+            restored = _put_back(restored, hidden, home_B1 + positions_BL, mask_BL, length)
         hidden, score = attend(family, network, layer, hidden, positions_BL, mask_BL, with_scores=drops)
         if score is not None:
-            arriving, keep_B = hidden.size(1), left_BM[:, layer]
-            most = plan.sizes.get(layer) or keep_B.max().clamp(min=MIN_TOKENS).item()
+            arriving, keep_B1 = hidden.size(1), left_BM[:, layer : layer + 1]
+            most = plan.sizes.get(layer) or most_M[layer].item()
             torch._check(most >= MIN_TOKENS)  # type: ignore[no-untyped-call]  # what an export cannot see for itself
             torch._check(most <= arriving)  # type: ignore[no-untyped-call]
-            places_BK, mask_BL = _most_attended(score, keep_B, mask_BL, most)
-            rows_BK = places_BK + arriving * torch.arange(size, device=places_BK.device)[:, None]
+            places_BK, mask_BL = _most_attended(score, keep_B1, positions_BL, mask_BL, most)
+            rows_BK = places_BK + arriving * number_B1
             hidden = F.embedding(rows_BK, hidden.flatten(0, 1))  # whole vectors are copied faster than their elements
             positions_BL = positions_BL.gather(1, places_BK)
         hidden = family.feed_forward(network, layer, hidden)
     if restored is not None:
-        hidden = _put_back(restored, hidden, positions_BL, mask_BL)[:, :length]
+        restored = _put_back(restored, hidden, home_B1 + positions_BL, mask_BL, length)
+        hidden = restored.view(size, length + 1, -1)[:, :length]
     return family.read_tokens(network, hidden)
 
 
-def _most_attended(score_BL: Tensor, keep_B: Tensor, mask_BL: Tensor, most: Any) -> tuple[Tensor, Tensor]:
+def _most_attended(
+    score_BL: Tensor, keep_B1: Tensor, positions_BL: Tensor, mask_BL: Tensor, most: Any
+) -> tuple[Tensor, Tensor]:
     """The places of [CLS] and the most attended other tokens, (B, K), and which of them are within their count.
 
     Here equal scores may fall either way, since `topk` promises nothing; ONNX prefers the earlier token, as the
     encoder does.
     """
-    length = score_BL.size(1)
-    place_L = torch.arange(length, device=score_BL.device)
-    score_BL = score_BL.masked_fill(~mask_BL, -torch.inf).masked_fill(place_L == 0, torch.inf)
+    score_BL = score_BL.masked_fill(~mask_BL, -torch.inf).masked_fill(positions_BL == 0, torch.inf)
+    within_BK = torch.arange(most, device=score_BL.device) < keep_B1
     places_BK = score_BL.topk(most, dim=1).indices
-    surplus_BK = torch.arange(most, device=score_BL.device) >= keep_B[:, None]
-    places_BK = places_BK.masked_fill(surplus_BK, length)  # behind every real place
-    places_BK = places_BK.topk(most, dim=1, largest=False).values  # a sort, whose ONNX form would look up its length
-    return places_BK.clamp(max=length - 1), places_BK < length
+    places_BK = places_BK.masked_fill(~within_BK, score_BL.size(1) - 1)  # behind every real place
+    return places_BK.topk(most, dim=1, largest=False).values, within_BK  # a sort's ONNX form would look up its length
 
 
-def _put_back(restored: Tensor | None, hidden_BKD: Tensor, positions_BK: Tensor, mask_BK: Tensor) -> Tensor:
-    """Newer vectors at their places among all tokens' last ones, which are followed by a place for padding."""
-    if restored is None:
-        return F.pad(hidden_BKD, (0, 0, 0, 1))
-    size, nowhere = restored.size(0), restored.size(1) - 1
-    places_BK = positions_BK.masked_fill(~mask_BK, nowhere)
-    rows_B1 = torch.arange(size, device=places_BK.device)[:, None]
-    return restored.index_put((rows_B1, places_BK), hidden_BKD)
+def _put_back(restored_RD: Tensor | None, hidden_BKD: Tensor, home_BK: Tensor, mask_BK: Tensor, nowhere: Any) -> Tensor:
+    """Newer vectors at their places among all sequences' tokens' last ones, each sequence with a place for padding."""
+    if restored_RD is None:
+        return F.pad(hidden_BKD, (0, 0, 0, 1)).flatten(0, 1)
+    return restored_RD.index_put((home_BK.masked_fill(~mask_BK, nowhere),), hidden_BKD)

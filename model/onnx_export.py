@@ -104,6 +104,7 @@ def write_graph(
         assert exported is not None
         raw, is_large = Path(folder) / "raw.onnx", weight_bytes(model) > PROTOBUF_LIMIT
         exported.save(str(raw), external_data=is_large)
+        _settle_shapes(raw)
         # What depends on weights alone, such as queries', keys' and values' joined projection, is computed now.
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -234,6 +235,46 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _settle_shapes(path: Path) -> None:
+    """Give reshapings of free sizes a constant shape where one says the same: 0 for "as it was", -1 for "the rest".
+
+    The exporter has each of them put its shape together from the inputs' sizes, which takes runtimes longer than the
+    reshaping.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    sizes = {
+        value.name: [entry.dim_value or entry.dim_param for entry in value.type.tensor_type.shape.dim]
+        for value in (*graph.value_info, *graph.input, *graph.output)
+    }
+    known = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "Reshape" or node.input[1] in known:
+            continue
+        before, after = sizes.get(node.input[0], []), sizes.get(node.output[0], [])
+        same = [place < len(before) and size == before[place] for place, size in enumerate(after)]
+        shape = [
+            size if isinstance(size, int) else 0 if kept and size else -1
+            for size, kept in zip(after, same, strict=True)
+        ]
+        if shape and shape.count(-1) <= 1:
+            name = f"{node.output[0]}_shape"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, dtype=np.int64), name))
+            node.input[1] = name
+            del node.attribute[:]  # by which 0 would be a size
+    needed = {value.name for value in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(nodes))
+    onnx.save(model, path)
 
 
 def _tidy(path: Path) -> None:
