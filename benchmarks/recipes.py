@@ -6,14 +6,15 @@ The recipes read the training split `--epochs` times in all:
 
 - `plain`: fine-tuning at full length; its front is that of constant-rate shortening, for which nothing is searched.
 - `lengthdrop`: one plain epoch, then LengthDrop.
-- `distilled`: the teacher's vectors for `--intermediate-epochs`, then its answers too, as `hpo distill` does.
+- `distilled`: the teacher's vectors for `--intermediate-epochs`, then its answers alone.
 - `distilled-lengthdrop`: the teacher's vectors for as long, then LengthDrop with the teacher.
 - `power-bert`: plain fine-tuning, then the retention of one penalty and re-training with it, a third of the epochs
   each, and that for every penalty: a model per budget.
 
 Prints a JSON line per recipe and seed: its points on the search and the report split (share of the cost at full length,
-quality), the area (quality above 0.5 against that share) on both, the least share whose report quality is within 0.01
-of plain fine-tuning at full length, and the point that a user would get who asks the search split for that.
+quality), the area (quality above 0.5 against that share) on both and, where plain fine-tuning of that seed came before,
+the least share whose report quality is within 0.01 of it at full length, and the point that a user would get who asks
+the search split for that.
 
 With `--seeding`, also a line per seed on PoWER-BERT's configs as seeds of a search, of the model that the recipe
 `lengthdrop` trains: how far below the front of a search without them each lies, and the area of a search with them.
@@ -214,8 +215,8 @@ def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
     if first:
         bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
-    rest = bench.arguments.epochs - first
-    bench.imitate(student, seed, rest, attention_weight=0.0, logit_weight=1.0, label_weight=0.5)
+    answers = {"embedding_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0, "logit_weight": 1.0}
+    bench.imitate(student, seed, bench.arguments.epochs - first, **answers)
     return bench.searched(student, seed)
 
 
@@ -261,16 +262,11 @@ RECIPES = {
 
 
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:
-    """A line per recipe and seed; plain fine-tuning comes first, since the others are compared with it."""
+    """A line per recipe and seed."""
     for seed in map(int, bench.arguments.seeds.split(",")):
-        wanted, enough = 0.0, 0.0
-        for name in ("plain", *(name for name in bench.arguments.recipes.split(",") if name != "plain")):
+        for name in bench.arguments.recipes.split(","):
             start = time.perf_counter()
             search, report = RECIPES[name](bench, seed)
-            if name == "plain":  # its costliest point is full length
-                wanted, enough = max(search)[1] - WITHIN, max(report)[1] - WITHIN
-            near = [share for share, quality in report if quality >= enough]
-            good = [(share, point) for (share, quality), point in zip(search, report, strict=True) if quality >= wanted]
             yield {
                 "recipe": name,
                 "seed": seed,
@@ -280,15 +276,30 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
                 "trials": None if name in UNSEARCHED else bench.arguments.trials,
                 "area": round(above_half(search), 5),
                 "area_on_report": round(above_half(report), 5),
-                "quality_wanted": round(enough, 5),
-                "least_share_within": round(min(near), 5) if near else None,
-                "chosen_on_search": rounded([min(good)[1]])[0] if good else None,
                 "front": rounded(search),
                 "front_on_report": rounded(report),
                 "s": round(time.perf_counter() - start, 1),
             }
         if bench.arguments.seeding:
             yield seeding(bench, seed)
+
+
+def compared(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A recipe's line beside plain fine-tuning of its seed, where that is among the lines."""
+    plain = [other for other in lines if other.get("recipe") == "plain" and other["seed"] == line["seed"]]
+    if "recipe" not in line or not plain:
+        return line
+    # The costliest point of plain fine-tuning is full length.
+    wanted, enough = (round(max(plain[0][front])[1] - WITHIN, 5) for front in ("front", "front_on_report"))
+    search, report = line["front"], line["front_on_report"]
+    near = [share for share, quality in report if quality >= enough]
+    good = [(share, point) for (share, quality), point in zip(search, report, strict=True) if quality >= wanted]
+    return {
+        **line,
+        "quality_wanted": enough,
+        "least_share_within": min(near) if near else None,
+        "chosen_on_search": min(good)[1] if good else None,
+    }
 
 
 def seeding(bench: Bench, seed: int) -> dict[str, Any]:
@@ -336,9 +347,9 @@ def summaries(lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         figures = {
             "area_on_report": [line["area_on_report"] for line in own],
             "full_length_on_report": [dict(map(tuple, line["front_on_report"])).get(1.0) for line in own],
-            "least_share_within": [line["least_share_within"] for line in own],
-            "chosen_share": [line["chosen_on_search"] and line["chosen_on_search"][0] for line in own],
-            "chosen_quality": [line["chosen_on_search"] and line["chosen_on_search"][1] for line in own],
+            "least_share_within": [line.get("least_share_within") for line in own],
+            "chosen_share": [(line.get("chosen_on_search") or (None, None))[0] for line in own],
+            "chosen_quality": [(line.get("chosen_on_search") or (None, None))[1] for line in own],
         }
         if own:
             yield {
@@ -412,12 +423,12 @@ def main() -> None:
             arguments.cache = arguments.cache or Path(folder)
             for line in measure(make_bench(arguments)):
                 lines.append(line)
-                print(json.dumps({"benchmark": "recipes", **line, **where()}), flush=True)
+                print(json.dumps({"benchmark": "recipes", **compared(line, lines), **where()}), flush=True)
     else:
         lines += [
             json.loads(text) for file in arguments.lines for text in file.read_text(encoding="utf-8").splitlines()
         ]
-    for line in summaries(lines):
+    for line in summaries([compared(line, lines) for line in lines if "seed" in line]):
         print(json.dumps({"benchmark": "recipes", **line}), flush=True)
     if arguments.image is not None:
         write_image(draw(lines), arguments.image)

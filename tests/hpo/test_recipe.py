@@ -214,7 +214,7 @@ def test_a_layer_map_that_cannot_be_is_refused_and_leaves_no_study(command, argu
 
 
 def test_a_disk_without_room_for_the_teachers_outputs_is_named_with_a_way_out(command, arguments, monkeypatch):
-    monkeypatch.setattr("model.distill.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("model.distill.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     code, _, err = command("distill", *arguments, "--study", "distill")
     assert code == 1
     assert re.search("outputs take .* has 0.0 MiB free; free some space, or choose another folder with --runs", err)

@@ -147,6 +147,24 @@ def test_later_layers_work_on_fewer_tokens(span_graph, make_batch):
     assert [part.shape[1] for part in inner] == list(POINTS[0].lengths(30))
 
 
+def optimised_kinds(path, tmp_path):
+    """What ONNX Runtime makes of a graph's nodes."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options)
+    return [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+
+
+def test_residuals_and_layer_norms_are_not_fused(span_graph, tmp_path):
+    """The fused kernel is slower than the two."""
+    _, path = span_graph
+    kinds = optimised_kinds(path, tmp_path)
+    assert kinds.count("LayerNormalization") == 2 * LAYERS + 1
+    assert kinds.count("Sum") == 2 * LAYERS + 1
+    assert "SkipLayerNormalization" not in kinds
+
+
 def test_layers_reshape_by_constants(span_graph):
     """A shape that is put together from sizes takes runtimes longer than the reshaping."""
     _, path = span_graph
@@ -162,11 +180,7 @@ def test_layers_reshape_by_constants(span_graph):
 
 def test_gelu_is_written_as_onnx_runtime_fuses_it(span_graph, tmp_path):
     _, path = span_graph
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(path, options)
-    kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    kinds = optimised_kinds(path, tmp_path)
     assert "Erf" not in kinds
     assert sum(kind in ("Gelu", "BiasGelu") for kind in kinds) == LAYERS
 
