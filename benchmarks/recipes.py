@@ -6,8 +6,8 @@ The recipes read the training split `--epochs` times in all:
 
 - `plain`: fine-tuning at full length; its front is that of constant-rate shortening, for which nothing is searched.
 - `lengthdrop`: one plain epoch, then LengthDrop.
-- `distilled`: the teacher's vectors for `--intermediate-epochs`, then its answers alone.
-- `distilled-lengthdrop`: the teacher's vectors for as long, then LengthDrop with the teacher.
+- `distilled`: the first stage of `hpo distill` for `--intermediate-epochs`, then its second, the teacher's answers.
+- `distilled-lengthdrop`: the first stage for as long, then LengthDrop with the teacher.
 - `power-bert`: plain fine-tuning, then the retention of one penalty and re-training with it, a third of the epochs
   each, and that for every penalty: a model per budget.
 
@@ -106,16 +106,14 @@ class Bench:
     ) -> None:
         train(student, self.loaded.train, self.loaded.tokenizer, settings, teacher=teacher)
 
-    def imitate(self, student: LengthAdaptiveModel, seed: int, epochs: int, **weights: Any) -> None:
+    def imitate(self, student: LengthAdaptiveModel, seed: int, stage: str, epochs: int) -> None:
+        """A stage of `hpo distill`, of so many epochs; of none, nothing."""
+        if not epochs:
+            return
         assert self.recipe.teacher is not None
-        settings = DistillSettings(
-            learning_rate=self.arguments.distill_learning_rate,
-            batch_size=self.arguments.batch_size,
-            dropout=self.arguments.dropout,
-            epochs=epochs,
-            seed=seed,
-            **weights,
-        )
+        study = load_finetune("distill")
+        given = {"batch_size": self.arguments.batch_size, "dropout": self.arguments.dropout, "epochs": epochs}
+        settings = DistillSettings(**{**study.settings_of(stage, study.first[0]), **given, "seed": seed})
         self.remember(student, settings)
         distil(
             student,
@@ -213,17 +211,14 @@ def lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
 
 def distilled(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
-    if first:
-        bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
-    answers = {"embedding_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0, "logit_weight": 1.0}
-    bench.imitate(student, seed, bench.arguments.epochs - first, **answers)
+    bench.imitate(student, seed, "intermediate", first)
+    bench.imitate(student, seed, "logits", bench.arguments.epochs - first)
     return bench.searched(student, seed)
 
 
 def distilled_lengthdrop(bench: Bench, seed: int) -> tuple[list[Point], list[Point]]:
     student, first = bench.new_student(seed), bench.arguments.intermediate_epochs
-    if first:
-        bench.imitate(student, seed, first, attention_weight=1.0, logit_weight=0.0, label_weight=0.0)
+    bench.imitate(student, seed, "intermediate", first)
     bench.fine_tune(student, bench.settings(seed, 0, bench.arguments.epochs - first), bench.recipe.teacher)
     return bench.searched(student, seed)
 
@@ -378,7 +373,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> go.Figure:
                 go.Scatter(
                     x=[share for share, _ in points],
                     y=[quality for _, quality in points],
-                    name=title,
+                    name=f"{title}, {line['epochs']} epochs",
                     legendgroup=name,
                     showlegend=number == 0,
                     mode="lines+markers",
@@ -386,7 +381,7 @@ def draw(lines: Sequence[dict[str, Any]]) -> go.Figure:
                     marker={"color": colour, "size": 6},
                 )
             )
-    lay_out(figure, "What each recipe buys", "report split; the same number of training examples, one line per seed")
+    lay_out(figure, "What each recipe buys", "report split, one line per seed")
     figure.update_xaxes(title_text="FLOPs per sequence, share of full length", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text="quality")
     return figure
@@ -401,10 +396,9 @@ def main() -> None:
     parser.add_argument("--train-limit", type=int)
     parser.add_argument("--search-size", type=int)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--intermediate-epochs", type=int, default=1)
+    parser.add_argument("--intermediate-epochs", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--distill-learning-rate", type=float, default=2e-4)
     parser.add_argument("--dropout", type=float, help="of the student; left out: as its checkpoint has it")
     parser.add_argument("--cache", type=Path, help="where the teacher's outputs are kept; left out: while this runs")
     parser.add_argument("--seeds", default="0,1,2")

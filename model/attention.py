@@ -116,7 +116,7 @@ def _attention_of_a_graph(
         weights = weights + bias_BHLL
     seen_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
     if seen_B11L is not None:
-        weights = weights + torch.where(seen_B11L, 0.0, torch.finfo(weights.dtype).min)
+        weights = weights + torch.where(seen_B11L, 0.0, torch.finfo(weights.dtype).min).to(weights.dtype)
     weights = weights.softmax(-1)
     context = weights @ value_BHLd
     if not with_scores:

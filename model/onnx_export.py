@@ -103,8 +103,8 @@ def write_graph(
         )
         assert exported is not None
         raw, is_large = Path(folder) / "raw.onnx", weight_bytes(model) > PROTOBUF_LIMIT
+        _settle_shapes(exported.model)
         exported.save(str(raw), external_data=is_large)
-        _settle_shapes(raw)
         # What depends on weights alone, such as queries', keys' and values' joined projection, is computed now.
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -237,44 +237,30 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _settle_shapes(path: Path) -> None:
+def _settle_shapes(model: Any) -> None:
     """Give reshapings of free sizes a constant shape where one says the same: 0 for "as it was", -1 for "the rest".
 
     The exporter has each of them put its shape together from the inputs' sizes, which takes runtimes longer than the
     reshaping.
     """
-    import onnx
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    sizes = {
-        value.name: [entry.dim_value or entry.dim_param for entry in value.type.tensor_type.shape.dim]
-        for value in (*graph.value_info, *graph.input, *graph.output)
-    }
-    known = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type != "Reshape" or node.input[1] in known:
+    for node in model.graph:
+        if node.op_type != "Reshape" or node.inputs[1].is_initializer():
             continue
-        before, after = sizes.get(node.input[0], []), sizes.get(node.output[0], [])
-        same = [place < len(before) and size == before[place] for place, size in enumerate(after)]
+        before, after = (list(value.shape or ()) for value in (node.inputs[0], node.outputs[0]))
         shape = [
-            size if isinstance(size, int) else 0 if kept and size else -1
-            for size, kept in zip(after, same, strict=True)
+            size if isinstance(size, int) else 0 if [size] == before[at : at + 1] else -1
+            for at, size in enumerate(after)
         ]
         if shape and shape.count(-1) <= 1:
-            name = f"{node.output[0]}_shape"
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, dtype=np.int64), name))
-            node.input[1] = name
-            del node.attribute[:]  # by which 0 would be a size
-    needed = {value.name for value in graph.output}
-    nodes = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(reversed(nodes))
-    onnx.save(model, path)
+            constant = onnx_ir.tensor(np.array(shape, dtype=np.int64), name=f"{node.outputs[0].name}_shape")
+            value = onnx_ir.Value(name=constant.name, const_value=constant)
+            model.graph.register_initializer(value)
+            node.replace_input_with(1, value)
+            node.attributes.pop("allowzero", None)  # by which 0 would be a size
+    RemoveUnusedNodesPass()(model)
 
 
 def _tidy(path: Path) -> None:
