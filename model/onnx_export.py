@@ -30,7 +30,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT = "logits"
 OPSET = 18
 """The oldest that torch's exporter writes by itself; ONNX Runtime reads it since 1.14."""
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+NEEDED = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
 PROTOBUF_LIMIT = 2 * 2**30 - 2**20
 """Bytes that one ONNX file may have; more weights go into a file beside it."""
 EXAMPLE = (2, 8)
