@@ -940,8 +940,23 @@ def _quieten_libraries() -> None:
 
 
 @contextmanager
-def _progress(unit: str, *, say: bool = False) -> Iterator[Any]:
-    """A bar on stderr, or nothing where stderr is no terminal; with `say`, there a line for each new remark."""
+def _progress(unit: str, *, say: bool = False) -> Iterator[Callable[[float, int, str], None]]:
+    """A bar on stderr, or nothing where stderr is no terminal; with `say`, there a line for each new remark. What shows
+    progress raises a Ctrl-C that was swallowed."""
+    from hpo.interrupts import heard
+
+    with heard() as check, _shown(unit, say=say) as show:
+
+        def update(done: float, total: int, remark: str) -> None:
+            check()
+            if show is not None:
+                show(done, total, remark)
+
+        yield update
+
+
+@contextmanager
+def _shown(unit: str, *, say: bool) -> Iterator[Callable[[float, int, str], None] | None]:
     if not err.is_terminal:
         yield _say_each_once() if say else None
         return

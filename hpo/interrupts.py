@@ -1,10 +1,44 @@
-"""Ctrl-C and the database: transactions finish first, waits end at once."""
+"""Ctrl-C: transactions finish first, waits end at once, and no library's code swallows it."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, of a class of its own: once Python's own has left an `exec` of text, as in the making of a dataclass, the
+    process is ended by the signal instead of its exit code, although the exception was caught."""
+
+
+@contextmanager
+def heard() -> Iterator[Callable[[], None]]:
+    """A Ctrl-C within the block is not lost: what this yields raises it once more.
+
+    Python drops what is raised in a destructor or in a callback of a weak reference, and libraries catch more than they
+    should. Outside the main thread, and where Ctrl-C is ignored, this does nothing.
+    """
+    pressed = False
+
+    def press(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise Interrupted
+
+    def check() -> None:
+        if pressed:
+            raise Interrupted
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Waiting:

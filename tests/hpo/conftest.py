@@ -177,6 +177,19 @@ def any_url(request, tmp_path) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts processes as `subprocess.Popen` does; those that the test leaves running are killed, not waited for."""
+    with ExitStack() as stack:
+
+        def start(*arguments: object, **options: object) -> subprocess.Popen:
+            process = stack.enter_context(subprocess.Popen(*arguments, **options))
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
 STARTED_WITHIN_S = 60
 
 

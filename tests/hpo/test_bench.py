@@ -176,10 +176,10 @@ def test_what_is_being_made_is_told(study, storage, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["making ONNX Runtime, fp32", "batches of 1"])
-def test_ctrl_c_ends_any_step_with_a_line(study, storage, tmp_path, step):
+def test_ctrl_c_ends_any_step_with_a_line(study, storage, tmp_path, step, start_process):
     pytest.importorskip("onnxscript")
     flags = ["--batch-size", "1", "--baselines", "onnx-fp32", "--rounds", "100000"]
-    with subprocess.Popen(
+    process = start_process(
         [sys.executable, "-m", "hpo", "bench", *flags],
         env={**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -187,11 +187,11 @@ def test_ctrl_c_ends_any_step_with_a_line(study, storage, tmp_path, step):
         text=True,
         start_new_session=True,  # a terminal's Ctrl-C reaches all processes of the job
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-    ) as process:
-        said = next(line for line in process.stderr if line.startswith(step))
-        time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    )
+    said = next(line for line in process.stderr if line.startswith(step))
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert said.endswith(" ...\n")
     assert process.returncode == 130
     assert out == ""

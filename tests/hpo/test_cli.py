@@ -216,12 +216,12 @@ def test_password_of_the_storage_is_in_no_output(command, tiny_encoder, tiny_dat
         assert "s3cret" not in out + err
 
 
-def test_second_process_joins_the_study(tuned, files, storage, tmp_path):
+def test_second_process_joins_the_study(tuned, files, storage, tmp_path, start_process):
     environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "60"]
-    with subprocess.Popen([sys.executable, "-m", "hpo.cli", *arguments], env=environment) as other:
-        code, _, err = tuned(*arguments)
-        assert other.wait(120) == 0
+    other = start_process([sys.executable, "-m", "hpo.cli", *arguments], env=environment)
+    code, _, err = tuned(*arguments)
+    assert other.wait(120) == 0
     assert code == 0, err
     study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 60
@@ -229,7 +229,7 @@ def test_second_process_joins_the_study(tuned, files, storage, tmp_path):
     assert len({trial.system_attrs["hpo:key"] for trial in study.trials}) == 60 - len(reused)
 
 
-def test_search_killed_at_random_moments_ends_with_exactly_its_trials(tuned, files, storage, tmp_path):
+def test_search_killed_at_random_moments_ends_with_exactly_its_trials(tuned, files, storage, tmp_path, start_process):
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "150"]
     environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     generator = random.Random(3)
@@ -241,9 +241,7 @@ def test_search_killed_at_random_moments_ends_with_exactly_its_trials(tuned, fil
 
     told_before: dict[int, list[float]] = {}
     for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hpo.cli", *arguments], env=environment, stderr=subprocess.PIPE
-        )
+        process = start_process([sys.executable, "-m", "hpo.cli", *arguments], env=environment, stderr=subprocess.PIPE)
         _wait_for_new_trial(database, process, after=len(told_before))
         time.sleep(generator.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
@@ -275,10 +273,10 @@ def _wait_for_new_trial(database: Path, process: subprocess.Popen, after: int) -
     raise AssertionError("no trial was finished in two minutes")
 
 
-def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path):
+def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path, start_process):
     environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "2000"]
-    process = subprocess.Popen(
+    process = start_process(
         [sys.executable, "-m", "hpo.cli", *arguments],
         env=environment,
         stderr=subprocess.PIPE,

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 from subprocess import PIPE
 from urllib.parse import quote
@@ -263,9 +262,9 @@ def test_studies_of_hostile_names_are_listed_and_copied(command, storage, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serving_says_where_and_ends_cleanly(storage, number):
+def test_serving_says_where_and_ends_cleanly(storage, number, start_process):
     pytest.importorskip("grpc")
-    process = subprocess.Popen(
+    process = start_process(
         [sys.executable, "-m", "hpo.cli", "storage", "serve", "--port", "0", "--storage", storage],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=PIPE,
@@ -294,17 +293,12 @@ main()
 """
 
 
-def test_serving_ends_though_another_thread_hears_the_signal(storage):
+def test_serving_ends_though_another_thread_hears_the_signal(storage, start_process):
     pytest.importorskip("grpc")
     arguments = ["storage", "serve", "--port", "0", "--storage", storage]
-    with subprocess.Popen(
-        [sys.executable, "-c", HEARD_BY_ANOTHER, *arguments], stdin=PIPE, stderr=PIPE, text=True
-    ) as process:
-        try:
-            assert process.stderr.readline().startswith("Serving ")
-            _, err = process.communicate("now\n", timeout=60)
-        finally:
-            process.kill()
+    process = start_process([sys.executable, "-c", HEARD_BY_ANOTHER, *arguments], stdin=PIPE, stderr=PIPE, text=True)
+    assert process.stderr.readline().startswith("Serving ")
+    _, err = process.communicate("now\n", timeout=60)
     assert (process.returncode, err) == (0, "Ended.\n")
 
 

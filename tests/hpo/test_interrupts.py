@@ -1,0 +1,80 @@
+"""Ctrl-C where libraries would lose it."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from hpo.interrupts import heard, uninterrupted
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background and inherited that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_a_library_swallowed_is_raised_at_the_next_check():
+    with heard() as check:
+        check()
+        with suppress(KeyboardInterrupt):  # as a destructor does
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_it_is_raised_at_once_where_nobody_swallows_it():
+    with pytest.raises(KeyboardInterrupt), heard():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_transactions_are_finished_first_all_the_same():
+    steps = []
+
+    def work() -> None:
+        with heard() as check:
+            with suppress(KeyboardInterrupt), uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                steps.append("told")
+            signal.raise_signal(signal.SIGINT)
+            steps.append("never")
+            check()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == ["told"]
+
+
+def test_it_stays_ignored_where_it_is():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with heard() as check:
+        signal.raise_signal(signal.SIGINT)
+        check()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+IN_TEXT = """
+import signal, sys
+from hpo.interrupts import heard
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with heard():
+    try:
+        exec("signal.raise_signal(signal.SIGINT)")
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+def test_text_that_is_run_does_not_change_the_exit_code(tmp_path):
+    (tmp_path / "in_text.py").write_text(IN_TEXT)
+    places = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    ended = subprocess.run([sys.executable, "-m", "in_text"], env={**os.environ, "PYTHONPATH": places}, timeout=60)
+    assert ended.returncode == 130
