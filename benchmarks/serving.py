@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/serving.py --encoder DIR --work DIR [--parts realised,sst2,imdb,bert]
 
-Prints JSON lines. Within a part all that is compared takes turns in one process, after untimed rounds, with a pause
-before each; times are medians of `--repeats` rounds or more and cover the model alone, from token ids to logits,
-tokenising left out.
+Prints JSON lines. Within a part all that is compared takes turns, after untimed rounds, with a pause before each; times
+are medians of `--repeats` rounds or more and cover the model alone, from token ids to logits, tokenising left out. Each
+engine has a process of its own, as where it is served: in one process they slow each other down, the quickest most.
 
 - `realised`: reviews cut at 128, 256 and 384 tokens, 1, 8 and 32 at a time, at a length config like those of a front
   against the same engine at full length: (full time / time) / (full MACs / MACs). MACs are those of `model.macs`; as
@@ -24,8 +24,13 @@ untrained: time does not depend on what the weights are.
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,7 @@ from model.length_config import LengthConfig
 from model.macs import layer_macs
 from model.onnx_export import quantise, write_graph
 from model.packed import PackedNetwork
+from model.precision import Precision
 from model.timing import Run, Timing, race
 from model.tokenizer import load_tokenizer
 
@@ -84,29 +90,31 @@ def realised(arguments: argparse.Namespace) -> None:
 
 
 def realised_by(model: LengthAdaptiveModel, arguments: argparse.Namespace) -> None:
-    engines, made = engines_at_both(model, arguments)
+    names, engines = engines_at_both(model, arguments)
     if arguments.prepare:
         return
-    for length, size in itertools.product(LENGTHS, map(int, arguments.batches.split(","))):
-        sequences = long_reviews(arguments, size, length)
-        timings = race({key: make([sequences]) for key, make in made.items()}, arguments.repeats)
-        fields = {"part": "realised", "task": model.task, "tokens": length, "batch": size}
-        for engine in engines:
-            report_share(model, engine, timings, [sequences], **fields)
+    with started(engines) as made:
+        for length, size in itertools.product(LENGTHS, map(int, arguments.batches.split(","))):
+            sequences = long_reviews(arguments, size, length)
+            timings = race_apart(made, [sequences], arguments.repeats)
+            fields = {"part": "realised", "task": model.task, "tokens": length, "batch": size}
+            for name in names:
+                report_share(model, name, timings, [sequences], **fields)
 
 
 def sst2(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "classification", num_labels=2).eval()
-    engines, made = engines_at_both(model, arguments)
+    names, engines = engines_at_both(model, arguments)
     if arguments.prepare:
         return
     file = str(Path(arguments.sst2) / "validation.parquet")
     texts = datasets.load_dataset("parquet", data_files=file, split="train")["sentence"][: arguments.sentences]
     batches = in_batches(tokens_of(arguments.encoder, texts, LONGEST), 32)
-    timings = race({key: make(batches) for key, make in made.items()}, arguments.repeats)
+    with started(engines) as made:
+        timings = race_apart(made, batches, arguments.repeats)
     mean = float(np.mean([len(sequence) for batch in batches for sequence in batch]))
-    for engine in engines:
-        report_share(model, engine, timings, batches, part="sst2", mean_tokens=round(mean, 1), batch=32)
+    for name in names:
+        report_share(model, name, timings, batches, part="sst2", mean_tokens=round(mean, 1), batch=32)
 
 
 def imdb(arguments: argparse.Namespace) -> None:
@@ -114,33 +122,30 @@ def imdb(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(folder, "classification", num_labels=2).eval()
     front = ServedFront.read(folder) if arguments.imdb_hf else None
     config, full = front.chosen.length_config if front else FRONT_LIKE, LengthConfig.full(model.num_layers)
-    plain, rounded = (
-        AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
-        for dtype in (torch.float32, torch.bfloat16)
-    )
     name = "imdb" if front else "random"
-    made = {
-        "transformers sdpa fp32": transformers_engine(plain),
-        "onnx fp32, full length": engine_of(model, full, "onnx fp32", arguments.work, name=name),
-        "onnx int8, full length": engine_of(model, full, "onnx int8", arguments.work, name=name),
-        "torch fp32": engine_of(model, config, "torch fp32", arguments.work),
+
+    def engine(kind: str, length_config: LengthConfig) -> Engine:
+        return engine_of(model, length_config, kind, arguments.work, folder, name=name)
+
+    engines = {
+        "transformers sdpa fp32": Engine(plain_engine, (folder, torch.float32)),
+        "onnx fp32, full length": engine("onnx fp32", full),
+        "onnx int8, full length": engine("onnx int8", full),
+        "torch fp32": engine("torch fp32", config),
     }
-    for engine, exported in (("onnx fp32", arguments.imdb_onnx), ("onnx int8", arguments.imdb_int8)):
-        made[engine] = (
-            onnx_engine(exported / "model.onnx")
-            if front
-            else engine_of(model, config, engine, arguments.work, name=name)
-        )
+    for kind, exported in (("onnx fp32", arguments.imdb_onnx), ("onnx int8", arguments.imdb_int8)):
+        engines[kind] = Engine(onnx_engine, (exported / "model.onnx",)) if front else engine(kind, config)
     if computes_in_bf16():
-        made["transformers sdpa bf16"] = transformers_engine(rounded)
-        made["torch bf16, full length"] = engine_of(model, full, "torch bf16", arguments.work)
-        made["torch bf16"] = engine_of(model, config, "torch bf16", arguments.work)
+        engines["transformers sdpa bf16"] = Engine(plain_engine, (folder, torch.bfloat16))
+        engines["torch bf16, full length"] = engine("torch bf16", full)
+        engines["torch bf16"] = engine("torch bf16", config)
     if arguments.prepare:
         return
     texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: arguments.reviews]
     batches = in_batches(tokens_of(folder, texts, IMDB_CUT), 8)
     counts = [len(sequence) for batch in batches for sequence in batch]
-    timings = race({name: make(batches) for name, make in made.items()}, arguments.repeats)
+    with started(engines) as made:
+        timings = race_apart(made, batches, arguments.repeats)
     base = timings["transformers sdpa fp32"].median_s
     for name, timing in timings.items():
         line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts), "cut_at": IMDB_CUT}
@@ -162,19 +167,18 @@ def imdb(arguments: argparse.Namespace) -> None:
 def bert(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "question-answering").eval()
     names = ("onnx int8", "onnx fp32", *(["torch bf16"] if computes_in_bf16() else []))
-    made = {name: engine_of(model, SQUAD, name, arguments.work, name="squad") for name in names}
+    engines = {name: engine_of(model, SQUAD, name, arguments.work, arguments.encoder, name="squad") for name in names}
     if arguments.prepare:
         return
-    base = transformers_engine(AutoModelForQuestionAnswering.from_config(BertConfig(), dtype=torch.float32).eval())
+    base = "BERT-base, transformers sdpa fp32"
     sequences = long_reviews(arguments, 32, LONGEST)
-    runs = {"BERT-base, transformers sdpa fp32": base([sequences])}
-    timings = race(runs | {name: make([sequences]) for name, make in made.items()}, arguments.repeats)
-    first = timings["BERT-base, transformers sdpa fp32"]
+    with started({base: Engine(bert_base, ())} | engines) as made:
+        timings = race_apart(made, [sequences], arguments.repeats)
     for name, timing in timings.items():
         line: dict[str, Any] = {"part": "bert", "engine": name, "batch": 32, "tokens": LONGEST}
         line["ms_per_sequence"] = round(1e3 * timing.median_s / 32, 2)
-        line["speed_up"] = round(first.median_s / timing.median_s, 3)
-        say(line | ({"lengths": str(SQUAD)} if name in made else {}), timing)
+        line["speed_up"] = round(timings[base].median_s / timing.median_s, 3)
+        say(line | ({"lengths": str(SQUAD)} if name in engines else {}), timing)
 
 
 PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
@@ -185,27 +189,88 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
+@dataclass(frozen=True)
+class Engine:
+    """What makes runs over batches, told so that another process can make it: a function and its arguments."""
+
+    make: Callable[..., Callable[[Sequence[Sequences]], Run]]
+    arguments: tuple[Any, ...]
+
+
+class Started:
+    """An engine in a process of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        context = get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, engine), daemon=True)
+        self._process.start()
+
+    def take(self, batches: Sequence[Sequences]) -> None:
+        """Take the batches of the next runs."""
+        self._pipe.send(batches)
+        self._pipe.recv()
+
+    def seconds(self) -> float:
+        """Run, and say how long that took."""
+        self._pipe.send(None)
+        took: float = self._pipe.recv()
+        return took
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def serve(pipe: Connection, engine: Engine) -> None:
+    make, run = engine.make(*engine.arguments), None
+    while True:
+        batches = pipe.recv()
+        if batches is not None:
+            run = make(batches)
+            pipe.send(None)
+            continue
+        assert run is not None
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+
+
+@contextmanager
+def started(engines: Mapping[Any, Engine]) -> Iterator[dict[Any, Started]]:
+    """Each engine in its process, until the block ends."""
+    made = {name: Started(engine) for name, engine in engines.items()}
+    try:
+        yield made
+    finally:
+        for one in made.values():
+            one.end()
+
+
+def race_apart(made: Mapping[Any, Started], batches: Sequence[Sequences], repeats: int) -> dict[Any, Timing]:
+    for one in made.values():
+        one.take(batches)
+    return race({name: one.seconds for name, one in made.items()}, repeats, seconds_of=lambda run: run())
+
+
 def engines_at_both(
     model: LengthAdaptiveModel, arguments: argparse.Namespace
-) -> tuple[list[str], dict[tuple[str, LengthConfig], Callable[[Sequence[Sequences]], Run]]]:
-    """The engines asked for that this machine has, and what makes their runs, shortened and at full length."""
-    engines = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
-    made = {
-        (engine, config): engine_of(model, config, engine, arguments.work)
-        for engine, config in itertools.product(engines, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
+) -> tuple[list[str], dict[tuple[str, LengthConfig], Engine]]:
+    """The engines asked for that this machine has, shortened and at full length."""
+    names = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
+    engines = {
+        (name, config): engine_of(model, config, name, arguments.work, arguments.encoder)
+        for name, config in itertools.product(names, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
     }
-    return engines, made
+    return names, engines
 
 
 def engine_of(
-    model: LengthAdaptiveModel, config: LengthConfig, engine: str, work: Path, *, name: str = "random"
-) -> Callable[[Sequence[Sequences]], Run]:
-    """One of "torch fp32", "torch bf16", "onnx fp32" and "onnx int8": what makes runs over some batches."""
+    model: LengthAdaptiveModel, config: LengthConfig, engine: str, work: Path, encoder: Path, *, name: str = "random"
+) -> Engine:
+    """One of "torch fp32", "torch bf16", "onnx fp32" and "onnx int8"; graphs are written where they are missing."""
     if engine.startswith("torch"):
-        network = PackedNetwork(model, "bf16" if engine.endswith("bf16") else "fp32")
-        return lambda batches: (
-            lambda: [network.logits(batch, [np.zeros_like(ids) for ids in batch], config) for batch in batches]
-        )
+        return Engine(torch_engine, (encoder, model.task, config, "bf16" if engine.endswith("bf16") else "fp32"))
     path = work / f"{name}-{model.task}-{config}-fp32.onnx"
     if not path.is_file():
         write_graph(model, config, path, longest=LONGEST)
@@ -213,7 +278,18 @@ def engine_of(
         exact, path = path, path.with_name(path.name.replace("fp32", "int8"))
         if not path.is_file():
             quantise(exact, path)
-    return onnx_engine(path)
+    return Engine(onnx_engine, (path,))
+
+
+def torch_engine(
+    encoder: Path, task: str, config: LengthConfig, precision: Precision
+) -> Callable[[Sequence[Sequences]], Run]:
+    network = PackedNetwork(LengthAdaptiveModel.from_pretrained(encoder, task, num_labels=2).eval(), precision)
+
+    def make(batches: Sequence[Sequences]) -> Run:
+        return lambda: [network.logits(batch, [np.zeros_like(ids) for ids in batch], config) for batch in batches]
+
+    return make
 
 
 def onnx_engine(path: Path) -> Callable[[Sequence[Sequences]], Run]:
@@ -232,7 +308,19 @@ def onnx_engine(path: Path) -> Callable[[Sequence[Sequences]], Run]:
     return make
 
 
+def plain_engine(folder: Path, dtype: torch.dtype) -> Callable[[Sequence[Sequences]], Run]:
+    return transformers_engine(
+        AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
+    )
+
+
+def bert_base() -> Callable[[Sequence[Sequences]], Run]:
+    return transformers_engine(AutoModelForQuestionAnswering.from_config(BertConfig(), dtype=torch.float32))
+
+
 def transformers_engine(network: Any) -> Callable[[Sequence[Sequences]], Run]:
+    network.eval()
+
     def make(batches: Sequence[Sequences]) -> Run:
         feeds = [{name: torch.from_numpy(part) for name, part in padded(batch).items()} for batch in batches]
 

@@ -68,6 +68,12 @@ def test_runs_take_turns_and_untimed_ones_do_not_count():
         assert timing.rounds == 3
 
 
+def test_what_runs_elsewhere_says_itself_how_long_it_took():
+    seconds = iter([9.0, 1.0, 7.0, 2.0])
+    timings = race({"there": lambda: next(seconds)}, 3, seconds_of=lambda run: run())
+    assert (timings["there"].median_s, timings["there"].least_s, timings["there"].most_s) == (2.0, 1.0, 7.0)
+
+
 def test_a_short_run_is_made_once_untimed_before_each_timed_one():
     clock = Clock()
     timings = race({"short": clock.run("short", [2.0, 0.1, 9.0, 0.2, 9.0, 0.4, 9.0, 0.3])}, 3, clock=clock)
