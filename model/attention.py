@@ -114,17 +114,17 @@ def _attention_of_a_graph(
     weights = (query_BHLd * query_BHLd.size(-1) ** -0.5) @ key_BHLd.transpose(-1, -2)
     if bias_BHLL is not None:
         weights = weights + bias_BHLL
-    seen_B11L = None if mask_BL is None else mask_BL[:, None, None, :]
+    seen_B11L = None if mask_BL is None else mask_BL.view(mask_BL.size(0), 1, 1, -1)
     if seen_B11L is not None:
         weights = weights + torch.where(seen_B11L, 0.0, torch.finfo(weights.dtype).min).to(weights.dtype)
     weights = weights.softmax(-1)
     context = weights @ value_BHLd
     if not with_scores:
         return context, None
-    received_BHL = weights.sum(dim=2) if seen_B11L is None else (seen_B11L.to(weights.dtype) @ weights).squeeze(2)
+    received_BH1L = weights.sum(dim=2, keepdim=True) if seen_B11L is None else seen_B11L.to(weights.dtype) @ weights
     if by_value:
-        received_BHL = received_BHL * value_BHLd.norm(dim=-1)
-    return context, received_BHL.sum(dim=1)
+        received_BH1L = received_BH1L * value_BHLd.norm(dim=-1)[:, :, None]
+    return context, received_BH1L.sum(dim=(1, 2))
 
 
 def infers_on_processor(tensor: Tensor) -> bool:

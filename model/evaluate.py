@@ -36,7 +36,7 @@ from torch import Tensor
 
 from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel, significance_order
-from model.hardware import computes_in_bf16, is_out_of_memory, keep_freed_memory
+from model.hardware import SurplusMemory, computes_in_bf16, is_out_of_memory, keep_freed_memory
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
 from model.prefix_tree import Ints, PrefixTree, paths_of
@@ -104,6 +104,7 @@ class Evaluator:
             cache_bytes: Memory for answers and hidden states that later calls may need; 0 for none.
         """
         keep_freed_memory()
+        self._surplus = SurplusMemory()
         self.model = model
         self.split = split
         self.precision: Precision = precision
@@ -394,6 +395,7 @@ class _Walk:
                 else:
                     self._expand(depth, cells[part], self._embed(cells[part]))
                 done += part.stop - part.start
+                self.evaluator._surplus.give_back()
                 if on_progress is not None:
                     on_progress(done / total)
         for depth in range(self.depth + 1):  # those of a level may send some on to wait at the next

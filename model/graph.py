@@ -9,7 +9,7 @@ Shape letters: B sequences, L tokens arriving, K tokens handed on, D hidden size
 of a batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,13 @@ def graph_logits(
     attention_mask_BL: Tensor,
     token_type_ids_BL: Tensor | None,
     left_NM: Tensor,
+    *,
+    for_onnx: bool = False,
 ) -> Tensor:
     """The logits of `LengthAdaptiveModel.forward` under one length config.
 
-    Where the head reads the first token alone, the last layer computes that one only.
+    Where the head reads the first token alone, the last layer computes that one only. Tokens that are handed on come in
+    the order of their scores, the most attended first, since no layer minds and sorting them again would take time.
 
     Args:
         family: The adapter of the network's architecture.
@@ -77,15 +80,19 @@ def graph_logits(
         attention_mask_BL: 1 at real tokens.
         token_type_ids_BL: int64, or None.
         left_NM: That of the plan, where the network is.
+        for_onnx: Whether rows are moved by ONNX's own operators, which only an export understands.
     Source: Kim & Cho 2021, "Drop-and-Restore".
     """
     size, length = input_ids_BL.size(0), input_ids_BL.size(1)
     mask_BL = attention_mask_BL.bool()
-    left_BM = left_NM[mask_BL.sum(dim=1)]
+    left_BM = F.embedding(mask_BL.sum(dim=1), left_NM)
     most_M = left_BM.amax(dim=0).clamp(min=MIN_TOKENS)
-    number_B1 = torch.arange(size, device=input_ids_BL.device)[:, None]
-    home_B1 = number_B1 * (length + 1)  # each sequence's tokens are followed by a place for padding
-    positions_BL = torch.arange(length, device=input_ids_BL.device).expand(size, length)
+    place_L = torch.arange(length, device=input_ids_BL.device)
+    is_first_L = place_L == 0
+    within_BML = place_L < left_BM[:, :, None]
+    positions_BL = place_L.expand(size, length)
+    nowhere = size * length
+    home_BL = length * torch.arange(size, device=input_ids_BL.device)[:, None] + place_L
     hidden = family.embed(network, input_ids_BL, token_type_ids_BL, positions_BL)
     restored = None
     for layer in plan.layers:
@@ -96,41 +103,54 @@ def graph_logits(
             return family.classify(network, family.feed_forward(network, layer, attended))
         drops = layer in plan.dropping
         if drops and not reads_first:
-            restored = _put_back(restored, hidden, home_B1 + positions_BL, mask_BL, length)
+            restored = _put_back(restored, hidden, home_BL, for_onnx)
         hidden, score = attend(family, network, layer, hidden, positions_BL, mask_BL, with_scores=drops)
         if score is not None:
-            arriving, keep_B1 = hidden.size(1), left_BM[:, layer : layer + 1]
             most = plan.sizes.get(layer) or most_M[layer].item()
             torch._check(most >= MIN_TOKENS)  # type: ignore[no-untyped-call]  # what an export cannot see for itself
-            torch._check(most <= arriving)  # type: ignore[no-untyped-call]
-            places_BK, mask_BL = _most_attended(score, keep_B1, positions_BL, mask_BL, most)
-            rows_BK = places_BK + arriving * number_B1
-            hidden = F.embedding(rows_BK, hidden.flatten(0, 1))  # whole vectors are copied faster than their elements
+            torch._check(most <= hidden.size(1))  # type: ignore[no-untyped-call]
+            places_BK = _most_attended(score, mask_BL, is_first_L, most)
+            mask_BL = within_BML[:, layer, :most]
+            hidden = _take(hidden, places_BK, for_onnx)
             positions_BL = positions_BL.gather(1, places_BK)
+            home_BL = home_BL.gather(1, places_BK).masked_fill(~mask_BL, nowhere)
         hidden = family.feed_forward(network, layer, hidden)
     if restored is not None:
-        restored = _put_back(restored, hidden, home_B1 + positions_BL, mask_BL, length)
-        hidden = restored.view(size, length + 1, -1)[:, :length]
+        hidden = _put_back(restored, hidden, home_BL, for_onnx)[:-1].view(size, length, -1)
     return family.read_tokens(network, hidden)
 
 
-def _most_attended(
-    score_BL: Tensor, keep_B1: Tensor, positions_BL: Tensor, mask_BL: Tensor, most: Any
-) -> tuple[Tensor, Tensor]:
-    """The places of [CLS] and the most attended other tokens, (B, K), and which of them are within their count.
+def _most_attended(score_BL: Tensor, mask_BL: Tensor, is_first_L: Tensor, most: Any) -> Tensor:
+    """The places of [CLS] and the most attended other tokens, (B, K), and padding's behind them.
 
-    Here equal scores may fall either way, since `topk` promises nothing; ONNX prefers the earlier token, as the
-    encoder does.
+    Here equal scores may fall either way, since `topk` promises nothing; ONNX prefers the one that comes first.
     """
-    score_BL = score_BL.masked_fill(~mask_BL, -torch.inf).masked_fill(positions_BL == 0, torch.inf)
-    within_BK = torch.arange(most, device=score_BL.device) < keep_B1
-    places_BK = score_BL.topk(most, dim=1).indices
-    places_BK = places_BK.masked_fill(~within_BK, score_BL.size(1) - 1)  # behind every real place
-    return places_BK.topk(most, dim=1, largest=False).values, within_BK  # a sort's ONNX form would look up its length
+    score_BL = score_BL.masked_fill(~mask_BL, -torch.inf).masked_fill(is_first_L[: score_BL.size(1)], torch.inf)
+    return score_BL.topk(most, dim=1).indices
 
 
-def _put_back(restored_RD: Tensor | None, hidden_BKD: Tensor, home_BK: Tensor, mask_BK: Tensor, nowhere: Any) -> Tensor:
-    """Newer vectors at their places among all sequences' tokens' last ones, each sequence with a place for padding."""
+def _take(hidden_BLD: Tensor, places_BK: Tensor, for_onnx: bool) -> Tensor:
+    """The vectors at some places of each sequence, (B, K, D)."""
+    if for_onnx:
+        shape = (*places_BK.shape, hidden_BLD.size(2))
+        return _operator("GatherND", (hidden_BLD, places_BK[..., None]), hidden_BLD.dtype, shape, batch_dims=1)
+    arriving = hidden_BLD.size(1)
+    start_B1 = arriving * torch.arange(len(places_BK), device=places_BK.device)[:, None]
+    return F.embedding(start_B1 + places_BK, hidden_BLD.flatten(0, 1))  # whole vectors are copied faster than elements
+
+
+def _put_back(restored_RD: Tensor | None, hidden_BKD: Tensor, home_BK: Tensor, for_onnx: bool) -> Tensor:
+    """Newer vectors at their places among all sequences' tokens' last ones, which a row follows for what has none."""
     if restored_RD is None:
-        return F.pad(hidden_BKD, (0, 0, 0, 1)).flatten(0, 1)
-    return restored_RD.index_put((home_BK.masked_fill(~mask_BK, nowhere),), hidden_BKD)
+        return F.pad(hidden_BKD.flatten(0, 1), (0, 0, 0, 1))
+    if for_onnx:
+        inputs = (restored_RD, home_BK[..., None], hidden_BKD)
+        return _operator("ScatterND", inputs, restored_RD.dtype, restored_RD.shape)
+    return restored_RD.index_put((home_BK,), hidden_BKD)
+
+
+def _operator(
+    name: str, inputs: Sequence[Tensor], dtype: torch.dtype, shape: Sequence[Any], **attributes: Any
+) -> Tensor:
+    """What an operator of ONNX makes of tensors, in a graph that is exported."""
+    return torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape)

@@ -198,7 +198,7 @@ class _Graph(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """(B, L) each to logits."""
         batch = (input_ids, attention_mask, token_type_ids)
-        return graph_logits(self.family, self.network, self.plan, self.reads_first, *batch, self.left_NM)
+        return graph_logits(self.family, self.network, self.plan, self.reads_first, *batch, self.left_NM, for_onnx=True)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is kept of freed memory, seen from outside: a process of its own counts its page faults."""
+"""What is kept of freed memory and what is given back, seen from outside: a process of its own counts."""
 
 import os
 import subprocess
@@ -43,3 +43,36 @@ def test_freed_memory_is_kept_unless_the_environment_says_how_memory_is_to_be_ha
     assert page_faults("keep") < ROUND_PAGES / 10
     assert page_faults("leave") > ROUND_PAGES
     assert page_faults("keep", MALLOC_TRIM_THRESHOLD_="131072", MALLOC_MMAP_THRESHOLD_="131072") > ROUND_PAGES
+
+
+GAPS = """
+import ctypes, os, sys
+from model.hardware import SurplusMemory, keep_freed_memory
+keep_freed_memory()
+surplus = SurplusMemory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+SIZE = 2**20
+arrays = [libc.malloc(ctypes.c_size_t(SIZE)) for _ in range(800)]
+for array in arrays:
+    ctypes.memset(array, 1, SIZE)
+for number, array in enumerate(arrays[:-1]):
+    if number % 10:  # what is left keeps the gaps from the end
+        libc.free(ctypes.c_void_p(array))
+if sys.argv[1] == "give":
+    surplus.give_back()
+with open("/proc/self/statm") as file:
+    print(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_gaps_between_arrays_are_given_back_once_there_are_many():
+    environment = {name: value for name, value in os.environ.items() if name not in MALLOC_VARIABLES}
+    resident = {
+        how: int(
+            subprocess.run([sys.executable, "-c", GAPS, how], env=environment, capture_output=True, check=True).stdout
+        )
+        for how in ("give", "leave")
+    }
+    assert resident["leave"] - resident["give"] > 600 * 2**20

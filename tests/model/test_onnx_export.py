@@ -175,7 +175,17 @@ def test_layers_reshape_by_constants(span_graph):
     computed = [name for name in shapes if name not in constants]
     assert len(computed) <= 1, "the rows of all sequences, which become sequences again for the head"
     assert {made_by[name] for name in computed} <= {"Concat"}
-    assert len(shapes) - len(computed) >= 3 * LAYERS  # heads taken apart, put together, and rows to choose from
+    assert len(shapes) - len(computed) >= 3 * LAYERS  # heads taken apart, put together, and whom they may see
+
+
+def test_tokens_are_chosen_and_moved_by_one_operator_each(span_graph):
+    """Nothing sorts them twice, spreads their places over their vectors' elements, or turns the vectors around."""
+    _, path = span_graph
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("TopK") == kinds.count("ScatterND") > 0
+    assert kinds.count("GatherND") == kinds.count("TopK")
+    assert kinds.count("Expand") <= 1, "where tokens stood"
+    assert kinds.count("Transpose") == 4 * LAYERS
 
 
 def test_gelu_is_written_as_onnx_runtime_fuses_it(span_graph, tmp_path):
