@@ -12,6 +12,12 @@ class Interrupted(KeyboardInterrupt):
     process is ended by the signal instead of its exit code, although the exception was caught."""
 
 
+def _is_heard_here() -> bool:
+    """Whether Ctrl-C reaches this thread: it is the main one, and neither a shell nor a library has it ignored."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return in_main_thread and signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None)
+
+
 @contextmanager
 def heard() -> Iterator[Callable[[], None]]:
     """A Ctrl-C within the block is not lost: what this yields raises it once more.
@@ -30,8 +36,7 @@ def heard() -> Iterator[Callable[[], None]]:
         if pressed:
             raise Interrupted
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+    if not _is_heard_here():
         yield check
         return
     before = signal.signal(signal.SIGINT, press)
@@ -61,9 +66,7 @@ def uninterrupted() -> Iterator[None]:
     Blocks may be nested: it is raised at the end of the outermost. Outside the main thread, which alone receives
     signals, and where Ctrl-C is ignored, as in a job that a shell put into the background, this does nothing.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    if not in_main_thread or handler in (signal.SIG_IGN, None) or isinstance(handler, _Waiting):
+    if not _is_heard_here() or isinstance(signal.getsignal(signal.SIGINT), _Waiting):
         yield
         return
     waiting = _Waiting()

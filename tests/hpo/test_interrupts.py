@@ -11,13 +11,7 @@ import pytest
 
 from hpo.interrupts import heard, uninterrupted
 
-
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background and inherited that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("ctrl_c")
 
 
 def test_what_a_library_swallowed_is_raised_at_the_next_check():

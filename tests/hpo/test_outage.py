@@ -220,13 +220,6 @@ def test_the_wait_goes_on_while_a_probe_fails(said):
     assert (database.calls, probe.calls) == (2, 4)
 
 
-@pytest.fixture
-def ctrl_c():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("within_transaction", [False, True])
 def test_ctrl_c_ends_a_wait_at_once(monkeypatch, within_transaction):

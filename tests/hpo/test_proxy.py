@@ -370,21 +370,19 @@ def test_a_result_that_waits_gives_way_to_one_that_somebody_else_told(remote, di
     assert [trial.values for trial in study.trials] == [[7.0, 8.0], None]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_between_telling_and_asking_loses_no_result(remote, monkeypatch):
     study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
     mirror = mirrored(study, remote)
-    tell, before = MirroredStudy.tell, signal.signal(signal.SIGINT, signal.default_int_handler)
+    tell = MirroredStudy.tell
 
     def tell_and_be_interrupted(*arguments, **named):
         tell(*arguments, **named)
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(MirroredStudy, "tell", tell_and_be_interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            complete_study(mirror, IdlePlan(), 6)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        complete_study(mirror, IdlePlan(), 6)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
 
 

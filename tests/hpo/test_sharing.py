@@ -241,15 +241,12 @@ def test_other_errors_are_not_tried_again(study, worker):
     assert {trial.user_attrs["failure"] for trial in study.trials} == {"ZeroDivisionError: oh"}
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_trials_are_asked_for_leaves_none_running(study, worker, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     plan = Plan([])
     monkeypatch.setattr(plan, "attributes_of", lambda params: signal.raise_signal(signal.SIGINT) or {})
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            complete_study(worker(), plan, 6)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        complete_study(worker(), plan, 6)
     assert not plan.evaluated
     assert {(trial.state, trial.user_attrs["failure"]) for trial in study.trials} == {(TrialState.FAIL, "interrupted")}
 

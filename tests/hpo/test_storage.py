@@ -533,14 +533,6 @@ def test_a_server_without_the_database_says_so(server_url):
     assert "nosuchdb" in refusal(server_url.rpartition("/")[0] + "/nosuchdb")
 
 
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background and inherited that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_until_the_transactions_are_through():
     steps = []
