@@ -47,15 +47,23 @@ def heard() -> Iterator[Callable[[], None]]:
 
 
 class _Waiting:
-    """A handler for Ctrl-C that only remembers it, but for waits in between."""
+    """A handler for Ctrl-C that only remembers it for the one before, but for waits in between."""
 
     def __init__(self) -> None:
+        self.before = signal.getsignal(signal.SIGINT)
         self.pressed = False
         self.at_once = False
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
         self.pressed = True
         if self.at_once:
+            self.hand_on()
+
+    def hand_on(self) -> None:
+        """What the Ctrl-C does without this handler; where nobody set another, it is raised."""
+        if callable(self.before):
+            self.before(signal.SIGINT, None)
+        else:
             raise KeyboardInterrupt
 
 
@@ -70,13 +78,13 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     waiting = _Waiting()
-    before = signal.signal(signal.SIGINT, waiting)
+    signal.signal(signal.SIGINT, waiting)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, waiting.before)
     if waiting.pressed:
-        raise KeyboardInterrupt
+        waiting.hand_on()
 
 
 @contextmanager
@@ -89,7 +97,7 @@ def interruptible() -> Iterator[None]:
     handler.at_once = True
     try:
         if handler.pressed:
-            raise KeyboardInterrupt
+            handler.hand_on()
         yield
     finally:
         handler.at_once = False

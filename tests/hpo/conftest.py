@@ -187,8 +187,11 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.fixture
-def start_process() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts processes as `subprocess.Popen` does; those that the test leaves running are killed, not waited for."""
+def start_process(ctrl_c) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts processes as `subprocess.Popen` does; those that the test leaves running are killed, not waited for.
+
+    They hear Ctrl-C without `preexec_fn`, which would run gRPC's threads in them until they write errors to stderr.
+    """
     with ExitStack() as stack:
 
         def start(*arguments: object, **options: object) -> subprocess.Popen:

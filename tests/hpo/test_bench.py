@@ -192,7 +192,6 @@ def test_ctrl_c_ends_any_step_with_a_line(study, storage, tmp_path, step, start_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a terminal's Ctrl-C reaches all processes of the job
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     said = next(line for line in process.stderr if line.startswith(step))
     time.sleep(0.5)

@@ -280,7 +280,6 @@ def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage
         [sys.executable, "-m", "hpo.cli", *arguments],
         env=environment,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     _wait_for_new_trial(Path(storage.removeprefix("sqlite:///")), process, after=0)
     process.send_signal(signal.SIGINT)

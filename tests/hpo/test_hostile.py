@@ -269,7 +269,6 @@ def test_serving_says_where_and_ends_cleanly(storage, number, start_process):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     line = process.stderr.readline()
     assert line.startswith(f"Serving {storage} on grpc://127.0.0.1:"), line

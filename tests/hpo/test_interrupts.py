@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
-from hpo.interrupts import heard, uninterrupted
+from hpo.interrupts import heard, interruptible, uninterrupted
 
 pytestmark = pytest.mark.usefixtures("ctrl_c")
 
@@ -30,21 +30,33 @@ def test_it_is_raised_at_once_where_nobody_swallows_it():
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-def test_transactions_are_finished_first_all_the_same():
+@pytest.mark.parametrize("in_a_wait", [False, True])
+def test_what_waited_for_transactions_and_was_swallowed_then_is_not_lost_either(in_a_wait):
     steps = []
 
     def work() -> None:
-        with heard() as check:
-            with suppress(KeyboardInterrupt), uninterrupted():
-                signal.raise_signal(signal.SIGINT)
-                steps.append("told")
+        with uninterrupted():
             signal.raise_signal(signal.SIGINT)
-            steps.append("never")
-            check()
+            steps.append("told")
+            with interruptible() if in_a_wait else nullcontext():
+                steps.append("waited")
 
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert steps == ["told"]
+    with heard() as check:
+        with suppress(KeyboardInterrupt):  # as a destructor does
+            work()
+            steps.append("never")
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert steps == (["told"] if in_a_wait else ["told", "waited"])
+
+
+def test_a_handler_that_only_takes_note_is_told_after_the_transactions():
+    notes = []
+    signal.signal(signal.SIGINT, lambda *_: notes.append("pressed"))
+    with uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        notes.append("done")
+    assert notes == ["done", "pressed"]
 
 
 def test_it_stays_ignored_where_it_is():
