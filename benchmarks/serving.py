@@ -24,40 +24,37 @@ untrained: time does not depend on what the weights are.
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForQuestionAnswering, BertConfig
 
 from hpo.workload import library_versions
+from model.apart import Engine, Maker, apart
+from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.front_file import ServedFront
 from model.hardware import computes_in_bf16, processor_name
 from model.length_config import LengthConfig
 from model.macs import layer_macs
-from model.onnx_export import quantise, write_graph
+from model.onnx_export import input_names, quantise, write_graph
 from model.packed import PackedNetwork
 from model.precision import Precision
-from model.timing import Run, Timing, race
+from model.timing import Batches, Timing, dense, in_batches, of_graph, ours, race, run_dense
 from model.tokenizer import load_tokenizer
 
 LENGTHS, BATCHES = (128, 256, 384), (1, 8, 32)
 FRONT_LIKE = LengthConfig.from_shares((0.85, 0.65, 0.5, 0.4, 0.3, 0.2))
 SQUAD = LengthConfig.from_lengths((315, 251, 242, 159, 142, 33), max_length=384)
 LONGEST, IMDB_CUT = 384, 256
-
-Sequences = Sequence[NDArray[np.int64]]
+PAD = 0
+"""BERT's id of the padding token."""
 
 
 def main() -> None:
@@ -90,31 +87,34 @@ def realised(arguments: argparse.Namespace) -> None:
 
 
 def realised_by(model: LengthAdaptiveModel, arguments: argparse.Namespace) -> None:
-    names, engines = engines_at_both(model, arguments)
+    sizes = list(map(int, arguments.batches.split(",")))
+    split = joined([long_reviews(arguments, max(sizes), length) for length in LENGTHS])
+    names, engines = engines_at_both(model, split, arguments)
     if arguments.prepare:
         return
     with started(engines) as made:
-        for length, size in itertools.product(LENGTHS, map(int, arguments.batches.split(","))):
-            sequences = long_reviews(arguments, size, length)
-            timings = race_apart(made, [sequences], arguments.repeats)
+        for (place, length), size in itertools.product(enumerate(LENGTHS), sizes):
+            batches = [place * max(sizes) + np.arange(size)]
+            timings = race_over(made, batches, arguments.repeats)
             fields = {"part": "realised", "task": model.task, "tokens": length, "batch": size}
             for name in names:
-                report_share(model, name, timings, [sequences], **fields)
+                report_share(model, name, timings, split, batches, **fields)
 
 
 def sst2(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "classification", num_labels=2).eval()
-    names, engines = engines_at_both(model, arguments)
-    if arguments.prepare:
-        return
     file = str(Path(arguments.sst2) / "validation.parquet")
     texts = datasets.load_dataset("parquet", data_files=file, split="train")["sentence"][: arguments.sentences]
-    batches = in_batches(tokens_of(arguments.encoder, texts, LONGEST), 32)
+    split = tokenised(arguments.encoder, texts, LONGEST)
+    names, engines = engines_at_both(model, split, arguments)
+    if arguments.prepare:
+        return
+    batches = in_batches(len(split), 32)
     with started(engines) as made:
-        timings = race_apart(made, batches, arguments.repeats)
-    mean = float(np.mean([len(sequence) for batch in batches for sequence in batch]))
+        timings = race_over(made, batches, arguments.repeats)
+    mean = float(split.num_tokens.mean())
     for name in names:
-        report_share(model, name, timings, batches, part="sst2", mean_tokens=round(mean, 1), batch=32)
+        report_share(model, name, timings, split, batches, part="sst2", mean_tokens=round(mean, 1), batch=32)
 
 
 def imdb(arguments: argparse.Namespace) -> None:
@@ -122,30 +122,32 @@ def imdb(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(folder, "classification", num_labels=2).eval()
     front = ServedFront.read(folder) if arguments.imdb_hf else None
     config, full = front.chosen.length_config if front else FRONT_LIKE, LengthConfig.full(model.num_layers)
-    name = "imdb" if front else "random"
+    texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: arguments.reviews]
+    split = tokenised(folder, texts, IMDB_CUT)
 
     def engine(kind: str, length_config: LengthConfig) -> Engine:
-        return engine_of(model, length_config, kind, arguments.work, folder, name=name)
+        name = "imdb" if front else "random"
+        return engine_of(model, length_config, kind, split, arguments.work, folder, name=name)
+
+    def transformers(dtype: torch.dtype) -> Engine:
+        return Engine(dense, ("sdpa", folder, type(model.network), input_names(model), split, PAD, dtype))
 
     engines = {
-        "transformers sdpa fp32": Engine(plain_engine, (folder, torch.float32)),
+        "transformers sdpa fp32": transformers(torch.float32),
         "onnx fp32, full length": engine("onnx fp32", full),
         "onnx int8, full length": engine("onnx int8", full),
         "torch fp32": engine("torch fp32", config),
     }
     for kind, exported in (("onnx fp32", arguments.imdb_onnx), ("onnx int8", arguments.imdb_int8)):
-        engines[kind] = Engine(onnx_engine, (exported / "model.onnx",)) if front else engine(kind, config)
+        engines[kind] = graph_engine(model, exported / "model.onnx", split) if front else engine(kind, config)
     if computes_in_bf16():
-        engines["transformers sdpa bf16"] = Engine(plain_engine, (folder, torch.bfloat16))
+        engines["transformers sdpa bf16"] = transformers(torch.bfloat16)
         engines["torch bf16, full length"] = engine("torch bf16", full)
         engines["torch bf16"] = engine("torch bf16", config)
     if arguments.prepare:
         return
-    texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: arguments.reviews]
-    batches = in_batches(tokens_of(folder, texts, IMDB_CUT), 8)
-    counts = [len(sequence) for batch in batches for sequence in batch]
     with started(engines) as made:
-        timings = race_apart(made, batches, arguments.repeats)
+        timings = race_over(made, in_batches(len(split), 8), arguments.repeats)
     base = timings["transformers sdpa fp32"].median_s
     for name, timing in timings.items():
         line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts), "cut_at": IMDB_CUT}
@@ -155,6 +157,7 @@ def imdb(arguments: argparse.Namespace) -> None:
         if same:
             line["over_onnx_at_full_length"] = round(timings[f"{same}, full length"].median_s / timing.median_s, 3)
         if "full" not in name and "sdpa" not in name:
+            counts = split.num_tokens.tolist()
             saved = sum(model.macs(tokens) for tokens in counts) / sum(model.macs(tokens, config) for tokens in counts)
             line |= {"config": str(config), "macs_saved": round(saved, 3)}
             if front:
@@ -167,13 +170,15 @@ def imdb(arguments: argparse.Namespace) -> None:
 def bert(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "question-answering").eval()
     names = ("onnx int8", "onnx fp32", *(["torch bf16"] if computes_in_bf16() else []))
-    engines = {name: engine_of(model, SQUAD, name, arguments.work, arguments.encoder, name="squad") for name in names}
+    split = long_reviews(arguments, 32, LONGEST)
+    engines = {
+        name: engine_of(model, SQUAD, name, split, arguments.work, arguments.encoder, name="squad") for name in names
+    }
     if arguments.prepare:
         return
     base = "BERT-base, transformers sdpa fp32"
-    sequences = long_reviews(arguments, 32, LONGEST)
-    with started({base: Engine(bert_base, ())} | engines) as made:
-        timings = race_apart(made, [sequences], arguments.repeats)
+    with started({base: Engine(bert_base, (input_names(model), split))} | engines) as made:
+        timings = race_over(made, in_batches(len(split), 32), arguments.repeats)
     for name, timing in timings.items():
         line: dict[str, Any] = {"part": "bert", "engine": name, "batch": 32, "tokens": LONGEST}
         line["ms_per_sequence"] = round(1e3 * timing.median_s / 32, 2)
@@ -189,88 +194,42 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Engine:
-    """What makes runs over batches, told so that another process can make it: a function and its arguments."""
-
-    make: Callable[..., Callable[[Sequence[Sequences]], Run]]
-    arguments: tuple[Any, ...]
-
-
-class Started:
-    """An engine in a process of its own."""
-
-    def __init__(self, engine: Engine) -> None:
-        context = get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, engine), daemon=True)
-        self._process.start()
-
-    def take(self, batches: Sequence[Sequences]) -> None:
-        """Take the batches of the next runs."""
-        self._pipe.send(batches)
-        self._pipe.recv()
-
-    def seconds(self) -> float:
-        """Run, and say how long that took."""
-        self._pipe.send(None)
-        took: float = self._pipe.recv()
-        return took
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-
-def serve(pipe: Connection, engine: Engine) -> None:
-    make, run = engine.make(*engine.arguments), None
-    while True:
-        batches = pipe.recv()
-        if batches is not None:
-            run = make(batches)
-            pipe.send(None)
-            continue
-        assert run is not None
-        start = time.perf_counter()
-        run()
-        pipe.send(time.perf_counter() - start)
-
-
 @contextmanager
-def started(engines: Mapping[Any, Engine]) -> Iterator[dict[Any, Started]]:
+def started(engines: Mapping[Any, Engine]) -> Iterator[dict[Any, Maker]]:
     """Each engine in its process, until the block ends."""
-    made = {name: Started(engine) for name, engine in engines.items()}
-    try:
-        yield made
-    finally:
-        for one in made.values():
-            one.end()
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(apart(engine, str(name))) for name, engine in engines.items()}
 
 
-def race_apart(made: Mapping[Any, Started], batches: Sequence[Sequences], repeats: int) -> dict[Any, Timing]:
-    for one in made.values():
-        one.take(batches)
-    return race({name: one.seconds for name, one in made.items()}, repeats, seconds_of=lambda run: run())
+def race_over(made: Mapping[Any, Maker], batches: Batches, repeats: int) -> dict[Any, Timing]:
+    return race({name: make(batches) for name, make in made.items()}, repeats)
 
 
 def engines_at_both(
-    model: LengthAdaptiveModel, arguments: argparse.Namespace
+    model: LengthAdaptiveModel, split: EncodedSplit, arguments: argparse.Namespace
 ) -> tuple[list[str], dict[tuple[str, LengthConfig], Engine]]:
     """The engines asked for that this machine has, shortened and at full length."""
     names = [name for name in arguments.engines.split(",") if name != "torch bf16" or computes_in_bf16()]
     engines = {
-        (name, config): engine_of(model, config, name, arguments.work, arguments.encoder)
+        (name, config): engine_of(model, config, name, split, arguments.work, arguments.encoder)
         for name, config in itertools.product(names, (FRONT_LIKE, LengthConfig.full(model.num_layers)))
     }
     return names, engines
 
 
 def engine_of(
-    model: LengthAdaptiveModel, config: LengthConfig, engine: str, work: Path, encoder: Path, *, name: str = "random"
+    model: LengthAdaptiveModel,
+    config: LengthConfig,
+    engine: str,
+    split: EncodedSplit,
+    work: Path,
+    encoder: Path,
+    *,
+    name: str = "random",
 ) -> Engine:
     """One of "torch fp32", "torch bf16", "onnx fp32" and "onnx int8"; graphs are written where they are missing."""
     if engine.startswith("torch"):
-        return Engine(torch_engine, (encoder, model.task, config, "bf16" if engine.endswith("bf16") else "fp32"))
+        return Engine(packed, (encoder, model.task, config, "bf16" if engine.endswith("bf16") else "fp32", split))
     path = work / f"{name}-{model.task}-{config}-fp32.onnx"
     if not path.is_file():
         write_graph(model, config, path, longest=LONGEST)
@@ -278,81 +237,33 @@ def engine_of(
         exact, path = path, path.with_name(path.name.replace("fp32", "int8"))
         if not path.is_file():
             quantise(exact, path)
-    return Engine(onnx_engine, (path,))
+    return graph_engine(model, path, split)
 
 
-def torch_engine(
-    encoder: Path, task: str, config: LengthConfig, precision: Precision
-) -> Callable[[Sequence[Sequences]], Run]:
+def graph_engine(model: LengthAdaptiveModel, path: Path, split: EncodedSplit) -> Engine:
+    return Engine(of_graph, (path, input_names(model), split, PAD))
+
+
+def packed(encoder: Path, task: str, config: LengthConfig, precision: Precision, split: EncodedSplit) -> Maker:
     network = PackedNetwork(LengthAdaptiveModel.from_pretrained(encoder, task, num_labels=2).eval(), precision)
-
-    def make(batches: Sequence[Sequences]) -> Run:
-        return lambda: [network.logits(batch, [np.zeros_like(ids) for ids in batch], config) for batch in batches]
-
-    return make
+    return lambda batches: ours(network, split, batches, config)
 
 
-def onnx_engine(path: Path) -> Callable[[Sequence[Sequences]], Run]:
-    from onnxruntime import InferenceSession, SessionOptions
-
-    options = SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-
-    def make(batches: Sequence[Sequences]) -> Run:
-        feeds = [{name: padded(batch)[name] for name in names} for batch in batches]
-        return lambda: [session.run(None, feed) for feed in feeds]
-
-    return make
-
-
-def plain_engine(folder: Path, dtype: torch.dtype) -> Callable[[Sequence[Sequences]], Run]:
-    return transformers_engine(
-        AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
-    )
-
-
-def bert_base() -> Callable[[Sequence[Sequences]], Run]:
-    return transformers_engine(AutoModelForQuestionAnswering.from_config(BertConfig(), dtype=torch.float32))
-
-
-def transformers_engine(network: Any) -> Callable[[Sequence[Sequences]], Run]:
-    network.eval()
-
-    def make(batches: Sequence[Sequences]) -> Run:
-        feeds = [{name: torch.from_numpy(part) for name, part in padded(batch).items()} for batch in batches]
-
-        def run() -> None:
-            with torch.inference_mode():
-                for feed in feeds:
-                    network(**feed)
-
-        return run
-
-    return make
-
-
-def padded(batch: Sequences) -> dict[str, NDArray[np.int64]]:
-    """A batch as arrays (B, L), padded on the right."""
-    shape = (len(batch), max(map(len, batch)))
-    arrays = {name: np.zeros(shape, dtype=np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
-    for row, ids in enumerate(batch):
-        arrays["input_ids"][row, : len(ids)] = ids
-        arrays["attention_mask"][row, : len(ids)] = 1
-    return arrays
+def bert_base(names: Sequence[str], split: EncodedSplit) -> Maker:
+    network = AutoModelForQuestionAnswering.from_config(BertConfig(), dtype=torch.float32).eval()
+    return run_dense(network, names, split, PAD)
 
 
 def report_share(
     model: LengthAdaptiveModel,
     engine: str,
     timings: Mapping[Any, Timing],
-    batches: Sequence[Sequences],
+    split: EncodedSplit,
+    batches: Batches,
     **fields: Any,
 ) -> None:
     full = LengthConfig.full(model.num_layers)
-    counts = [len(sequence) for batch in batches for sequence in batch]
+    counts = split.num_tokens[np.concatenate(batches)].tolist()
     macs, computed = (
         [sum(count(model, tokens, config) for tokens in counts) for config in (full, FRONT_LIKE)]
         for count in (LengthAdaptiveModel.macs, macs_for_first)
@@ -375,20 +286,26 @@ def macs_for_first(model: LengthAdaptiveModel, tokens: int, config: LengthConfig
     return model.macs(tokens, config) - whole + ours
 
 
-def long_reviews(arguments: argparse.Namespace, size: int, length: int) -> list[NDArray[np.int64]]:
+def long_reviews(arguments: argparse.Namespace, size: int, length: int) -> EncodedSplit:
     """Reviews that are cut to one length."""
     texts = datasets.load_dataset("parquet", data_files=arguments.imdb, split="train")["text"][: 8 * LONGEST]
-    tokens = tokens_of(arguments.encoder, [text for text in texts if len(text) > 6 * length][: 2 * size], length)
-    return [ids for ids in tokens if len(ids) == length][:size]
+    split = tokenised(arguments.encoder, [text for text in texts if len(text) > 6 * length][: 2 * size], length)
+    return split.take(np.flatnonzero(split.num_tokens == length)[:size])
 
 
-def tokens_of(folder: Path, texts: Sequence[str], longest: int) -> list[NDArray[np.int64]]:
-    tokenised = load_tokenizer(folder)(list(texts), truncation=True, max_length=longest)
-    return [np.array(ids) for ids in tokenised["input_ids"]]
+def tokenised(folder: Path, texts: Sequence[str], longest: int) -> EncodedSplit:
+    return as_split(load_tokenizer(folder)(list(texts), truncation=True, max_length=longest)["input_ids"])
 
 
-def in_batches(sequences: Sequences, size: int) -> list[Sequences]:
-    return [sequences[start : start + size] for start in range(0, len(sequences), size)]
+def joined(splits: Sequence[EncodedSplit]) -> EncodedSplit:
+    return as_split([ids for split in splits for ids in split.input_ids])
+
+
+def as_split(input_ids: list[list[int]]) -> EncodedSplit:
+    types = [[0] * len(ids) for ids in input_ids]
+    return EncodedSplit(
+        input_ids=input_ids, token_type_ids=types, labels=np.zeros(len(input_ids), dtype=np.int64), num_truncated=0
+    )
 
 
 def say(line: Mapping[str, Any], timing: Timing) -> None:

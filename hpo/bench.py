@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,13 +29,14 @@ from hpo.export import checkpoint_of, served_point
 from hpo.front import BASELINE, LATENCY, Front, FrontPoint, compute_front
 from hpo.storage import IDENTITY
 from hpo.workload import Workload, library_versions, load_encoder, load_workload
+from model.apart import EngineDied, Run
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.hardware import computes_in_bf16, processor_name
 from model.macs import mean_macs
 from model.packed import PackedNetwork
 from model.precision import Precision
-from model.timing import BASELINES, SEQUENCES, Batches, CannotRun, Run, Timing, baseline, in_batches, ours, race, sample
+from model.timing import BASELINES, SEQUENCES, Batches, CannotRun, Timing, baseline, in_batches, ours, race, sample
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +140,8 @@ def bench(
 ) -> list[Record]:
     """Time points of a lengths study's front on this machine's processor, and keep the times with the study.
 
+    Each baseline has a process of its own, which imports the script that calls this, as `multiprocessing` does.
+
     Args:
         study: What `hpo search-lengths` made.
         storage: URL of its database.
@@ -183,7 +187,10 @@ def bench(
     )
 
 
-def no_baseline(name: str, split: EncodedSplit, folder: Path) -> Callable[[Batches], Run]:
+Baseline = AbstractContextManager[Callable[[Batches], Run]]
+
+
+def no_baseline(name: str, split: EncodedSplit, folder: Path) -> Baseline:
     """Makes none."""
     raise CannotRun(f"{name} is not made here")
 
@@ -198,7 +205,7 @@ def time_points(
     points: int = POINTS,
     rounds: int = ROUNDS,
     precision: Precision = "fp32",
-    make: Callable[[str, EncodedSplit, Path], Callable[[Batches], Run]] = no_baseline,
+    make: Callable[[str, EncodedSplit, Path], Baseline] = no_baseline,
     baselines: Sequence[str] = (),
     on_progress: ProgressHook | None = None,
 ) -> list[Record]:
@@ -213,7 +220,7 @@ def time_points(
         points: As for `bench`.
         rounds: As for `bench`.
         precision: As for `bench`.
-        make: Makes a baseline's runs, by its name.
+        make: Makes a baseline for the while, by its name.
         baselines: As for `bench`.
         on_progress: As for `bench`.
     """
@@ -225,18 +232,18 @@ def time_points(
     left_out: dict[str, str] = {}
     made = {}
     records = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as engines:
         for name in baselines:
             logger.info("Making %s.", TITLES[name])
             if on_progress is not None:
                 on_progress(0, len(batch_sizes), f"making {TITLES[name]}")
             try:
-                made[name] = make(name, split, Path(folder))
-            except CannotRun as error:
+                made[name] = engines.enter_context(make(name, split, Path(folder)))
+            except (CannotRun, EngineDied) as error:
                 left_out[name] = str(error)
         for number, size in enumerate(batch_sizes):
             batches = in_batches(len(split), size)
-            contenders: dict[tuple[str, int | None], Callable[[], Any]] = {
+            contenders: dict[tuple[str, int | None], Run] = {
                 ("ours", None): ours(network, split, batches, configs[front.full.trial])
             }
             for point in timed:
@@ -249,7 +256,10 @@ def time_points(
                     on_progress(number + done / total, len(batch_sizes), f"batches of {size}")
 
             report(0, 1)  # rounds that do not count come first
-            timings = race(contenders, rounds, on_round=report)
+            try:
+                timings = race(contenders, rounds, on_round=report)
+            except EngineDied as error:
+                raise HpoError(f"Not all was timed: {error}, or leave it out of --baselines.") from error
             measured = {
                 key: _measured(*key, timing, len(split), 1.0 if key[1] is None else shares[key[1]])
                 for key, timing in timings.items()

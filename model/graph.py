@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.families import EncoderFamily, attend
+from model.families import EncoderFamily
 from model.length_config import MIN_TOKENS, LengthConfig
 
 
@@ -104,17 +104,18 @@ def graph_logits(
         drops = layer in plan.dropping
         if drops and not reads_first:
             restored = _put_back(restored, hidden, home_BL, for_onnx)
-        hidden, score = attend(family, network, layer, hidden, positions_BL, mask_BL, with_scores=drops)
+        projected = family.project(network, layer, hidden)
+        context, score = family.mix(network, layer, projected, positions_BL, mask_BL, with_scores=drops)
         if score is not None:
             most = plan.sizes.get(layer) or most_M[layer].item()
             torch._check(most >= MIN_TOKENS)  # type: ignore[no-untyped-call]  # what an export cannot see for itself
             torch._check(most <= hidden.size(1))  # type: ignore[no-untyped-call]
             places_BK = _most_attended(score, mask_BL, is_first_L, most)
             mask_BL = within_BML[:, layer, :most]
-            hidden = _take(hidden, places_BK, for_onnx)
+            hidden, context = _take(hidden, places_BK, for_onnx), _take(context, places_BK, for_onnx)
             positions_BL = positions_BL.gather(1, places_BK)
             home_BL = home_BL.gather(1, places_BK).masked_fill(~mask_BL, nowhere)
-        hidden = family.feed_forward(network, layer, hidden)
+        hidden = family.feed_forward(network, layer, family.merge(network, layer, context, hidden))
     if restored is not None:
         hidden = _put_back(restored, hidden, home_BL, for_onnx)[:-1].view(size, length, -1)
     return family.read_tokens(network, hidden)

@@ -6,9 +6,6 @@ and ends them. So whatever it does between epochs, such as asking a database whe
 
 import io
 import multiprocessing
-import os
-import pickle
-import signal
 import socket
 import tempfile
 import threading
@@ -26,6 +23,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.utils import patch_environment
 
+from model.children import last_words, live_and_die_with_caller, portable
 from model.encoder import LengthAdaptiveModel
 from model.hardware import compute_device
 from model.training import EpochHook, ProgressHook, TrainingReport
@@ -192,7 +190,10 @@ def _follow(
             try:
                 message = connection.recv()
             except EOFError:
-                message = TrainingProcessDied(_last_words(members[connection]))
+                message = TrainingProcessDied(
+                    f"A process of the training {last_words(members[connection])}; see that the machine has memory "
+                    "enough."
+                )
             match message:
                 case _Step(done, total) if on_progress is not None:
                     on_progress(done, total)
@@ -212,13 +213,6 @@ def _follow(
     return reports[0]
 
 
-def _last_words(member: BaseProcess) -> str:
-    member.join()
-    code = member.exitcode or 0
-    ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"A process of the training {ending}; see that the machine has memory enough."
-
-
 def _take_over(weights: Path, model: LengthAdaptiveModel) -> None:
     """Give the caller's model what the first process has learned, on the device that training leaves a model on."""
     learned = torch.load(weights, weights_only=True, map_location="cpu")
@@ -232,12 +226,11 @@ def _take_over(weights: Path, model: LengthAdaptiveModel) -> None:
 
 def _work(team: _Team, process: int, caller: Connection) -> None:
     """Train, and tell the caller of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller's to decide
-    threading.Thread(target=_end_with_caller, daemon=True).start()
+    live_and_die_with_caller()
     try:
         caller.send(_train(team, process, caller))
     except Exception as error:
-        caller.send(_portable(error))
+        caller.send(portable(error))
     threading.Event().wait()  # for the caller to end all processes: one that leaves early makes others fail
 
 
@@ -279,20 +272,3 @@ def _join(team: _Team, process: int) -> None:
         world_size=team.processes,
         timeout=PATIENCE,
     )
-
-
-def _end_with_caller() -> None:
-    """Leave nothing behind where the caller is killed."""
-    caller = multiprocessing.parent_process()
-    assert caller is not None
-    wait([caller.sentinel])
-    os._exit(1)
-
-
-def _portable(error: Exception) -> Exception:
-    """The error, or one with its words where it cannot be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -2,13 +2,14 @@
 would run.
 
 What is timed goes from token ids to logits, tokenising left out. Engines that are compared take turns, so that whatever
-else the machine does meets all of them.
+else the machine does meets all of them; what is not ours has a process of its own.
 """
 
 import logging
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from model.apart import Engine, Run, apart
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.front_file import ExportError
@@ -37,7 +39,6 @@ BASELINES = ("eager", "sdpa", "compile", "onnx-fp32", "onnx-int8")
 compiled by torch, and a graph in ONNX Runtime."""
 
 Name = TypeVar("Name", bound=Hashable)
-Run = Callable[[], Any]
 Batches = Sequence[NDArray[np.int64]]
 """The sequence numbers of each batch."""
 
@@ -68,25 +69,22 @@ def race(
     rounds: int,
     *,
     clock: Callable[[], float] = time.perf_counter,
-    seconds_of: Callable[[Run], float] | None = None,
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[Name, Timing]:
     """Time runs that take turns, after rounds that do not count.
 
     Args:
-        runs: What to time.
+        runs: What to time; one that says how long it took is believed.
         rounds: Least number of rounds that count.
         clock: Seconds.
-        seconds_of: Makes a run and says how long it took, in place of the clock, as of runs in other processes.
         on_round: Told after each round that counts its number and how many there will be.
     """
 
-    def by_clock(run: Run) -> float:
+    def measure(run: Run) -> float:
         start = clock()
-        run()
-        return clock() - start
+        seconds = run()
+        return clock() - start if seconds is None else seconds
 
-    measure = seconds_of or by_clock
     took = {}
     for name, run in runs.items():
         took[name] = measure(run)
@@ -132,10 +130,11 @@ def ours(network: PackedNetwork, split: EncodedSplit, batches: Batches, length_c
     return run
 
 
+@contextmanager
 def baseline(
     name: str, checkpoint: Path, model: LengthAdaptiveModel, split: EncodedSplit, pad: int, folder: Path
-) -> Callable[[Batches], Run]:
-    """Makes runs of one of `BASELINES` over batches.
+) -> Iterator[Callable[[Batches], Run]]:
+    """One of `BASELINES` in a process of its own, until the block ends; makes its runs over batches.
 
     Args:
         name: Which.
@@ -146,13 +145,30 @@ def baseline(
         folder: Where graphs may be kept for the while.
     Raises:
         CannotRun: It does not work here.
+        EngineDied: Its process ended.
     """
     try:
-        if name.startswith("onnx"):
-            return _onnx(name == "onnx-int8", model, split, pad, folder)
-        return _dense(name, checkpoint, model, split, pad)
+        engine = _engine(name, checkpoint, model, split, pad, folder)
     except (ExportError, ImportError, OSError, ValueError) as error:
         raise CannotRun(_reason(error)) from error
+    with apart(engine, name) as make:
+        yield make
+
+
+def _engine(
+    name: str, checkpoint: Path, model: LengthAdaptiveModel, split: EncodedSplit, pad: int, folder: Path
+) -> Engine:
+    names = input_names(model)
+    if not name.startswith("onnx"):
+        return Engine(dense, (name, checkpoint, type(model.network), names, split, pad))
+    require_onnx()
+    path = folder / "full.onnx"
+    if not path.is_file():
+        write_graph(model, LengthConfig.full(model.num_layers), path, longest=int(split.num_tokens.max()))
+    if name == "onnx-int8":
+        exact, path = path, folder / "full-int8.onnx"
+        quantise(exact, path)
+    return Engine(of_graph, (path, names, split, pad))
 
 
 def _reason(error: Exception) -> str:
@@ -160,19 +176,46 @@ def _reason(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _dense(
-    name: str, checkpoint: Path, model: LengthAdaptiveModel, split: EncodedSplit, pad: int
+def dense(
+    name: str,
+    checkpoint: Path,
+    network_class: Any,
+    names: Sequence[str],
+    split: EncodedSplit,
+    pad: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[Batches], Run]:
-    network: Any = type(model.network).from_pretrained(
-        checkpoint, attn_implementation="eager" if name == "eager" else "sdpa", dtype=torch.float32
-    )
+    """The encoder at full length in transformers.
+
+    Args:
+        name: Of `BASELINES`.
+        checkpoint: Its folder.
+        network_class: Of transformers.
+        names: Of its inputs.
+        split: Whose sequences are run.
+        pad: Token id that pads.
+        dtype: Of its weights.
+    Raises:
+        CannotRun: It does not work here.
+    """
+    try:
+        network: Any = network_class.from_pretrained(
+            checkpoint, attn_implementation="eager" if name == "eager" else "sdpa", dtype=dtype
+        )
+    except (ImportError, OSError, ValueError) as error:
+        raise CannotRun(_reason(error)) from error
     network.train(False)
     if name == "compile":
         network = torch.compile(network, dynamic=True)
-        _try(network, _tensors(split, np.arange(min(2, len(split))), pad, model))
+        _try(network, _tensors(split, np.arange(min(2, len(split))), pad, names))
+    return run_dense(network, names, split, pad)
+
+
+def run_dense(network: Any, names: Sequence[str], split: EncodedSplit, pad: int) -> Callable[[Batches], Run]:
+    """Runs of a network of transformers over batches that are padded to their longest."""
 
     def make(batches: Batches) -> Run:
-        fed = [_tensors(split, batch, pad, model) for batch in batches]
+        fed = [_tensors(split, batch, pad, names) for batch in batches]
 
         def run() -> None:
             with torch.inference_mode():
@@ -203,24 +246,14 @@ def _try(network: Any, batch: Mapping[str, torch.Tensor]) -> None:
             logger.setLevel(level)
 
 
-def _onnx(
-    is_int8: bool, model: LengthAdaptiveModel, split: EncodedSplit, pad: int, folder: Path
-) -> Callable[[Batches], Run]:
-    require_onnx()
+def of_graph(path: Path, names: Sequence[str], split: EncodedSplit, pad: int) -> Callable[[Batches], Run]:
+    """A graph in ONNX Runtime, over batches that are padded to their longest."""
     from onnxruntime import InferenceSession, SessionOptions
 
-    path = folder / "full.onnx"
-    if not path.is_file():
-        longest = int(split.num_tokens.max())
-        write_graph(model, LengthConfig.full(model.num_layers), path, longest=longest)
-    if is_int8:
-        exact, path = path, folder / "full-int8.onnx"
-        quantise(exact, path)
     options = SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
 
     def make(batches: Batches) -> Run:
         arrays = [padded(split, batch, pad) for batch in batches]
@@ -235,8 +268,6 @@ def _onnx(
     return make
 
 
-def _tensors(
-    split: EncodedSplit, batch: NDArray[np.int64], pad: int, model: LengthAdaptiveModel
-) -> dict[str, torch.Tensor]:
+def _tensors(split: EncodedSplit, batch: NDArray[np.int64], pad: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
     arrays = padded(split, batch, pad)
-    return {name: torch.from_numpy(arrays[name]) for name in input_names(model)}
+    return {name: torch.from_numpy(arrays[name]) for name in names}

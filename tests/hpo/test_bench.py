@@ -2,27 +2,32 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from statistics import median
 
 import numpy as np
 import optuna
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import BertForSequenceClassification
 
 import model.timing
 from hpo.bench import bench, spread
+from hpo.errors import HpoError
 from hpo.front import LATENCY, NothingFits, choose, compute_front
 from hpo.search_lengths import search_lengths
 from hpo.storage import open_storage
 from model import LengthAdaptivePipeline
+from model.apart import Engine, apart
+from model.encoded import EncodedSplit
 from model.front_file import ExportError, ServedFront, choose_point
 from model.length_config import LengthConfig
-from model.timing import CannotRun, baseline, race
+from model.timing import CannotRun, baseline, dense, in_batches, race
 
 QUICK = {"sequences": 8, "points": 3, "rounds": 1, "baselines": ()}
 
@@ -70,7 +75,7 @@ def test_runs_take_turns_and_untimed_ones_do_not_count():
 
 def test_what_runs_elsewhere_says_itself_how_long_it_took():
     seconds = iter([9.0, 1.0, 7.0, 2.0])
-    timings = race({"there": lambda: next(seconds)}, 3, seconds_of=lambda run: run())
+    timings = race({"there": lambda: next(seconds)}, 3)
     assert (timings["there"].median_s, timings["there"].least_s, timings["there"].most_s) == (2.0, 1.0, 7.0)
 
 
@@ -167,7 +172,7 @@ def test_full_length_on_the_front_is_timed_once(study, storage, tmp_path, monkey
 
 def test_what_is_being_made_is_told(study, storage, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("hpo.bench.baseline", lambda *_: lambda batches: lambda: None)
+    monkeypatch.setattr("hpo.bench.baseline", lambda *_: nullcontext(lambda batches: lambda: None))
     options = {**QUICK, "baselines": ["eager", "onnx-int8"]}
     bench(study, storage, tmp_path / "runs", batch_sizes=(4,), on_progress=lambda *a: told.append(a), **options)
     steps = list(dict.fromkeys(remark for *_, remark in told))
@@ -209,31 +214,65 @@ def test_a_baseline_that_fails_without_a_word_is_left_out_all_the_same(monkeypat
     def fail(*_, **__):
         raise ValueError(said)
 
-    monkeypatch.setattr("model.timing._onnx", fail)
-    with pytest.raises(CannotRun, match=f"^{reason}$"):
-        baseline("onnx-fp32", None, None, None, 0, None)
+    monkeypatch.setattr("model.timing._engine", fail)
+    with pytest.raises(CannotRun, match=f"^{reason}$"), baseline("onnx-fp32", None, None, None, 0, None):
+        raise AssertionError("made")
     with pytest.raises(CannotRun, match=f"torch.compile failed: {reason}$"):
         model.timing._try(fail, {})
 
 
-def test_baselines_run_the_dense_model_padded_to_the_longest_of_each_batch(study, storage, tmp_path, monkeypatch):
+def test_baselines_run_the_dense_model(study, storage, tmp_path):
     pytest.importorskip("onnxruntime")
-    shapes = []
-    forward = AutoModelForSequenceClassification._model_mapping  # the class is found by the config
-    network = next(cls for config, cls in forward.items() if config.__name__ == "BertConfig")
-    plain = network.forward
-
-    def spy(self, *arguments, **named):
-        shapes.append(tuple(named["input_ids"].shape))
-        return plain(self, *arguments, **named)
-
-    monkeypatch.setattr(network, "forward", spy)
     names = ["eager", "sdpa", "onnx-fp32", "onnx-int8"]
     (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **{**QUICK, "baselines": names})
     assert [row.engine for row in record.baselines] == names
     assert all(row.ms > 0 and row.trial is None for row in record.baselines)
-    assert {size for size, _ in shapes} == {4}
-    assert len({length for _, length in shapes}) == 2, "two batches, each as long as its longest"
+    assert not multiprocessing.active_children()
+
+
+def test_batches_are_padded_to_the_longest_of_each(tiny_encoder, monkeypatch):
+    shapes = []
+    plain = BertForSequenceClassification.forward
+
+    def spy(self, *arguments, **named):
+        shapes.append((tuple(named["input_ids"].shape), named["attention_mask"].sum(dim=1).tolist()))
+        return plain(self, *arguments, **named)
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", spy)
+    split = EncodedSplit(
+        input_ids=[[5] * count for count in (3, 7, 4, 2)],
+        token_type_ids=[[0] * count for count in (3, 7, 4, 2)],
+        labels=np.zeros(4),
+        num_truncated=0,
+    )
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    dense("sdpa", tiny_encoder, BertForSequenceClassification, names, split, 0)(in_batches(4, 2))()
+    assert shapes == [((2, 7), [3, 7]), ((2, 4), [4, 2])]
+
+
+@pytest.mark.parametrize("when", ["made", "run"])
+def test_a_baseline_whose_process_is_killed_is_named(study, storage, tmp_path, monkeypatch, when):
+    def killed(name, *_):
+        return apart(Engine(process_that_is_killed, (when,)), name)
+
+    monkeypatch.setattr("hpo.bench.baseline", killed)
+    options = {**QUICK, "baselines": ["eager"]}
+    if when == "made":
+        (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **options)
+        assert record.left_out.keys() == {"eager"}
+        assert "SIGKILL" in record.left_out["eager"]
+        return
+    with pytest.raises(HpoError, match=r"eager.*SIGKILL.*memory"):
+        bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **options)
+
+
+def process_that_is_killed(when):
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if when == "made":
+        die()
+    return lambda _: die
 
 
 class Point:

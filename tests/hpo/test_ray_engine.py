@@ -77,7 +77,7 @@ def test_study_outlives_a_node_that_is_killed(cluster, search_job, new_database,
     url = new_database("postgresql")
     job = dataclasses.replace(search_job, trials=200, storage=url.replace("postgres@", f"postgres:{SECRET}@"))
     (raylet,) = next(iter(cluster.worker_nodes)).all_processes["raylet"]
-    meeting, done_when_killed = tmp_path / "meeting", []
+    meeting, over, done_when_killed = tmp_path / "meeting", threading.Event(), []
     meeting.mkdir()
 
     def wait_for_each_other() -> None:
@@ -86,23 +86,33 @@ def test_study_outlives_a_node_that_is_killed(cluster, search_job, new_database,
             time.sleep(0.05)
 
     def kill_the_node_at_work() -> None:
+        while len(list(meeting.iterdir())) < 2 and not over.is_set():
+            time.sleep(0.01)
+        workers = {int(file.name) for file in meeting.iterdir()}
+        elsewhere = [worker for worker in workers if parent_of(worker) != raylet.process.pid]
+        for worker in elsewhere:
+            os.kill(worker, signal.SIGSTOP)  # it might have made all trials before the other has begun
         storage = open_storage(url)
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not done_when_killed:
+        while not done_when_killed and not over.is_set():
             time.sleep(0.01)
             if not optuna.get_all_study_summaries(storage, include_best_trial=False):
                 continue
             trials = optuna.load_study(study_name="lengths", storage=storage).trials
             running = [trial.system_attrs[WORK]["worker"] for trial in trials if trial.state == TrialState.RUNNING]
-            if any(parent_of(WorkerName.parse(worker).pid) == raylet.process.pid for worker in running if worker):
+            if any(WorkerName.parse(worker).pid in workers.difference(elsewhere) for worker in running if worker):
                 os.kill(raylet.process.pid, signal.SIGKILL)
                 done_when_killed.append(sum(trial.state.is_finished() for trial in trials))
+        for worker in elsewhere:
+            os.kill(worker, signal.SIGCONT)
         close(storage)
 
     killer = threading.Thread(target=kill_the_node_at_work)
     killer.start()
-    run_on_ray(job, RayCluster(address=cluster.address), prepare=wait_for_each_other)
-    killer.join()
+    try:
+        run_on_ray(job, RayCluster(address=cluster.address), prepare=wait_for_each_other)
+    finally:
+        over.set()
+        killer.join()
     assert done_when_killed
     assert done_when_killed[0] < 200
     storage = open_storage(url)
