@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from model.encoder import HEADS, LengthAdaptiveModel
 from model.front_file import ExportError
+from model.graph import GraphPlan, graph_logits
 from model.length_config import LengthConfig
 from model.onnx_export import padded, quantise, write_graph
 
@@ -236,3 +237,15 @@ def test_without_its_libraries_it_says_what_to_install(model, tmp_path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ExportError, match=r"onnxscript.*pip install 'hpo\[onnx\]'"):
         write_graph(model, LengthConfig.full(4), tmp_path / "model.onnx", longest=16)
+
+
+def test_context_is_joined_to_the_tokens_that_stay_alone(make_batch):
+    model, config = build("bert", "token-classification"), POINTS[0]
+    rows = []
+    for layer in model.network.base_model.encoder.layer:
+        layer.attention.output.dense.register_forward_hook(lambda _, given, __: rows.append(given[0].size(-2)))
+    batch = make_batch((30, 12))
+    plan = GraphPlan.of(config, LONGEST)
+    with torch.no_grad():
+        graph_logits(model.family, model.network, plan, model.reads_first, *batch.values(), plan.left_NM)
+    assert rows == list(config.lengths(30))
