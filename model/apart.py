@@ -16,6 +16,9 @@ import transformers
 
 from model.children import last_words, live_and_die_with_caller, portable
 
+GRACE_S = 10.0
+"""How long a process that is told to end may take; what it holds of the system's is given back then."""
+
 Run = Callable[[], float | None]
 """What is timed. One that keeps its own time, as in another process, returns the seconds."""
 Maker = Callable[[Any], Run]
@@ -78,10 +81,14 @@ def apart(engine: Engine, name: str) -> Iterator[Maker]:
     try:
         ask("make")
         yield make
+    except BaseException:
+        process.kill()  # it may be at work
+        raise
     finally:
+        ours.close()
+        process.join(GRACE_S)
         process.kill()
         process.join()
-        ours.close()
 
 
 def _serve(engine: Engine, threads: int, caller: Connection) -> None:
@@ -89,6 +96,7 @@ def _serve(engine: Engine, threads: int, caller: Connection) -> None:
     live_and_die_with_caller()
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     made: Maker | None = None
     run: Run | None = None
     with suppress(EOFError, ConnectionError):  # the caller is gone

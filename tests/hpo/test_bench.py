@@ -250,6 +250,20 @@ def test_batches_are_padded_to_the_longest_of_each(tiny_encoder, monkeypatch):
     assert shapes == [((2, 7), [3, 7]), ((2, 4), [4, 2])]
 
 
+def test_processes_of_baselines_say_nothing_of_their_own(study, storage, tmp_path):
+    flags = ["--batch-size", "4", "--sequences", "8", "--points", "1", "--rounds", "1", "--baselines", "eager,sdpa"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "hpo", "bench", *flags],
+        env={**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    steps = ["loading the model and its sequences", "making transformers, eager", "making transformers, SDPA"]
+    assert ended.stderr.splitlines() == [f"{step} ..." for step in [*steps, "batches of 4"]]
+
+
 @pytest.mark.parametrize("when", ["made", "run"])
 def test_a_baseline_whose_process_is_killed_is_named(study, storage, tmp_path, monkeypatch, when):
     def killed(name, *_):
