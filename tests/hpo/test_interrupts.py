@@ -30,6 +30,23 @@ def test_it_is_raised_at_once_where_nobody_swallows_it():
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+def test_transactions_are_finished_first_all_the_same():
+    steps = []
+
+    def work() -> None:
+        with heard() as check:
+            with suppress(KeyboardInterrupt), uninterrupted():
+                signal.raise_signal(signal.SIGINT)
+                steps.append("told")
+            signal.raise_signal(signal.SIGINT)
+            steps.append("never")
+            check()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert steps == ["told"]
+
+
 @pytest.mark.parametrize("in_a_wait", [False, True])
 def test_what_waited_for_transactions_and_was_swallowed_then_is_not_lost_either(in_a_wait):
     steps = []
