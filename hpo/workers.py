@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from hpo.errors import HpoError
 from hpo.outage import DEFAULT_TIMEOUT_S
+from model.children import how_it_ended
 from studies.loader import FinetuneStudy, LengthsStudy
 
 if TYPE_CHECKING:  # a worker imports torch once it knows how many threads it may have
@@ -280,15 +281,13 @@ class _Crew:
         return True
 
     def _mourn(self, process: multiprocessing.process.BaseProcess) -> None:
-        code = process.exitcode or 0
-        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         self.deaths += 1
         if self.deaths > MOST_DEATHS:
             raise HpoError(
-                f"{self.deaths} workers died one after the other, the last of which {cause}; where memory is short, "
-                "start fewer with --workers."
+                f"{self.deaths} workers died one after the other, the last of which {how_it_ended(process)}; where "
+                "memory is short, start fewer with --workers."
             )
-        logger.warning("A worker %s and is started anew.", cause)
+        logger.warning("A worker %s and is started anew.", how_it_ended(process))
 
     def end(self) -> None:
         """Have all workers that still run put their trials in order and end."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from model.children import last_words, live_and_die_with_caller, portable
+from model.children import how_it_ended, live_and_die_with_caller, portable
 
 GRACE_S = 10.0
 """How long a process that is told to end may take; what it holds of the system's is given back then."""
@@ -67,7 +67,7 @@ def apart(engine: Engine, name: str) -> Iterator[Maker]:
             answer = ours.recv()
         except (EOFError, OSError) as error:
             raise EngineDied(
-                f"the process of {name} {last_words(process)}; see that the machine has memory enough"
+                f"the process of {name} {how_it_ended(process)}; see that the machine has memory enough"
             ) from error
         if isinstance(answer, Exception):
             raise answer

@@ -31,8 +31,8 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def last_words(process: BaseProcess) -> str:
+def how_it_ended(process: BaseProcess) -> str:
     """How a process that is ending ended, as what follows "it"."""
     process.join()
     code = process.exitcode or 0
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

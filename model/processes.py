@@ -23,7 +23,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.utils import patch_environment
 
-from model.children import last_words, live_and_die_with_caller, portable
+from model.children import how_it_ended, live_and_die_with_caller, portable
 from model.encoder import LengthAdaptiveModel
 from model.hardware import compute_device
 from model.training import EpochHook, ProgressHook, TrainingReport
@@ -191,7 +191,7 @@ def _follow(
                 message = connection.recv()
             except EOFError:
                 message = TrainingProcessDied(
-                    f"A process of the training {last_words(members[connection])}; see that the machine has memory "
+                    f"A process of the training {how_it_ended(members[connection])}; see that the machine has memory "
                     "enough."
                 )
             match message:

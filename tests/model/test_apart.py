@@ -61,7 +61,7 @@ def test_runs_are_made_there_and_say_how_long_they_took(tmp_path):
 
 @pytest.mark.parametrize(("what", "error"), [("made", ValueError), ("run", ValueError), ("dies", EngineDied)])
 def test_failures_are_told_as_they_were(what, error):
-    said = {"made": "^cannot be made$", "run": "^cannot run$", "dies": "^the process of it was ended by SIGKILL; "}
+    said = {"made": "^cannot be made$", "run": "^cannot run$", "dies": "^the process of it was killed by SIGKILL; "}
     with pytest.raises(error, match=said[what]), apart(Engine(failing, (what,)), "it") as make:
         make(None)()
 
