@@ -13,9 +13,14 @@ engine has a process of its own, as where it is served: in one process they slow
 - `sst2`: the same for sentences of SST-2's validation split (`--sst2`, a folder), 32 at a time as they come.
 - `imdb`: an export that `hpo export` wrote (`--imdb-hf`, `--imdb-onnx`, `--imdb-int8`) over reviews (`--imdb`) cut at
   256 tokens, 8 at a time as they come, against plain transformers (SDPA, padded to the longest of each batch) and ONNX
-  Runtime at full length. Without an export it is the encoder at the config of `realised`, whose quality nobody knows.
+  Runtime at full length, all threads together. Without an export it is the encoder at the config of `realised`, whose
+  quality nobody knows.
 - `bert`: BERT-base with random weights in plain transformers against MiniLM in int8 at the published lengths for SQuAD,
   32 sequences of 384 tokens.
+
+Engines are "torch", what `LengthAdaptivePipeline` runs of a transformers folder; "onnx", a graph in one session of ONNX
+Runtime whose threads compute each batch together; and "runner", the same graph as the pipeline and an export's
+`runner.py` compute it, each thread a part of the batch.
 
 Graphs are kept in `--work`; a first run with `--prepare` writes them and measures nothing. The encoder may be
 untrained: time does not depend on what the weights are.
@@ -46,7 +51,7 @@ from model.macs import layer_macs
 from model.onnx_export import input_names, quantise, write_graph
 from model.packed import PackedNetwork
 from model.precision import Precision
-from model.timing import Batches, Timing, dense, in_batches, of_graph, ours, race, run_dense
+from model.timing import Batches, Timing, dense, in_batches, of_export, of_graph, ours, race, run_dense
 from model.tokenizer import load_tokenizer
 
 LENGTHS, BATCHES = (128, 256, 384), (1, 8, 32)
@@ -70,7 +75,7 @@ def main() -> None:
     parser.add_argument("--imdb-hf", type=Path)
     parser.add_argument("--imdb-onnx", type=Path)
     parser.add_argument("--imdb-int8", type=Path)
-    parser.add_argument("--engines", default="torch fp32,torch bf16,onnx fp32,onnx int8")
+    parser.add_argument("--engines", default="torch fp32,torch bf16,onnx fp32,onnx int8,runner fp32,runner int8")
     parser.add_argument("--tasks", default="classification,question-answering", help="of `realised`")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="of `realised`")
     parser.add_argument("--prepare", action="store_true")
@@ -138,8 +143,9 @@ def imdb(arguments: argparse.Namespace) -> None:
         "onnx int8, full length": engine("onnx int8", full),
         "torch fp32": engine("torch fp32", config),
     }
-    for kind, exported in (("onnx fp32", arguments.imdb_onnx), ("onnx int8", arguments.imdb_int8)):
-        engines[kind] = graph_engine(model, exported / "model.onnx", split) if front else engine(kind, config)
+    for precision, exported in (("fp32", arguments.imdb_onnx), ("int8", arguments.imdb_int8)):
+        for kind in (f"onnx {precision}", f"runner {precision}"):
+            engines[kind] = graph_engine(kind, model, exported / "model.onnx", split) if front else engine(kind, config)
     if computes_in_bf16():
         engines["transformers sdpa bf16"] = transformers(torch.bfloat16)
         engines["torch bf16, full length"] = engine("torch bf16", full)
@@ -153,9 +159,9 @@ def imdb(arguments: argparse.Namespace) -> None:
         line: dict[str, Any] = {"part": "imdb", "engine": name, "batch": 8, "reviews": len(texts), "cut_at": IMDB_CUT}
         line |= {"ms_per_review": round(1e3 * timing.median_s / len(texts), 3), "baseline": "transformers sdpa fp32"}
         line["speed_up"] = round(base / timing.median_s, 3)
-        same = {"onnx fp32": "onnx fp32", "torch fp32": "onnx fp32", "onnx int8": "onnx int8"}.get(name)
-        if same:
-            line["over_onnx_at_full_length"] = round(timings[f"{same}, full length"].median_s / timing.median_s, 3)
+        same = f"onnx {name.split()[1]}, full length"
+        if name.split()[0] in ("torch", "onnx", "runner") and "full" not in name and same in timings:
+            line["over_onnx_at_full_length"] = round(timings[same].median_s / timing.median_s, 3)
         if "full" not in name and "sdpa" not in name:
             counts = split.num_tokens.tolist()
             saved = sum(model.macs(tokens) for tokens in counts) / sum(model.macs(tokens, config) for tokens in counts)
@@ -169,7 +175,7 @@ def imdb(arguments: argparse.Namespace) -> None:
 
 def bert(arguments: argparse.Namespace) -> None:
     model = LengthAdaptiveModel.from_pretrained(arguments.encoder, "question-answering").eval()
-    names = ("onnx int8", "onnx fp32", *(["torch bf16"] if computes_in_bf16() else []))
+    names = ("onnx int8", "runner int8", "onnx fp32", *(["torch bf16"] if computes_in_bf16() else []))
     split = long_reviews(arguments, 32, LONGEST)
     engines = {
         name: engine_of(model, SQUAD, name, split, arguments.work, arguments.encoder, name="squad") for name in names
@@ -227,7 +233,7 @@ def engine_of(
     *,
     name: str = "random",
 ) -> Engine:
-    """One of "torch fp32", "torch bf16", "onnx fp32" and "onnx int8"; graphs are written where they are missing."""
+    """Of "torch", "onnx" or "runner", and fp32, bf16 (torch) or int8; graphs are written where they are missing."""
     if engine.startswith("torch"):
         return Engine(packed, (encoder, model.task, config, "bf16" if engine.endswith("bf16") else "fp32", split))
     path = work / f"{name}-{model.task}-{config}-fp32.onnx"
@@ -237,10 +243,12 @@ def engine_of(
         exact, path = path, path.with_name(path.name.replace("fp32", "int8"))
         if not path.is_file():
             quantise(exact, path)
-    return graph_engine(model, path, split)
+    return graph_engine(engine, model, path, split)
 
 
-def graph_engine(model: LengthAdaptiveModel, path: Path, split: EncodedSplit) -> Engine:
+def graph_engine(engine: str, model: LengthAdaptiveModel, path: Path, split: EncodedSplit) -> Engine:
+    if engine.startswith("runner"):
+        return Engine(of_export, (path, split, PAD))
     return Engine(of_graph, (path, input_names(model), split, PAD))
 
 

@@ -4,7 +4,7 @@ Shape letters: N sequences, B of a batch, L tokens, C outputs of the head.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -288,30 +288,31 @@ class _OnnxNetwork:
 
     def __init__(self, folder: Path, graph: Graph, pad: int) -> None:
         try:
-            from onnxruntime import InferenceSession, SessionOptions, __version__
+            from onnxruntime import __version__
+
+            from model.onnx_runner import SplitSession
         except ImportError as error:
             raise ExportError(
                 f"{folder} holds an ONNX graph, which needs onnxruntime; install it by `pip install 'hpo[onnx]'`."
             ) from error
-        options = SessionOptions()
-        options.log_severity_level = 3
         try:
-            self.session = InferenceSession(folder / graph.file, options, providers=["CPUExecutionProvider"])
+            self.session = SplitSession(
+                folder / graph.file, fixed_length=graph.fixed_length, threads=torch.get_num_threads()
+            )
         except Exception as error:  # the library has a class of its own for every code
             raise ExportError(
                 f"onnxruntime {__version__} cannot read {folder / graph.file}, whose operators are of opset "
                 f"{graph.opset} ({str(error).splitlines()[0]}); install a newer onnxruntime, or export again with "
                 "a lower --opset."
             ) from error
-        self.names = [given.name for given in self.session.get_inputs()]
         self.pad, self.fixed_length = pad, graph.fixed_length
 
     def logits(self, split: EncodedSplit, sequences: NDArray[np.int64], length_config: LengthConfig) -> list[Logits]:
         arrays = padded(split, sequences, self.pad, self.fixed_length)
-        (logits,) = self.session.run(None, {name: arrays[name] for name in self.names})
+        logits = self.session.run({name: arrays[name] for name in self.session.names})
         return _own(logits, split.num_tokens[sequences].tolist())
 
 
-def _own(logits: Logits, counts: Sequence[int]) -> list[Logits]:
+def _own(logits: Iterable[Logits], counts: Sequence[int]) -> list[Logits]:
     """The logits of each sequence alone, those of its padding left out."""
     return [row[:count] if row.ndim == 2 else row for row, count in zip(logits, counts, strict=True)]

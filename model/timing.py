@@ -268,6 +268,25 @@ def of_graph(path: Path, names: Sequence[str], split: EncodedSplit, pad: int) ->
     return make
 
 
+def of_export(path: Path, split: EncodedSplit, pad: int) -> Callable[[Batches], Run]:
+    """A graph as `LengthAdaptivePipeline` and an export's runner compute it, over batches that are cut up."""
+    from model.onnx_runner import SplitSession
+
+    session = SplitSession(path, threads=torch.get_num_threads())
+
+    def make(batches: Batches) -> Run:
+        arrays = [padded(split, batch, pad) for batch in batches]
+        fed = [{name: batch[name] for name in session.names} for batch in arrays]
+
+        def run() -> None:
+            for batch in fed:
+                session.run(batch)
+
+        return run
+
+    return make
+
+
 def _tensors(split: EncodedSplit, batch: NDArray[np.int64], pad: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
     arrays = padded(split, batch, pad)
     return {name: torch.from_numpy(arrays[name]) for name in names}
