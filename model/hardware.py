@@ -13,8 +13,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """How glibc's `mallopt` calls them."""
 FREED_BYTES_KEPT, BYTES_FROM_HEAP = 512 * 2**20, 32 * 2**20
 """What of freed memory stays the process's, and how large an array may be that is made of it."""
-SURPLUS_BYTES, CALLS_BETWEEN = 384 * 2**20, 8
-"""Growth after which gaps between arrays are given back, and pieces of work between two times."""
+WORTH_GIVING_BACK, SURPLUS_BYTES = 2**30, 256 * 2**20
+"""Growth of a process after which gaps between arrays are given back, and its growth from one time to the next."""
 MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
@@ -57,24 +57,24 @@ def keep_freed_memory() -> None:
 
 
 class SurplusMemory:
-    """Gives freed memory back that lies between what is in use, once this process has grown by `SURPLUS_BYTES`.
+    """Gives freed memory back that lies between what is in use, in a process that has grown much.
 
     Arrays of ever other sizes leave gaps that later ones do not fit into, and glibc gives back only what lies behind
-    the last of them. What is given back and needed again has to be filled with zeros first, so this is not done more
-    often than every `CALLS_BETWEEN` calls. Where there is no glibc, or no /proc, nothing happens.
+    the last of them. What is given back and needed again has to be filled with zeros first, so nothing happens before
+    the process has grown by `WORTH_GIVING_BACK`, and then after it has grown by `SURPLUS_BYTES` again. Where there is
+    no glibc, or no /proc, nothing happens at all.
     """
 
     def __init__(self) -> None:
-        self._calls, self._most_bytes = 0, _resident_bytes() + SURPLUS_BYTES
+        self._least_bytes = self._most_bytes = _resident_bytes() + WORTH_GIVING_BACK
 
     def give_back(self) -> None:
-        """To be called between pieces of work; costs a few microseconds where there is nothing to do."""
-        self._calls += 1
-        if self._calls < CALLS_BETWEEN or _resident_bytes() <= self._most_bytes:
+        """To be called now and then; costs a few microseconds where there is nothing to do."""
+        if _resident_bytes() <= self._most_bytes:
             return
         with suppress(AttributeError, OSError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
-        self._calls, self._most_bytes = 0, _resident_bytes() + SURPLUS_BYTES
+        self._most_bytes = max(self._least_bytes, _resident_bytes() + SURPLUS_BYTES)
 
 
 def _resident_bytes() -> int:
