@@ -97,11 +97,27 @@ class SplitSession:
 
 
 def cut(count_B: np.ndarray[Any, Any], most: int) -> list[np.ndarray[Any, Any]]:
-    """Sequences by their numbers, those of like length together, in at most so many parts of about as many tokens."""
+    """Sequences by their numbers, those of like length together, in at most so many parts whose largest is smallest.
+
+    A part is as large as its tokens are many once it is padded to its longest sequence.
+    """
     order_B = np.argsort(count_B, kind="stable")
-    end_B = np.cumsum(count_B[order_B])
-    edges = np.searchsorted(end_B - count_B[order_B] / 2, end_B[-1] * np.arange(1, most) / most)
-    return [part for part in np.split(order_B, edges) if len(part)]
+    sorted_B = np.maximum(count_B[order_B], 1).tolist()
+
+    def ends(limit: int) -> list[int]:
+        """Where parts of at most so many tokens end, the longest sequences' first."""
+        found: list[int] = []
+        end = len(sorted_B)
+        while end > 0 and len(found) <= most:
+            found.append(end)
+            end -= limit // sorted_B[end - 1]
+        return found
+
+    too_few, enough = sorted_B[-1] - 1, sorted_B[-1] * len(sorted_B)
+    while enough - too_few > 1:
+        limit = (too_few + enough) // 2
+        too_few, enough = (too_few, limit) if len(ends(limit)) <= most else (limit, enough)
+    return np.split(order_B, ends(enough)[:0:-1])
 
 
 class Runner:

@@ -1,5 +1,6 @@
 """A batch that is cut up gives what its graph gives for one sequence after the other."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -80,14 +81,20 @@ def test_threads_share_a_session(graph):
     assert not wrong
 
 
-def test_parts_hold_every_sequence_once_and_about_as_many_tokens():
+def test_parts_hold_every_sequence_once_and_the_largest_is_as_small_as_can_be():
     generator = np.random.default_rng(0)
-    for _ in range(200):
-        counts = generator.integers(1, 100, generator.integers(1, 40))
-        most = int(generator.integers(1, 9))
+    for _ in range(300):
+        counts = generator.integers(1, 60, generator.integers(1, 9))
+        most = int(generator.integers(1, 5))
         parts = cut(counts, most)
         assert 1 <= len(parts) <= most
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(counts)))
-        assert (np.diff(counts[np.concatenate(parts)]) >= 0).all()
-        for part in parts:
-            assert counts[part].sum() <= counts.sum() / most + counts.max()
+        assert max(len(part) * counts[part].max() for part in parts) == smallest(sorted(counts.tolist()), most)
+
+
+def smallest(counts, most):
+    """Padded tokens of the largest part, in the best of all ways to cut ascending counts."""
+    every_edge = range(1, len(counts))
+    ways = (edges for parts in range(most) for edges in itertools.combinations(every_edge, parts))
+    cuts = ([0, *edges, len(counts)] for edges in ways)
+    return min(max((end - start) * counts[end - 1] for start, end in itertools.pairwise(way)) for way in cuts)
