@@ -101,7 +101,9 @@ class Evaluator:
             num_blocks: Blocks to cut the split into; fewer where there are fewer examples.
             seed: Of the blocks.
             rows_per_chunk: Most rows of one chunk; a single longer sequence is a chunk of its own.
-            cache_bytes: Memory for answers and hidden states that later calls may need; 0 for none.
+            cache_bytes: Memory for answers and hidden states that later calls may need; 0 for none. Hidden states are
+                remembered where there is room for those of all examples after one layer: of fewer, each call would
+                have to forget those that the next one begins with.
         """
         keep_freed_memory()
         self._surplus = SurplusMemory()
@@ -111,7 +113,9 @@ class Evaluator:
         self.rows_computed = 0
         self._rows_per_chunk = rows_per_chunk
         self._answers = _Memory[Answers](cache_bytes // ANSWERS_PART, lambda answer: answer.nbytes + ENTRY_BYTES)
-        self._states = _Memory[_Rows](cache_bytes - self._answers.limit, lambda made: made.nbytes)
+        states_bytes = cache_bytes - self._answers.limit
+        has_room = int(split.num_tokens.sum()) * _row_bytes(model, precision) <= states_bytes
+        self._states = _Memory[_Rows](states_bytes if has_room else 0, lambda made: made.nbytes)
         self._network = snapshot(model.network, precision)
         pack(model.family, self._network, model.num_layers)
         self.blocks = stratified_blocks(split.num_tokens, num_blocks, seed)
@@ -186,6 +190,11 @@ class Evaluator:
             self._bundles = _cut_blocks(self.split, self.blocks, self._rows_per_chunk)
             torch.cuda.empty_cache()
             logger.warning("Memory ran out: configs are scored %d rows at a time.", self._rows_per_chunk)
+
+
+def _row_bytes(model: LengthAdaptiveModel, precision: Precision) -> int:
+    """Memory of what one layer makes of a token for the next: its vector, query, key and value."""
+    return model.shape.hidden_size * (4 + 3 * (4 if precision == "fp32" else 2))
 
 
 def _cut_blocks(split: EncodedSplit, blocks: Sequence[Ints], rows_per_chunk: int) -> list["_Bundles"]:

@@ -302,20 +302,38 @@ def test_a_later_call_reuses_the_first_layers_of_earlier_ones(model, rows, split
     assert evaluator.rows_computed - computed == expected, "two of four layers are remembered"
 
 
+def after_one_layer(model, split):
+    """Bytes of all tokens' vectors, queries, keys and values, in float32."""
+    return int(split.num_tokens.sum()) * 4 * 4 * model.shape.hidden_size
+
+
 def test_what_is_remembered_stays_within_its_limit(model, split):
-    evaluator = Evaluator(model, split, cache_bytes=24_000)
+    limit = int(1.5 * after_one_layer(model, split))
+    evaluator = Evaluator(model, split, cache_bytes=limit)
+    made = 0
     for seed in range(4):
         configs = random_configs(10, seed)
         np.testing.assert_array_equal(evaluator.predict(configs), predict(model, split, configs))
         states, answers = evaluator._states, evaluator._answers
-        assert 0 < states.held <= 21_000
+        made += len({config.shares[:2] for config in configs}) * len(np.unique(LENGTHS))
+        assert 0 < states.held <= limit * 7 / 8
+        assert len(states._values) < made
         assert states.held == sum(
             part.nbytes
             for made in states._values.values()
             for part in (made.hidden_RD, made.projected_RP, made.position_R, made.rank_R)
         )
-        assert 0 < answers.held <= 3_000
+        assert 0 < answers.held <= limit / 8
         assert answers.held == sum(answer.nbytes + 256 for answer in answers._values.values())
+
+
+def test_hidden_states_are_remembered_where_those_of_one_layer_have_room(model, split, configs):
+    room = after_one_layer(model, split)
+    for share, remembers in ((0.95, False), (1.05, True)):
+        evaluator = Evaluator(model, split, cache_bytes=int(share * room * 8 / 7))
+        np.testing.assert_array_equal(evaluator.predict(configs), predict(model, split, configs))
+        assert (evaluator._states.held > 0) == remembers
+        assert evaluator._answers.held > 0
 
 
 def test_without_memory_nothing_is_remembered(model, split, configs):
