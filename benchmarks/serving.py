@@ -247,9 +247,8 @@ def engine_of(
 
 
 def graph_engine(engine: str, model: LengthAdaptiveModel, path: Path, split: EncodedSplit) -> Engine:
-    if engine.startswith("runner"):
-        return Engine(of_export, (path, split, PAD))
-    return Engine(of_graph, (path, input_names(model), split, PAD))
+    make = of_export if engine.startswith("runner") else of_graph
+    return Engine(make, (path, input_names(model), split, PAD))
 
 
 def packed(encoder: Path, task: str, config: LengthConfig, precision: Precision, split: EncodedSplit) -> Maker:

@@ -194,7 +194,7 @@ class Evaluator:
 
 def _row_bytes(model: LengthAdaptiveModel, precision: Precision) -> int:
     """Memory of what one layer makes of a token for the next: its vector, query, key and value."""
-    return model.shape.hidden_size * (4 + 3 * (4 if precision == "fp32" else 2))
+    return model.shape.hidden_size * (4 + 3 * (2 if precision == "bf16" else 4))  # "mixed" begins in float32
 
 
 def _cut_blocks(split: EncodedSplit, blocks: Sequence[Ints], rows_per_chunk: int) -> list["_Bundles"]:

@@ -53,13 +53,14 @@ class SplitSession:
             threads: That compute; None takes one for each core that this process may use.
             providers: ONNX Runtime's execution providers; batches are cut for the processor alone.
         """
-        self.threads = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
-        self._path, self._fixed_length, self._providers = path, fixed_length, list(providers)
-        self._splits = self._providers == [ON_PROCESSOR] and self.threads > 1
-        self._workers = ThreadPoolExecutor(self.threads) if self._splits else None
+        self.threads = threads or usable_cores()
+        self._path, self._fixed_length = path, fixed_length
+        splits = list(providers) == [ON_PROCESSOR] and self.threads > 1
+        self._workers = ThreadPoolExecutor(self.threads) if splits else None
+        self._together = load(path, self.threads, providers)
+        self._alone: Any = None
         self._lock = threading.Lock()
-        self._sessions = {self.threads: self._load(self.threads)}
-        self.names = [given.name for given in self._sessions[self.threads].get_inputs()]
+        self.names = [given.name for given in self._together.get_inputs()]
 
     def run(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """The output of each sequence; of a head that reads every token, of no fewer tokens than the sequence has.
@@ -69,13 +70,15 @@ class SplitSession:
         """
         count_B = arrays["attention_mask"].sum(axis=1)
         if self._workers is None or len(count_B) < self.threads:
-            return list(self._session(self.threads).run(None, dict(arrays))[0])
-        alone = self._session(1)
+            return list(self._together.run(None, dict(arrays))[0])
+        with self._lock:
+            if self._alone is None:
+                self._alone = load(self._path, 1)
         parts = cut(count_B, self.threads)
 
         def compute(part: np.ndarray[Any, Any]) -> Any:
             longest = self._fixed_length or max(2, int(count_B[part].max()))
-            return alone.run(None, {name: array[part, :longest] for name, array in arrays.items()})[0]
+            return self._alone.run(None, {name: array[part, :longest] for name, array in arrays.items()})[0]
 
         outputs: list[Any] = [None] * len(count_B)
         for part, rows in zip(parts, self._workers.map(compute, parts), strict=True):
@@ -83,17 +86,18 @@ class SplitSession:
                 outputs[number] = row
         return outputs
 
-    def _session(self, threads: int) -> Any:
-        with self._lock:
-            if threads not in self._sessions:
-                self._sessions[threads] = self._load(threads)
-            return self._sessions[threads]
 
-    def _load(self, threads: int) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        return onnxruntime.InferenceSession(self._path, options, providers=self._providers)
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load(path: str | Path, threads: int, providers: Sequence[str] = (ON_PROCESSOR,)) -> Any:
+    """A session of ONNX Runtime that computes with so many threads and says no more than errors."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=list(providers))
 
 
 def cut(count_B: np.ndarray[Any, Any], most: int) -> list[np.ndarray[Any, Any]]:

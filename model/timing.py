@@ -23,7 +23,7 @@ from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.front_file import ExportError
 from model.length_config import LengthConfig
-from model.onnx_export import input_names, padded, quantise, require_onnx, write_graph
+from model.onnx_export import Arrays, input_names, padded, quantise, require_onnx, write_graph
 from model.packed import PackedNetwork
 
 SEQUENCES = 64
@@ -248,39 +248,29 @@ def _try(network: Any, batch: Mapping[str, torch.Tensor]) -> None:
 
 def of_graph(path: Path, names: Sequence[str], split: EncodedSplit, pad: int) -> Callable[[Batches], Run]:
     """A graph in ONNX Runtime, over batches that are padded to their longest."""
-    from onnxruntime import InferenceSession, SessionOptions
+    from model.onnx_runner import load
 
-    options = SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = load(path, torch.get_num_threads())
+    return _over_arrays(lambda batch: session.run(None, batch), names, split, pad)
 
+
+def of_export(path: Path, names: Sequence[str], split: EncodedSplit, pad: int) -> Callable[[Batches], Run]:
+    """A graph as `LengthAdaptivePipeline` and an export's runner compute it, over batches that are cut up."""
+    from model.onnx_runner import SplitSession
+
+    return _over_arrays(SplitSession(path, threads=torch.get_num_threads()).run, names, split, pad)
+
+
+def _over_arrays(
+    compute: Callable[[Arrays], object], names: Sequence[str], split: EncodedSplit, pad: int
+) -> Callable[[Batches], Run]:
     def make(batches: Batches) -> Run:
         arrays = [padded(split, batch, pad) for batch in batches]
         fed = [{name: batch[name] for name in names} for batch in arrays]
 
         def run() -> None:
             for batch in fed:
-                session.run(None, batch)
-
-        return run
-
-    return make
-
-
-def of_export(path: Path, split: EncodedSplit, pad: int) -> Callable[[Batches], Run]:
-    """A graph as `LengthAdaptivePipeline` and an export's runner compute it, over batches that are cut up."""
-    from model.onnx_runner import SplitSession
-
-    session = SplitSession(path, threads=torch.get_num_threads())
-
-    def make(batches: Batches) -> Run:
-        arrays = [padded(split, batch, pad) for batch in batches]
-        fed = [{name: batch[name] for name in session.names} for batch in arrays]
-
-        def run() -> None:
-            for batch in fed:
-                session.run(batch)
+                compute(batch)
 
         return run
 
