@@ -301,12 +301,15 @@ class MariaDB(Server):
 
     def __init__(self, folder: Path) -> None:
         pytest.importorskip("pymysql")
-        data = folder / "data"
+        temporary = folder / "tmp"  # starting, a server removes the temporary tables of all that share such a folder
+        temporary.mkdir()
         user = "mysql" if os.geteuid() == 0 else None
         if user:
             shutil.chown(folder, user, user)
+            shutil.chown(temporary, user, user)
         install = _program("mariadb-install-db")
-        common = ["--no-defaults", f"--datadir={data}", *([f"--user={user}"] if user else [])]
+        common = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={temporary}"]
+        common += [f"--user={user}"] if user else []
         subprocess.run(
             [install, *common, "--auth-root-authentication-method=normal", "--skip-test-db"],
             check=True,
