@@ -272,6 +272,7 @@ def _tidy(path: Path) -> None:
     import onnx
 
     graph = onnx.load(path, load_external_data=False)
+    _read_counts_at_once(graph.graph)
     _halve_last(graph.graph)
     _sum_residuals(graph.graph)
     used = {re.sub(r"^ai\.onnx$", "", node.domain) for node in graph.graph.node}
@@ -283,6 +284,56 @@ def _tidy(path: Path) -> None:
     del graph.graph.value_info[:]
     graph.graph.value_info.extend(shapes)
     onnx.save(graph, path)
+
+
+def _read_counts_at_once(graph: Any) -> None:
+    """Take how many tokens a layer hands on straight from all counts, as the list of one that operators ask for.
+
+    The exporter makes the count a number, that a list, and of its number another list: five operators a layer, each of
+    which takes a runtime about as long as one that does something.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    dimensions = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    taken_by = {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == "Gather" and dimensions.get(node.input[0]) == 1 and dimensions.get(node.output[0]) == 0
+    }
+    list_of: dict[str, str] = {}
+    same: dict[str, str] = {}
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        source, output = node.input[0], node.output[0]
+        if node.op_type == "Concat" and len(node.input) == 1:
+            same[output] = source
+        elif node.op_type == "Gather" and source in list_of.values():
+            list_of[output] = source
+        elif node.op_type == "Reshape" and source in list_of:
+            same[output] = list_of[source]
+        elif node.op_type == "Reshape" and source in taken_by and taken_by[source].input[1] in constants:
+            counts, place = taken_by[source].input
+            places = numpy_helper.from_array(numpy_helper.to_array(constants[place]).reshape(1), f"{output}_place")
+            graph.initializer.append(places)
+            node.op_type, node.input[:] = "Gather", [counts, places.name]
+            del node.attribute[:]
+            list_of[source] = output
+    _leave_out_unread(graph)
+
+
+def _leave_out_unread(graph: Any) -> None:
+    """Remove operators of which nothing is read, and constants."""
+    read = {value.name for value in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if not read.isdisjoint(node.output):
+            nodes.append(node)
+            read.update(node.input)
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
+    for field, kept in ((graph.node, nodes[::-1]), (graph.initializer, constants)):
+        del field[:]
+        field.extend(kept)
 
 
 def _halve_last(graph: Any) -> None:

@@ -179,6 +179,20 @@ def test_layers_reshape_by_constants(span_graph):
     assert len(shapes) - len(computed) >= 3 * LAYERS  # heads taken apart, put together, and whom they may see
 
 
+def test_counts_are_read_at_once(span_graph):
+    """As the exporter writes it, a layer's count goes through five operators before it is asked for."""
+    _, path = span_graph
+    graph = onnx.load(path).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    counts = [made_by[node.input[1]] for node in graph.node if node.op_type == "TopK"]
+    assert len(counts) > 1
+    assert {count.op_type for count in counts} == {"Gather"}
+    assert len({count.input[0] for count in counts}) == 1
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    assert all(not read.isdisjoint(node.output) for node in graph.node)
+    assert {tensor.name for tensor in graph.initializer} <= read
+
+
 def test_tokens_are_chosen_and_moved_by_one_operator_each(span_graph):
     """Nothing sorts them twice, spreads their places over their vectors' elements, or turns the vectors around."""
     _, path = span_graph
