@@ -616,7 +616,8 @@ class _Walk:
     def _mix(self, depth: int, cells: _Cells, projected_RP: Tensor, position_R: Ints) -> tuple[Tensor, Ints]:
         """Each row's context, and its rank in its sequence by attention received; 0 where none is dropped."""
         starts = cells.starts()
-        context_RD = projected_RP.new_zeros(len(projected_RP), self.model.shape.hidden_size)
+        context_RD = projected_RP.new_empty(len(projected_RP), self.model.shape.hidden_size)
+        context_RD[starts[-1] :] = 0
         rank_R = np.zeros(starts[-1], dtype=np.int64)
         drops = self.tree.levels[depth].drops[cells.node] | (depth < self.cached_levels)
         edges = np.flatnonzero(np.diff(cells.rows * 2 + drops, prepend=-1, append=-1))
