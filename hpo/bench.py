@@ -132,7 +132,7 @@ def bench(
     *,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     sequences: int = SEQUENCES,
-    points: int = POINTS,
+    points: int | None = None,
     rounds: int = ROUNDS,
     baselines: Sequence[str] = BASELINES,
     precision: Precision = "fp32",
@@ -148,7 +148,8 @@ def bench(
         runs: Folder of the checkpoints.
         batch_sizes: Sequences to run together; a record is made for each size.
         sequences: Of the search split, drawn by a fixed seed, as they come.
-        points: Points of the front to time at most, evenly chosen, its ends among them.
+        points: Points of the front to time at most, evenly chosen, its ends among them; None for `POINTS`, or for all
+            that an earlier measurement holds which this one takes the place of, where those are more.
         rounds: Least number of rounds; all take turns in each.
         baselines: Of `model.timing.BASELINES`; what does not work here is left out, with the reason in the record.
         precision: "bf16" rounds the factors of our engine's large products.
@@ -157,7 +158,7 @@ def bench(
         HpoError: The study has no front, or its checkpoint is gone or another one.
         ValueError: A number is below 1, or a baseline is unknown.
     """
-    _check(batch_sizes=batch_sizes, sequences=[sequences], points=[points], rounds=[rounds])
+    _check(batch_sizes=batch_sizes, sequences=[sequences], points=[1 if points is None else points], rounds=[rounds])
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise ValueError(f"baseline {unknown[0]!r} is unknown; choose among {', '.join(BASELINES)}.")
     if precision == "bf16" and not computes_in_bf16():
@@ -202,7 +203,7 @@ def time_points(
     split: EncodedSplit,
     *,
     batch_sizes: Sequence[int],
-    points: int = POINTS,
+    points: int | None = None,
     rounds: int = ROUNDS,
     precision: Precision = "fp32",
     make: Callable[[str, EncodedSplit, Path], Baseline] = no_baseline,
@@ -224,10 +225,11 @@ def time_points(
         baselines: As for `bench`.
         on_progress: As for `bench`.
     """
-    timed = spread(front.points, points)
+    timed_of = {size: _to_time(study, front, precision, size, len(split), points) for size in batch_sizes}
     network = PackedNetwork(model, precision)
     full_macs = mean_macs(model.shape, split.num_tokens)
-    configs = {point.trial: served_point(point).length_config for point in (*timed, front.full)}
+    timed_once = {point.trial: point for timed in timed_of.values() for point in (*timed, front.full)}
+    configs = {trial: served_point(point).length_config for trial, point in timed_once.items()}
     shares = {trial: mean_macs(model.shape, split.num_tokens, config) / full_macs for trial, config in configs.items()}
     left_out: dict[str, str] = {}
     made = {}
@@ -246,7 +248,7 @@ def time_points(
             contenders: dict[tuple[str, int | None], Run] = {
                 ("ours", None): ours(network, split, batches, configs[front.full.trial])
             }
-            for point in timed:
+            for point in timed_of[size]:
                 if point.trial != front.full.trial:
                     contenders["ours", point.trial] = ours(network, split, batches, configs[point.trial])
             contenders |= {(name, None): runs(batches) for name, runs in made.items()}
@@ -275,7 +277,7 @@ def time_points(
                 rounds=timings["ours", None].rounds,
                 measured_at=datetime.now().isoformat(timespec="seconds"),
                 full=measured["ours", None],
-                points=tuple(measured["ours", point.trial] for point in timed),
+                points=tuple(measured["ours", point.trial] for point in timed_of[size]),
                 baselines=tuple(measured[name, None] for name in made),
                 left_out=left_out,
                 versions=library_versions(),
@@ -287,9 +289,24 @@ def time_points(
 
 def covers(study: optuna.Study, front: Front, precision: Precision, batch_size: int, sequences: int) -> bool:
     """Whether all points of a front were timed over so many sequences on this machine as it is set up now."""
-    key = record_key(processor_name(), torch.get_num_threads(), precision, batch_size, sequences)
-    timed = {point["trial"] for point in study.user_attrs.get(key, {"points": []})["points"]}
+    timed = _timed_before(study, precision, batch_size, sequences)
     return timed >= {point.trial for point in front.points}
+
+
+def _timed_before(study: optuna.Study, precision: Precision, batch_size: int, sequences: int) -> set[int]:
+    """Trials of which this machine, as it is set up now, has timed so."""
+    key = record_key(processor_name(), torch.get_num_threads(), precision, batch_size, sequences)
+    return {point["trial"] for point in study.user_attrs.get(key, {"points": []})["points"]}
+
+
+def _to_time(
+    study: optuna.Study, front: Front, precision: Precision, batch_size: int, sequences: int, most: int | None
+) -> list[FrontPoint]:
+    """The points of a front to time with batches of one size; see `bench`."""
+    chosen = spread(front.points, POINTS if most is None else most)
+    before = _timed_before(study, precision, batch_size, sequences) if most is None else set()
+    known = [point for point in front.points if point.trial in before]
+    return known if len(known) > len(chosen) else chosen
 
 
 def spread(points: Sequence[FrontPoint], most: int) -> list[FrontPoint]:

@@ -653,7 +653,12 @@ def bench_command(
     batch_size: Annotated[
         str, typer.Option(metavar="SIZES", help="Sequences to run together, parted by commas.")
     ] = "1,8,32",
-    points: Annotated[int, typer.Option(min=1, help="Points of the front to time, evenly chosen.")] = 10,
+    points: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Points of the front to time, evenly chosen.", show_default="10, or all that were timed before"
+        ),
+    ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Of the search split.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="In which all take turns; more where they are short.")] = 5,
     baselines: Annotated[

@@ -194,7 +194,7 @@ def _attention_in_parts(
     if not with_scores:
         return context_BLHd.transpose(1, 2), None
     if by_value:
-        received_BHL *= values_BHLd[:, :, :length].float().norm(dim=-1)  # where copied, quicker than in their projection
+        received_BHL *= values_BHLd[:, :, :length].float().norm(dim=-1)  # quicker where they were copied
     return context_BLHd.transpose(1, 2), received_BHL.sum(dim=1)
 
 

@@ -117,6 +117,26 @@ def test_times_are_kept_with_the_study_and_measured_again_replace_themselves(stu
     assert front.full.latency_ms == first[0].full.ms
 
 
+def test_a_default_run_times_no_fewer_points_than_the_one_it_replaces(study, storage, tmp_path, monkeypatch):
+    """A search by time has timed its whole front; what `--max-latency-ms` chooses among must not become less."""
+    monkeypatch.setattr("hpo.bench.POINTS", 1)
+    front = compute_front(study, storage)
+    front = dataclasses.replace(front, points=(front.points[0], front.full))
+    monkeypatch.setattr("hpo.bench.compute_front", lambda *_: front)
+    few = {**QUICK, "points": None}
+
+    def timed(sizes, options):
+        records = bench(study, storage, tmp_path / "runs", batch_sizes=sizes, **options)
+        return [[point.trial for point in record.points] for record in records]
+
+    every = [point.trial for point in front.points]
+    assert timed((1, 4), few) == [every[:1], every[:1]]
+    assert timed((4,), {**QUICK, "points": len(every)}) == [every]
+    assert timed((1, 4), few) == [every[:1], every]
+    assert timed((4,), {**few, "sequences": 4}) == [every[:1]], "another measurement"
+    assert timed((4,), {**QUICK, "points": 1}) == [every[:1]], "who asks for fewer gets fewer"
+
+
 def test_shares_are_those_of_the_sequences_that_were_timed(study, storage, tmp_path, tiny_encoder):
     (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(4,), **QUICK)
     trial, point = study.trials[record.points[0].trial], record.points[0]
