@@ -60,6 +60,8 @@ CONNECT_OPTIONS: dict[str, dict[str, int]] = {
 RACE_WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 MADE_MEANWHILE = re.compile(r"already exists|unique constraint|duplicate", re.IGNORECASE)
 """What SQLite, PostgreSQL and MySQL say where Optuna's tables appear between its look and its CREATE TABLE."""
+TOO_MANY_CONNECTIONS = re.compile(r"too many (clients|connections)|connection slots|max_user_connections", re.I)
+"""What PostgreSQL and MySQL say where they take no more connections, of anyone or of this user."""
 
 FINISHED = ENDED
 IDENTITY = "identity"
@@ -460,8 +462,14 @@ def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
             f"The tables of {shown} were made by another version of optuna than {optuna.__version__}; upgrade them "
             "with `hpo storage upgrade --storage URL`, or pass another --storage."
         )
+    reason = database_reason(error)
+    if TOO_MANY_CONNECTIONS.search(reason):
+        return (
+            f"Cannot use the storage {shown}: {reason}; let it take more, or have workers share those of one "
+            "`hpo storage serve`."
+        )
     remedy = "name another file" if is_sqlite else "check the URL and that its server answers, or name another database"
-    return f"Cannot use the storage {shown}: {database_reason(error)}; {remedy} with --storage."
+    return f"Cannot use the storage {shown}: {reason}; {remedy} with --storage."
 
 
 def count_finished(url: str, name: str) -> int:

@@ -4,9 +4,10 @@ import sqlite3
 import sys
 import threading
 import time
+import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 
 import optuna
 import pytest
@@ -166,6 +167,27 @@ def test_a_writer_waits_for_another_and_then_writes(opened, tmp_path):
         assert time.monotonic() - start >= 0.4
         release.join()
     assert study.user_attrs["written"] is True
+
+
+@contextmanager
+def limited_user(server_url):
+    """The URL for a user of whom the server takes no connection besides those that it has."""
+    url = sqlalchemy.engine.make_url(server_url)
+    user = f"hpo_{uuid.uuid4().hex[:8]}"
+    limited = url.set(username=user).render_as_string(hide_password=False)
+    admin = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    with ExitStack() as stack:
+        connection = stack.enter_context(admin.connect())
+        if url.get_backend_name() == "postgresql":
+            connection.execute(sqlalchemy.text(f"CREATE ROLE {user} LOGIN CONNECTION LIMIT 0"))
+            stack.callback(connection.execute, sqlalchemy.text(f"DROP ROLE {user}"))
+        else:
+            connection.execute(sqlalchemy.text(f"CREATE USER {user}@'%' WITH MAX_USER_CONNECTIONS 1"))
+            stack.callback(connection.execute, sqlalchemy.text(f"DROP USER {user}@'%'"))
+            connection.execute(sqlalchemy.text(f"GRANT ALL ON {url.database}.* TO {user}@'%'"))
+            only = sqlalchemy.create_engine(limited, poolclass=sqlalchemy.NullPool)
+            stack.enter_context(only.connect())
+        yield limited
 
 
 def open_at_once(url, workers=4):
@@ -476,6 +498,12 @@ def test_a_study_runs_and_resumes_on_a_server(server_url):
         make_study(again, identity={"model": "m2"})
     assert count_finished(server_url, "lengths") == 1
     close(again)
+
+
+def test_a_server_that_takes_no_more_connections_is_told_how_to_do_with_fewer(server_url, monkeypatch):
+    monkeypatch.setattr("hpo.storage.RACE_WAITS_S", (0.0,))
+    with limited_user(server_url) as url, pytest.raises(StorageError, match=r"connections.*`hpo storage serve`"):
+        open_storage(url)
 
 
 @pytest.mark.filterwarnings("ignore:.*deleted while still open:ResourceWarning")
