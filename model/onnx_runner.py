@@ -52,7 +52,11 @@ class SplitSession:
             fixed_length: Tokens of every sequence, padding included, where the graph takes no others.
             threads: That compute; None takes one for each core that this process may use.
             providers: ONNX Runtime's execution providers; batches are cut for the processor alone.
+        Raises:
+            ValueError: Fewer than one thread.
         """
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads={threads}; choose 1 or more.")
         self.threads = threads or usable_cores()
         self._path, self._fixed_length = path, fixed_length
         splits = list(providers) == [ON_PROCESSOR] and self.threads > 1

@@ -61,6 +61,12 @@ def test_each_sequence_gets_its_own_output(graph, counts, threads):
             assert length is None or expected.ndim == 1 or len(output) == length
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_are_refused(graph, threads):
+    with pytest.raises(ValueError, match=f"threads={threads}"):
+        SplitSession(graph, threads=threads)
+
+
 def test_threads_share_a_session(graph):
     session = SplitSession(graph, threads=2)
     batches = [batch_of(np.random.default_rng(seed).integers(2, 20, 8).tolist()) for seed in range(8)]
