@@ -310,9 +310,11 @@ def _read_counts_at_once(graph: Any) -> None:
             same[output] = source
         elif node.op_type == "Gather" and source in list_of.values():
             list_of[output] = source
-        elif node.op_type == "Reshape" and source in list_of:
+        elif node.op_type != "Reshape" or not _is_list(constants.get(node.input[1])):
+            continue
+        elif source in list_of:
             same[output] = list_of[source]
-        elif node.op_type == "Reshape" and source in taken_by and taken_by[source].input[1] in constants:
+        elif source in taken_by and taken_by[source].input[1] in constants:
             counts, place = taken_by[source].input
             places = numpy_helper.from_array(numpy_helper.to_array(constants[place]).reshape(1), f"{output}_place")
             graph.initializer.append(places)
@@ -320,6 +322,11 @@ def _read_counts_at_once(graph: Any) -> None:
             del node.attribute[:]
             list_of[source] = output
     _leave_out_unread(graph)
+
+
+def _is_list(shape: Any) -> bool:
+    """Whether a constant is the shape of a list."""
+    return shape is not None and list(shape.dims) == [1]
 
 
 def _leave_out_unread(graph: Any) -> None:
