@@ -6,6 +6,7 @@ ones are never mixed.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import tempfile
@@ -228,8 +229,8 @@ def time_points(
     timed_of = {size: _to_time(study, front, precision, size, len(split), points) for size in batch_sizes}
     network = PackedNetwork(model, precision)
     full_macs = mean_macs(model.shape, split.num_tokens)
-    timed_once = {point.trial: point for timed in timed_of.values() for point in (*timed, front.full)}
-    configs = {trial: served_point(point).length_config for trial, point in timed_once.items()}
+    timed = itertools.chain(*timed_of.values(), [front.full])
+    configs = {point.trial: served_point(point).length_config for point in timed}
     shares = {trial: mean_macs(model.shape, split.num_tokens, config) / full_macs for trial, config in configs.items()}
     left_out: dict[str, str] = {}
     made = {}

@@ -270,9 +270,12 @@ def _tidy(path: Path) -> None:
     once the quantiser has turned a weight around.
     """
     import onnx
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     graph = onnx.load(path, load_external_data=False)
     _read_counts_at_once(graph.graph)
+    graph = onnx_ir.to_proto(RemoveUnusedNodesPass()(onnx_ir.from_proto(graph)).model)
     _halve_last(graph.graph)
     _sum_residuals(graph.graph)
     used = {re.sub(r"^ai\.onnx$", "", node.domain) for node in graph.graph.node}
@@ -321,26 +324,11 @@ def _read_counts_at_once(graph: Any) -> None:
             node.op_type, node.input[:] = "Gather", [counts, places.name]
             del node.attribute[:]
             list_of[source] = output
-    _leave_out_unread(graph)
 
 
 def _is_list(shape: Any) -> bool:
     """Whether a constant is the shape of a list."""
     return shape is not None and list(shape.dims) == [1]
-
-
-def _leave_out_unread(graph: Any) -> None:
-    """Remove operators of which nothing is read, and constants."""
-    read = {value.name for value in graph.output}
-    nodes = []
-    for node in reversed(graph.node):
-        if not read.isdisjoint(node.output):
-            nodes.append(node)
-            read.update(node.input)
-    constants = [tensor for tensor in graph.initializer if tensor.name in read]
-    for field, kept in ((graph.node, nodes[::-1]), (graph.initializer, constants)):
-        del field[:]
-        field.extend(kept)
 
 
 def _halve_last(graph: Any) -> None:
