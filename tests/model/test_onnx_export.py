@@ -128,6 +128,15 @@ def test_the_graph_of_full_length_chooses_no_tokens(make_batch, tmp_path):
         check(onnxruntime.InferenceSession(path), model, FULL, make_batch, lengths, seed)
 
 
+def test_more_weights_than_a_file_may_hold_stand_beside_it(make_batch, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.onnx_export.PROTOBUF_LIMIT", 0)
+    model, path = build("bert"), tmp_path / "model.onnx"
+    write_graph(model, POINTS[0], path, longest=LONGEST)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    assert path.with_name("model.onnx.data").stat().st_size >= model.network.get_input_embeddings().weight.nbytes
+    check(onnxruntime.InferenceSession(path), model, POINTS[0], make_batch, BATCHES[0])
+
+
 @pytest.fixture
 def span_graph(make_graph):
     """A span head over a graph that skips no layer and drops in both."""
