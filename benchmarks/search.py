@@ -45,7 +45,7 @@ from model.data import DataSpec, load_corpus
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, choose_precision, predict
-from model.hardware import computes_in_bf16, processor_name
+from model.hardware import gains_from_bf16, processor_name
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, layer_macs, mean_macs
 from model.precision import Precision
@@ -342,7 +342,7 @@ def memory(loaded: LoadedWorkload, arguments: argparse.Namespace) -> Iterator[di
         for _ in range(50)
     ]
     before, start = peak_memory_gib(), time.perf_counter()
-    Evaluator(model, split, precision="bf16" if computes_in_bf16() else "fp32").predict(configs)
+    Evaluator(model, split, precision="bf16" if gains_from_bf16() else "fp32").predict(configs)
     yield {
         "examples": SQUAD_EXAMPLES,
         "tokens": int(lengths.sum()),

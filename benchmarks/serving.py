@@ -80,8 +80,14 @@ def main() -> None:
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)), help="of `realised`")
     parser.add_argument("--prepare", action="store_true")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"part {unknown[0]!r} is none of {', '.join(PARTS)}")
+    for part, texts in NEEDED_TEXTS.items():
+        if part in parts and getattr(arguments, texts) is None:
+            parser.error(f"part {part!r} needs --{texts}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    for part in arguments.parts.split(","):
+    for part in parts:
         PARTS[part](arguments)
 
 
@@ -198,6 +204,8 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "imdb": imdb,
     "bert": bert,
 }
+NEEDED_TEXTS = {"realised": "imdb", "sst2": "sst2", "imdb": "imdb", "bert": "imdb"}
+"""The argument that says where each part's texts are."""
 
 
 @contextmanager

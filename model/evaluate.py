@@ -36,7 +36,7 @@ from torch import Tensor
 
 from model.encoded import Answers, EncodedSplit
 from model.encoder import LengthAdaptiveModel, significance_order
-from model.hardware import SurplusMemory, computes_in_bf16, is_out_of_memory, keep_freed_memory
+from model.hardware import SurplusMemory, gains_from_bf16, is_out_of_memory, keep_freed_memory
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
 from model.prefix_tree import Ints, PrefixTree, paths_of
@@ -233,7 +233,7 @@ def choose_precision(model: LengthAdaptiveModel, split: EncodedSplit, metric: Me
     What rounding moves most is which tokens are kept where two received nearly the same attention, so that strongly
     shortened configs over few examples may move further.
     """
-    if not computes_in_bf16():
+    if not gains_from_bf16():
         return "fp32"
     full = [LengthConfig.full(model.num_layers)]
     (exact,) = score(model, split, full, metric)

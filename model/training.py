@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from model.encoded import EncodedSplit
-from model.hardware import computes_in_bf16, is_out_of_memory
+from model.hardware import gains_from_bf16, is_out_of_memory
 from model.shards import ShardCollator
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Schedule:
         warmup_ratio: Share of all steps over which the learning rate rises.
         weight_decay: AdamW's decay, not on biases and LayerNorms.
         max_grad_norm: Clipping of the gradient's norm.
-        precision: "auto" takes bf16 autocast where the processor or GPU computes in it.
+        precision: "auto" takes bf16 autocast where the processor or GPU is quicker in it.
         dropout: Probability in all of the encoder's dropout; None leaves it as the checkpoint has it. Without any, a
             processor trains faster.
         seed: Of dropout, batch order and whatever else is drawn.
@@ -111,7 +111,7 @@ class TrainingReport:
 
 def uses_bf16(precision: Precision) -> bool:
     """Whether a training of that precision computes in bf16 on this machine."""
-    return precision == "bf16" or (precision == "auto" and computes_in_bf16())
+    return precision == "bf16" or (precision == "auto" and gains_from_bf16())
 
 
 def fit(

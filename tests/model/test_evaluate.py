@@ -358,9 +358,9 @@ def test_precision_is_the_quickest_that_the_machine_has_and_that_leaves_the_metr
     split = unpadded(make_batch(LENGTHS * 100))
     labels = predict(model, split, [LengthConfig.full(4)])[0]
     metric = choose_metric(CLASS_METRICS, "accuracy")
-    monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: False)
+    monkeypatch.setattr("model.evaluate.gains_from_bf16", lambda: False)
     assert choose_precision(model, replace(split, labels=labels), metric) == "fp32"
-    monkeypatch.setattr("model.evaluate.computes_in_bf16", lambda: True)
+    monkeypatch.setattr("model.evaluate.gains_from_bf16", lambda: True)
     rounded, mixed = (
         predict(model, split, [LengthConfig.full(4)], precision=precision)[0] for precision in ("bf16", "mixed")
     )

@@ -1,12 +1,13 @@
-"""What is kept of freed memory and what is given back, seen from outside: a process of its own counts."""
+"""What is kept of freed memory and what is given back, seen from outside, and what products are computed in."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from model.hardware import MALLOC_VARIABLES
+from model.hardware import MALLOC_VARIABLES, _product_seconds, gains_from_bf16
 
 WORK = """
 import ctypes, resource, sys
@@ -84,3 +85,30 @@ def test_gaps_between_arrays_are_given_back_once_there_are_many():
         for how in ("give", "leave")
     }
     assert resident["leave"] - resident["give"] > 1300 * 2**20
+
+
+@pytest.mark.parametrize(("bf16_s", "gains"), [(0.5, True), (0.9, False), (1.9, False)])
+def test_bf16_is_worth_while_where_its_products_are_clearly_quicker(bf16_s, gains, monkeypatch):
+    monkeypatch.setattr("model.hardware.computes_in_bf16", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("model.hardware._product_seconds", lambda _: [1.0, bf16_s])
+    assert gains_from_bf16.__wrapped__() == gains
+
+
+def test_a_processor_without_bf16_is_not_timed(monkeypatch):
+    monkeypatch.setattr("model.hardware.computes_in_bf16", lambda: False)
+    monkeypatch.setattr("model.hardware._product_seconds", lambda _: pytest.fail("timed"))
+    assert not gains_from_bf16.__wrapped__()
+
+
+def test_a_gpu_that_has_bf16_gains_from_it(monkeypatch):
+    monkeypatch.setattr("model.hardware.computes_in_bf16", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("model.hardware._product_seconds", lambda _: pytest.fail("timed"))
+    assert gains_from_bf16.__wrapped__()
+
+
+def test_the_quicker_of_two_types_is_told_apart():
+    """Half the bytes of float64, and half the arithmetic: no processor takes longer for float32."""
+    double_s, single_s = _product_seconds((torch.float64, torch.float32))
+    assert 0 < single_s < double_s
