@@ -26,8 +26,8 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-unit: $(VENV)/installed
-	$(BIN)/pytest --numprocesses 3 --dist loadfile
+unit: $(VENV)/installed # hundreds of processes that tests start read what the first has compiled
+	env --unset=PYTHONDONTWRITEBYTECODE $(BIN)/pytest --numprocesses 3 --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO).db $(DEMO).db-shm $(DEMO).db-wal

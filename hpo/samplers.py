@@ -14,7 +14,7 @@ Shape letters: C candidates, N layers, T trials.
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -28,8 +28,10 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.early_stopping import ESTIMATE, ESTIMATE_ERROR, Bits
 from hpo.front import RETENTION, SKIP
 from hpo.staircase import Array, Frontier, convex_hull, frontier_of, members
-from hpo.surrogate import Surrogate
 from studies.loader import LengthsStudy
+
+if TYPE_CHECKING:
+    from hpo.surrogate import Surrogate
 
 Key = tuple[float, bytes]
 """What configs have in common that keep the same counts: their cost, and the layers they skip."""
@@ -280,6 +282,12 @@ class LatSampler(BaseSampler):
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
 
+def _surrogate() -> "Surrogate":
+    from hpo.surrogate import Surrogate  # brings scikit-learn, which commands that search nothing need not wait for
+
+    return Surrogate()
+
+
 @dataclass(kw_only=True)
 class SurrogateScreening:
     """NSGA-II's child generation with a predictor in front of it.
@@ -312,7 +320,7 @@ class SurrogateScreening:
     reads_first: bool
     generator: np.random.Generator
     patience: int = 1
-    surrogate: Surrogate = field(default_factory=Surrogate)
+    surrogate: "Surrogate" = field(default_factory=_surrogate)
     tried: set[Key] = field(default_factory=set)
     waiting: list[dict[str, Any]] = field(default_factory=list)
     known: int = -1

@@ -5,12 +5,13 @@ Quality is to be maximised here, cost to be minimised.
 Shape letters: T points, K costs, J and I steps of the staircase or edges of the terraces, H heights, C candidates.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 Array = NDArray[np.floating[Any]]
 
@@ -173,5 +174,6 @@ def _improvement(height_H: Array, mean_C: Array, deviation_C: Array) -> Array:
     """How far each candidate's quality, which is normal, is expected to reach above each height, (C, H)."""
     deviation_C1 = np.maximum(deviation_C, 1e-12)[:, None]
     z_CH = (mean_C[:, None] - height_H) / deviation_C1
-    improvement_CH: Array = deviation_C1 * (z_CH * norm.cdf(z_CH) + norm.pdf(z_CH))
+    density_CH = np.exp(-(z_CH**2) / 2) / math.sqrt(2 * math.pi)
+    improvement_CH: Array = deviation_C1 * (z_CH * ndtr(z_CH) + density_CH)
     return improvement_CH

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 Labels = NDArray[np.int64]
 Values = NDArray[np.floating[Any]]
@@ -36,7 +34,7 @@ class Metric:
 def accuracy(predictions: Labels, labels: Labels) -> float:
     """Share of predictions that equal their label, in [0, 1]."""
     _check_aligned(predictions, labels)
-    return float(accuracy_score(labels, predictions))
+    return float(_scikit_learn().accuracy_score(labels, predictions))
 
 
 def f1(predictions: Labels, labels: Labels) -> float:
@@ -49,7 +47,7 @@ def f1(predictions: Labels, labels: Labels) -> float:
     _check_aligned(predictions, labels)
     two_classes = max(predictions.max(), labels.max()) <= 1
     average = "binary" if two_classes else "macro"
-    return float(f1_score(labels, predictions, average=average, zero_division=0.0))
+    return float(_scikit_learn().f1_score(labels, predictions, average=average, zero_division=0.0))
 
 
 def matthews_correlation(predictions: Labels, labels: Labels) -> float:
@@ -60,7 +58,7 @@ def matthews_correlation(predictions: Labels, labels: Labels) -> float:
     _check_aligned(predictions, labels)
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0  # the quotient is 0 / 0 there; scikit-learn's answer depends on its version
-    return float(matthews_corrcoef(labels, predictions))
+    return float(_scikit_learn().matthews_corrcoef(labels, predictions))
 
 
 def micro_f1(predictions: Labels, labels: Labels) -> float:
@@ -71,7 +69,7 @@ def micro_f1(predictions: Labels, labels: Labels) -> float:
         labels: Ones where it does, (N, C).
     """
     _check_aligned(predictions, labels, dimensions=2)
-    return float(f1_score(labels, predictions, average="micro", zero_division=0.0))
+    return float(_scikit_learn().f1_score(labels, predictions, average="micro", zero_division=0.0))
 
 
 def macro_f1(predictions: Labels, labels: Labels) -> float:
@@ -80,23 +78,23 @@ def macro_f1(predictions: Labels, labels: Labels) -> float:
     A class that is never predicted, or never right, has an F1 of 0.
     """
     _check_aligned(predictions, labels, dimensions=2)
-    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+    return float(_scikit_learn().f1_score(labels, predictions, average="macro", zero_division=0.0))
 
 
 def subset_accuracy(predictions: Labels, labels: Labels) -> float:
     """Share of examples whose every class is right, in [0, 1]; the arguments are those of `micro_f1`."""
     _check_aligned(predictions, labels, dimensions=2)
-    return float(accuracy_score(labels, predictions))
+    return float(_scikit_learn().accuracy_score(labels, predictions))
 
 
 def pearson(predictions: Values, labels: Values) -> float:
     """Linear correlation of predicted and true values, in [-1, 1]; 0 where either side is constant."""
-    return _correlation(pearsonr, predictions, labels)
+    return _correlation("pearsonr", predictions, labels)
 
 
 def spearman(predictions: Values, labels: Values) -> float:
     """Correlation of the ranks of predicted and true values, in [-1, 1]; 0 where either side is constant."""
-    return _correlation(spearmanr, predictions, labels)
+    return _correlation("spearmanr", predictions, labels)
 
 
 CLASS_METRICS = (
@@ -124,13 +122,22 @@ def choose_metric(metrics: Sequence[Metric], name: str | None = None) -> Metric:
     return metrics[0] if name is None else by_name[name]
 
 
-def _correlation(function: Callable[..., Any], predictions: Values, labels: Values) -> float:
+def _scikit_learn() -> Any:
+    """Its metrics, loaded where one is computed: it takes a fifth of what a command takes to start."""
+    import sklearn.metrics
+
+    return sklearn.metrics
+
+
+def _correlation(name: str, predictions: Values, labels: Values) -> float:
+    from scipy import stats
+
     _check_aligned(predictions, labels)
     if len(labels) < 2 or np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)  # of values that differ by rounding alone
-        correlation = float(function(predictions.astype(np.float64), labels.astype(np.float64)).statistic)
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)  # of values that differ by rounding alone
+        correlation = float(getattr(stats, name)(predictions.astype(np.float64), labels.astype(np.float64)).statistic)
     return correlation if np.isfinite(correlation) else 0.0
 
 

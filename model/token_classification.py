@@ -1,7 +1,7 @@
 """Entity recognition: texts in words, one BIO tag for each, scored by whole entities through seqeval."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -58,28 +57,36 @@ def f1(predictions: TagNames, references: TagNames) -> float:
 
     Source: Tjong Kim Sang & De Meulder 2003 (CoNLL-2003), "Evaluation".
     """
-    return _entity_score(f1_score, predictions, references)
+    return _entity_score("f1_score", predictions, references)
 
 
 def precision(predictions: TagNames, references: TagNames) -> float:
     """Share of predicted entities that are right, in [0, 1]; 0 where none is predicted."""
-    return _entity_score(precision_score, predictions, references)
+    return _entity_score("precision_score", predictions, references)
 
 
 def recall(predictions: TagNames, references: TagNames) -> float:
     """Share of true entities that are predicted, in [0, 1]; 0 where there is none."""
-    return _entity_score(recall_score, predictions, references)
+    return _entity_score("recall_score", predictions, references)
 
 
 def accuracy(predictions: TagNames, references: TagNames) -> float:
     """Share of words whose tag is right, in [0, 1]."""
     _check_aligned(predictions, references)
-    return float(accuracy_score(references, predictions))
+    return float(_seqeval().accuracy_score(references, predictions))
 
 
-def _entity_score(function: Callable[..., Any], predictions: TagNames, references: TagNames) -> float:
+def _entity_score(name: str, predictions: TagNames, references: TagNames) -> float:
     _check_aligned(predictions, references)
-    return float(function(references, predictions, average="micro", zero_division=0))  # 0 keeps it from warning
+    score = getattr(_seqeval(), name)
+    return float(score(references, predictions, average="micro", zero_division=0))  # 0 keeps it from warning
+
+
+def _seqeval() -> Any:
+    """Its metrics, loaded where one is computed: it brings scikit-learn."""
+    import seqeval.metrics
+
+    return seqeval.metrics
 
 
 def _check_aligned(predictions: TagNames, references: TagNames) -> None:
