@@ -27,7 +27,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 unit: $(VENV)/installed # hundreds of processes that tests start read what the first has compiled
-	env --unset=PYTHONDONTWRITEBYTECODE $(BIN)/pytest --numprocesses 3 --dist loadfile
+	env --unset=PYTHONDONTWRITEBYTECODE $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO).db $(DEMO).db-shm $(DEMO).db-wal

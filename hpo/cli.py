@@ -720,7 +720,7 @@ def predict_command(
     budget: Budget = None,
     max_latency_ms: MaxLatency = None,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="Round the factors of large products: faster where the processor has bf16.")
+        bool, typer.Option("--bf16", help="Round the factors of large products: faster where bf16 products are.")
     ] = False,
 ) -> None:
     """Read JSON lines, write a prediction for each, in order; lines that cannot be read are told and passed over."""

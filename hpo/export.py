@@ -242,7 +242,7 @@ def _check_place(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise HpoError(f"{out} is a file; choose another --out.")
     entries = list(out.iterdir()) if out.is_dir() else []
-    if entries and (not (out / FRONT_FILE).is_file() or any(entry.is_dir() for entry in entries)):
+    if entries and (not (out / FRONT_FILE).is_file() or any(map(_is_foreign, entries))):
         raise HpoError(f"{out} holds files that no export wrote; choose another --out, or empty it.")
 
 
@@ -295,3 +295,10 @@ def served_point(point: FrontPoint) -> ServedPoint:
 
 def _report_quality(folder: Path, loaded: LoadedWorkload) -> float:
     return LengthAdaptivePipeline(folder).quality(loaded.report, loaded.metric)
+
+
+def _is_foreign(entry: Path) -> bool:
+    """Whether neither an export nor Python, which runs an export's files, has put it there."""
+    if entry.name == "__pycache__":
+        return any(file.suffix != ".pyc" for file in entry.iterdir())
+    return entry.is_dir()

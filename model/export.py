@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -149,16 +150,13 @@ def _session(path: Path) -> Any:
 
 
 def _class_of(path: Path, name: str) -> Any:
-    """A class of a file that is no part of this package."""
-    spec = importlib.util.spec_from_file_location(f"_written_{MODULE}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their own module
+    """A class of a file that is no part of this package; nothing compiled is left beside the file."""
+    module = ModuleType(f"_written_{MODULE}")
+    sys.modules[module.__name__] = module  # where dataclasses look for their own module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
     finally:
-        del sys.modules[spec.name]
+        del sys.modules[module.__name__]
     return getattr(module, name)
 
 

@@ -3,6 +3,7 @@
 Shape letters: N sequences, B of a batch, L tokens, C outputs of the head.
 """
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from model.data import encode
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
 from model.front_file import ExportError, Graph, ServedFront
-from model.hardware import compute_device
+from model.hardware import compute_device, gains_from_bf16
 from model.length_config import LengthConfig
 from model.onnx_export import input_names, padded
 from model.packed import PackedNetwork
@@ -28,6 +29,8 @@ from model.rows import DataError
 from model.tasks import Metric
 from model.token_classification import TagSplit
 from model.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 4096
 """Tokens of a batch, padding included; a single longer sequence is a batch of its own."""
@@ -71,7 +74,8 @@ class LengthAdaptivePipeline:
                 the CPU.
             tokens_per_batch: Most tokens of a batch, padding included.
             precision: "bf16" rounds the factors of a transformers model's large products: faster where the processor or
-                GPU has bf16 products, and probabilities differ in the third digit.
+                GPU is quicker at bf16 products, and probabilities differ in the third digit. A warning says where a
+                processor is not.
         Raises:
             ExportError: It is no export, one of a later version, a graph that the installed runtime cannot read, or one
                 that is asked for bf16.
@@ -87,6 +91,8 @@ class LengthAdaptivePipeline:
         if self.front.graph is None:
             model = LengthAdaptiveModel.from_pretrained(folder).eval()
             on_processor = device.type == "cpu"
+            if precision != "fp32" and on_processor and not gains_from_bf16():
+                logger.warning("Products are no quicker in bf16 on this processor; leave it out.")
             self._network = _Packed(model, precision) if on_processor else _Padded(model, precision, device, pad)
         elif precision != "fp32":
             raise ExportError(

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import py_compile
 import random
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from hpo.storage import open_storage
 from model import LengthAdaptiveModel, LengthAdaptivePipeline
 from model.encoder import CheckpointError
 from model.front_file import FRONT_FILE, ExportError, NothingFits, ServedFront
+from model.remote_code import MODULE
 from model.rows import DataError
 
 OUTSIDE = """
@@ -62,8 +64,9 @@ def study(lengths, workload, encoder, storage, tmp_path):
 
 
 @pytest.fixture
-def served(command, study, tmp_path):
+def served(command, study, tmp_path, monkeypatch):
     """An export for transformers of a middling budget."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
     code, _, err = command("export", "--budget", "0.8", "--out", str(tmp_path / "served"))
     assert code == 0, err
     return tmp_path / "served"
@@ -205,6 +208,17 @@ def test_predict_in_bf16_stays_close(command, served, monkeypatch):
         assert json.loads(line)["score"] == pytest.approx(one["score"], abs=0.1)
 
 
+@pytest.mark.parametrize("gains", [True, False])
+def test_who_asks_for_bf16_is_told_where_it_makes_nothing_faster(command, served, monkeypatch, gains):
+    monkeypatch.setattr("model.pipeline.gains_from_bf16", lambda: gains)
+    monkeypatch.setattr("model.pipeline.compute_device", lambda: "cpu")
+    for flags in ([], ["--bf16"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a good film"}')))
+        code, _, err = command("predict", str(served), *flags)
+        assert code == 0, err
+        assert ("no quicker in bf16" in err) == (bool(flags) and not gains)
+
+
 def test_predict_holds_a_part_of_the_lines_at_a_time(served):
     pipeline, read = LengthAdaptivePipeline(served), itertools.count()
     lines = (json.dumps({"text": f"film {next(read)}"}).encode() for _ in itertools.count())
@@ -229,8 +243,16 @@ def here():
 
 
 def test_an_export_is_replaced_and_other_folders_are_left_alone(command, served, tmp_path):
+    assert not any(entry.is_dir() for entry in served.iterdir())
+    compiled = Path(py_compile.compile(str(served / f"{MODULE}.py"), doraise=True)).parent
+    assert compiled.parent == served
     code, _, err = command("export", "--max-drop", "0", "--out", str(served))
     assert code == 0, err
+    assert not compiled.exists()
+    compiled.mkdir()
+    (compiled / "mine.txt").write_text("keep")
+    assert command("export", "--max-drop", "0", "--out", str(served))[0] == 1
+    assert (compiled / "mine.txt").read_text() == "keep"
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("keep")

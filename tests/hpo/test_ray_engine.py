@@ -42,6 +42,7 @@ def cluster():
     patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)  # loopback addresses only
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_AUTH_MODE", "disabled")
+    patch.setenv("RAY_worker_niceness", "0")  # else other tests starve its workers
     patch.setenv("OMP_NUM_THREADS", "1")
     level = logging.getLogger("ray").level
     logging.getLogger("ray").setLevel(logging.CRITICAL)

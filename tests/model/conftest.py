@@ -19,9 +19,9 @@ Batch = dict[str, Tensor]
 VOCABULARY, MAX_TOKENS = 60, 64
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Products this small lose time by being shared between threads."""
+    """Products this small lose time by being shared between threads, and most where other tests keep the cores busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -6,8 +6,6 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from model.attention import SHORT, WIDTH_STEP, attention
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 B, H, L, HEAD = 3, 2, 7, 4
 MASK_BL = torch.arange(L) < torch.tensor([7, 4, 1])[:, None]
 

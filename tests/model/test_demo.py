@@ -3,7 +3,6 @@
 import random
 import statistics
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -155,16 +154,6 @@ def test_counting_words_is_not_enough(bag_of_words_accuracy):
     assert 0.6 <= bag_of_words_accuracy <= 0.8
 
 
-@pytest.fixture
-def single_thread() -> Iterator[None]:
-    """One thread: sums in one order everywhere, and no waiting for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("single_thread")
 def test_the_encoder_learns_what_counting_words_cannot(task, tokenizer, bag_of_words_accuracy):
     accuracy = train_and_score(task, tokenizer)
     assert accuracy >= 0.9

@@ -43,8 +43,6 @@ from model.encoder import HEADS, LengthAdaptiveModel
 from model.students import cut_student
 from model.training import TrainingDiverged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def log_softmax(logits):
     """Log-probabilities of one row of logits, in Python's own floats."""

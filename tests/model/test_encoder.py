@@ -26,8 +26,6 @@ from transformers import (
 from model.encoder import CheckpointError, LengthAdaptiveModel, significant
 from model.length_config import LengthConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MINILM = Path(__file__).resolve().parents[2].parent / "shared" / "models" / "minilm-l6-h384"
 
 LENGTHS = (19, 30, 1, 7, 2, 30, 3, 12)

@@ -11,8 +11,6 @@ from model.evaluate import Evaluator, choose_precision, predict, score, stratifi
 from model.length_config import LengthConfig
 from model.tasks import CLASS_METRICS, choose_metric
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LENGTHS = [9, 4, 9, 21, 2, 9, 21, 1, 4, 9, 33, 9]
 
 

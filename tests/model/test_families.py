@@ -30,8 +30,6 @@ from model.remote_code import standalone_source
 from model.train import TrainingSettings, train
 from model.training import with_dropout
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCABULARY, FIRST_WORD, LAYERS, WIDTH = 60, 5, 4, 32
 COMMON = {
     "vocab_size": VOCABULARY,

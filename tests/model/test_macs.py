@@ -14,8 +14,6 @@ from model.encoder import LengthAdaptiveModel
 from model.length_config import LengthConfig
 from model.macs import EncoderShape, constant_rate_config, mean_macs, mean_macs_of_shares, sequence_macs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = EncoderShape(num_layers=3, hidden_size=8, feed_forward_size=20, head_macs_per_sequence=88)
 LENGTHS = np.array([3, 5, 5, 9, 14, 14, 14, 22, 31, 60])
 

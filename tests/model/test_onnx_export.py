@@ -17,7 +17,6 @@ from model.onnx_export import padded, quantise, write_graph
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONGEST, LAYERS = 40, 2
 SIZES = {

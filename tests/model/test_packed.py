@@ -9,7 +9,6 @@ import torch
 from model.length_config import LengthConfig
 from model.packed import PackedNetwork
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (19, 30, 3, 30, 12, 2, 31, 13)
 SHORT = LengthConfig.from_retention((0.9, 0.7, 0.7, 0.5))
 

@@ -15,8 +15,6 @@ from model.length_config import LengthConfig
 from model.pipeline import FIELDS, LengthAdaptivePipeline, batches
 from model.rows import DataError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = ("film", "plot", "scene", "music", "actor", "story", "good", "poor", "fine", "was", "the", "##s")
 CONFIG = LengthConfig.from_shares((0.7, 0.4))
 SENTENCES = ("the film was good", "music", "poor plots, fine scenes: the story was the music of the actors")

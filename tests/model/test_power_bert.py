@@ -28,8 +28,6 @@ from model.tasks import CLASS_METRICS, choose_metric
 from model.train import TrainingSettings, train
 from model.training import TrainingDiverged
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LENGTHS = (19, 30, 3, 30, 12, 2, 1)
 ACCURACY = choose_metric(CLASS_METRICS, "accuracy")
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{index}" for index in range(30))]

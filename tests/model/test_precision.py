@@ -6,8 +6,6 @@ from torch import nn
 
 from model.precision import RoundedLinear, snapshot
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def rounded(values):
     return values.bfloat16().double()

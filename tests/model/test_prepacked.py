@@ -11,7 +11,6 @@ from model.precision import RoundedLinear, snapshot
 from model.prepacked import PackedLinear, can_pack, pack
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not can_pack(nn.Linear(1, 1)), reason="needs a processor with AVX-512 and torch's operators"),
 ]
 

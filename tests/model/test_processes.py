@@ -29,8 +29,6 @@ SETTINGS = TrainingSettings(
     dropout=0.0,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Pruned(Exception):
     """What a caller raises between epochs to end a training."""

@@ -11,8 +11,6 @@ from transformers import BertForTokenClassification
 from model.encoder import LengthAdaptiveModel, restore
 from model.length_config import LengthConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LAYERS = 4
 retentions = st.lists(st.floats(0.05, 1.0), min_size=LAYERS, max_size=LAYERS)
 lengths = st.lists(st.integers(1, 24), min_size=1, max_size=4)

@@ -9,8 +9,6 @@ from model.families import FAMILIES
 from model.length_config import LengthConfig
 from model.students import cut_student
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VOCABULARY, LAYERS, WIDTH, LENGTHS = 60, 4, 32, (19, 30, 3, 12)
 COMMON = {
     "vocab_size": VOCABULARY,
