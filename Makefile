@@ -26,8 +26,8 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-unit: $(VENV)/installed # hundreds of processes that tests start read what the first has compiled
-	env --unset=PYTHONDONTWRITEBYTECODE $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+unit: $(VENV)/installed # as in a user's shell: with bytecode, which hundreds of processes share, and with buffers
+	env --unset=PYTHONDONTWRITEBYTECODE --unset=PYTHONUNBUFFERED $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO).db $(DEMO).db-shm $(DEMO).db-wal
