@@ -246,6 +246,12 @@ def _check_place(out: Path) -> None:
         raise HpoError(f"{out} holds files that no export wrote; choose another --out, or empty it.")
 
 
+def _is_foreign(entry: Path) -> bool:
+    """Whether it is a folder that neither an export nor Python, which runs an export's files, has put there."""
+    is_bytecode = entry.name == "__pycache__" and all(file.suffix == ".pyc" for file in entry.glob("*"))
+    return entry.is_dir() and not is_bytecode
+
+
 def _chosen(front: Front, *, trial: int | None, **wish: float | None) -> FrontPoint:
     if trial is None:
         return choose(front, **wish)
@@ -295,10 +301,3 @@ def served_point(point: FrontPoint) -> ServedPoint:
 
 def _report_quality(folder: Path, loaded: LoadedWorkload) -> float:
     return LengthAdaptivePipeline(folder).quality(loaded.report, loaded.metric)
-
-
-def _is_foreign(entry: Path) -> bool:
-    """Whether neither an export nor Python, which runs an export's files, has put it there."""
-    if entry.name == "__pycache__":
-        return any(file.suffix != ".pyc" for file in entry.iterdir())
-    return entry.is_dir()

@@ -53,7 +53,8 @@ def train_in_processes(
         training: `model.train.train` or `model.distill.distil`.
         processes: How many share each batch; every one has a GPU of its own where there are GPUs.
         model: The encoder; trained in place.
-        arguments: Further arguments of the training.
+        arguments: Further arguments of the training, its settings last. Where their precision is "auto", this process
+            decides for all.
         on_epoch: Called in this process after each epoch, when the model has that epoch's weights; what it raises ends
             the training.
         on_progress: Called in this process after each step with the steps done and the steps in all.
@@ -64,6 +65,8 @@ def train_in_processes(
         Exception: Whatever the training raised in one of the processes.
     """
     check_processes(processes)
+    *inputs, settings = arguments
+    arguments = (*inputs, settings.with_precision_settled())
     with tempfile.TemporaryDirectory(prefix="hpo-processes-") as folder:
         job = io.BytesIO()
         torch.save((training, model, arguments, options), job)

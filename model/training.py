@@ -1,12 +1,13 @@
 """What every kind of training here shares: transformers' Trainer, set up for this project's encoders and splits."""
 
+import dataclasses
 import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import datasets
 import torch
@@ -79,6 +80,10 @@ class Schedule:
         for name, (holds, wanted) in self.ranges().items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
+
+    def with_precision_settled(self) -> Self:
+        """The same with "bf16" or "fp32" for "auto", as this process decides."""
+        return dataclasses.replace(self, precision="bf16" if uses_bf16(self.precision) else "fp32")
 
     def ranges(self) -> Ranges:
         """Of each setting, whether its value is possible, and in words what is."""

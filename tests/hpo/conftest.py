@@ -40,16 +40,6 @@ SERVERS = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Products this small lose time by being shared between threads, here and in processes that a test starts."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def private_caches(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HPO_STORAGE", raising=False)

@@ -212,7 +212,7 @@ def test_ctrl_c_ends_any_step_with_a_line(study, storage, tmp_path, step, start_
     flags = ["--batch-size", "1", "--baselines", "onnx-fp32", "--rounds", "100000"]
     process = start_process(
         [sys.executable, "-m", "hpo", "bench", *flags],
-        env={**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -274,7 +274,7 @@ def test_processes_of_baselines_say_nothing_of_their_own(study, storage, tmp_pat
     flags = ["--batch-size", "4", "--sequences", "8", "--points", "1", "--rounds", "1", "--baselines", "eager,sdpa"]
     ended = subprocess.run(
         [sys.executable, "-m", "hpo", "bench", *flags],
-        env={**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs")},
         capture_output=True,
         text=True,
         timeout=300,

@@ -149,7 +149,7 @@ def test_bad_input_is_one_sentence_with_its_exit_code(command, tiny_encoder, tin
 
 
 def test_python_runs_the_package_as_the_command(command, tmp_path):
-    environment = {**os.environ, "HPO_STORAGE": f"sqlite:///{tmp_path}/hpo.db", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HPO_STORAGE": f"sqlite:///{tmp_path}/hpo.db"}
     done = subprocess.run(
         [sys.executable, "-m", "hpo", "pareto"], env=environment, capture_output=True, text=True, check=False
     )
@@ -217,7 +217,7 @@ def test_password_of_the_storage_is_in_no_output(command, tiny_encoder, tiny_dat
 
 
 def test_second_process_joins_the_study(tuned, files, storage, tmp_path, start_process):
-    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs")}
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "60"]
     other = start_process([sys.executable, "-m", "hpo.cli", *arguments], env=environment)
     code, _, err = tuned(*arguments)
@@ -231,7 +231,7 @@ def test_second_process_joins_the_study(tuned, files, storage, tmp_path, start_p
 
 def test_search_killed_at_random_moments_ends_with_exactly_its_trials(tuned, files, storage, tmp_path, start_process):
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "150"]
-    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs")}
     generator = random.Random(3)
     database = Path(storage.removeprefix("sqlite:///"))
 
@@ -274,7 +274,7 @@ def _wait_for_new_trial(database: Path, process: subprocess.Popen, after: int) -
 
 
 def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path, start_process):
-    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs")}
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "2000"]
     process = start_process(
         [sys.executable, "-m", "hpo.cli", *arguments],

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import signal
 import sys
 from subprocess import PIPE
@@ -266,7 +265,6 @@ def test_serving_says_where_and_ends_cleanly(storage, number, start_process):
     pytest.importorskip("grpc")
     process = start_process(
         [sys.executable, "-m", "hpo.cli", "storage", "serve", "--port", "0", "--storage", storage],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=PIPE,
         text=True,
     )

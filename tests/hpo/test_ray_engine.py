@@ -43,7 +43,6 @@ def cluster():
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_AUTH_MODE", "disabled")
     patch.setenv("RAY_worker_niceness", "0")  # else other tests starve its workers
-    patch.setenv("OMP_NUM_THREADS", "1")
     level = logging.getLogger("ray").level
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -80,7 +80,7 @@ def arguments(distill_file, tiny_encoder, tiny_dataset):
 def environment(folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     places = {"HPO_STORAGE": f"sqlite:///{folder}/hpo.db", "HPO_RUNS": str(folder / "runs")}
-    return {**os.environ, **places, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    return {**os.environ, **places, "HF_DATASETS_CACHE": str(folder / "cache")}
 
 
 def weights_of(folder: Path) -> dict[str, object]:

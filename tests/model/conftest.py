@@ -1,6 +1,6 @@
 """Tiny random encoders and batches that the tests of this folder share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,15 +17,6 @@ from model.encoder import LengthAdaptiveModel
 Batch = dict[str, Tensor]
 
 VOCABULARY, MAX_TOKENS = 60, 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small lose time by being shared between threads, and most where other tests keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,16 @@ def test_a_gpu_that_has_bf16_gains_from_it(monkeypatch):
     assert gains_from_bf16.__wrapped__()
 
 
-def test_the_quicker_of_two_types_is_told_apart():
-    """Half the bytes of float64, and half the arithmetic: no processor takes longer for float32."""
+def test_the_quicker_of_two_types_is_told_apart(monkeypatch):
+    """On a clock of its own, whose first product of each type is the slowest and the others wander."""
+    now, calls = [0.0], {torch.float64: iter([90, 7, 5, 8, 4, 6]), torch.float32: iter([80, 3, 9, 2, 5, 7])}
+
+    def take_time(hidden, weight):
+        assert hidden.dtype == weight.dtype
+        now[0] += next(calls[hidden.dtype])
+
+    monkeypatch.setattr("model.hardware.F.linear", take_time)
+    monkeypatch.setattr("model.hardware.time.perf_counter", lambda: now[0])
     double_s, single_s = _product_seconds((torch.float64, torch.float32))
     assert 0 < single_s < double_s
+    assert (double_s, single_s) == (4, 2)

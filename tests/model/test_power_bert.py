@@ -292,8 +292,6 @@ def split() -> EncodedSplit:
 @pytest.fixture(scope="module")
 def tuned(split, tokenizer) -> LengthAdaptiveModel:
     """An encoder that has learned the task at full length; do not change it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(VOCABULARY),
@@ -307,7 +305,6 @@ def tuned(split, tokenizer) -> LengthAdaptiveModel:
     )
     model = LengthAdaptiveModel(BertForSequenceClassification(config))
     train(model, split, tokenizer, PLAIN)
-    torch.set_num_threads(threads)
     return model
 
 

@@ -1,6 +1,7 @@
 """Training in several processes: the same weights as in one, and no process left whatever happens."""
 
 import copy
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from transformers import BertTokenizerFast
 
 from model.distill import DistillSettings, distil
 from model.encoder import LengthAdaptiveModel
+from model.hardware import gains_from_bf16
 from model.processes import TrainingProcessDied, train_in_processes
 from model.train import TrainingSettings, train
 
@@ -82,6 +84,15 @@ def test_length_drop_in_two_processes_gives_the_weights_of_one(model, split, tok
     assert [epoch for epoch, _ in epochs] == [1, 2]
     assert epochs[0][1] != epochs[1][1] == shared.fingerprint()
     assert not multiprocessing.active_children()
+
+
+def test_processes_compute_in_what_the_first_of_all_decides(model, split, tokenizer, monkeypatch):
+    """Each would time products while others keep it from the cores."""
+    here = not gains_from_bf16()
+    monkeypatch.setattr("model.training.gains_from_bf16", lambda: here)
+    settings = dataclasses.replace(SETTINGS, teacher_weight=0.0, precision="auto")
+    report = train_in_processes(train, 2, model, split, tokenizer, settings)
+    assert report.precision == ("bf16" if here else "fp32")
 
 
 def test_distillation_in_two_processes_gives_the_weights_of_one(model, split, tokenizer):
