@@ -165,8 +165,9 @@ def _attention_in_parts(
     length = key_BHLd.size(2)
     surplus = 0 if is_short else -length % WIDTH_STEP
     added_BHLL = _added(mask_BL, bias_BHLL)
-    query_BHLd, key_BHLd = as_weighed(query_BHLd), _padded(as_weighed(key_BHLd), surplus)
-    values_BHLd = _padded(value_BHLd, surplus)
+    query_BHLd = as_weighed(query_BHLd)
+    key_BHLd = _padded(key_BHLd, surplus, query_BHLd.dtype) if surplus else as_weighed(key_BHLd)
+    values_BHLd = _padded(value_BHLd, surplus, value_BHLd.dtype) if surplus else value_BHLd
     context_BLHd = value_BHLd.new_empty(size, queries, heads, value_BHLd.size(3))
     received_BHL = query_BHLd.new_empty(size, heads, length)
     buffer = query_BHLd.new_empty(min(together, size) * heads, queries, length + surplus)
@@ -194,16 +195,15 @@ def _attention_in_parts(
     if not with_scores:
         return context_BLHd.transpose(1, 2), None
     if by_value:
-        received_BHL *= values_BHLd[:, :, :length].float().norm(dim=-1)  # quicker where they were copied
+        copied_BHLd = values_BHLd[:, :, :length]  # quicker than the original
+        received_BHL *= torch.linalg.vector_norm(copied_BHLd, dim=-1, dtype=received_BHL.dtype)
     return context_BLHd.transpose(1, 2), received_BHL.sum(dim=1)
 
 
-def _padded(tensor_BHLd: Tensor, surplus: int) -> Tensor:
-    """The tensor with so many more tokens of zeros, head after head."""
-    if not surplus:
-        return tensor_BHLd
+def _padded(tensor_BHLd: Tensor, surplus: int, dtype: torch.dtype) -> Tensor:
+    """A copy with so many more tokens of zeros, head after head, in the type asked for."""
     size, heads, length, width = tensor_BHLd.shape
-    padded_BHLd = tensor_BHLd.new_empty(size, heads, length + surplus, width)
+    padded_BHLd = tensor_BHLd.new_empty(size, heads, length + surplus, width, dtype=dtype)
     padded_BHLd[:, :, :length] = tensor_BHLd
     padded_BHLd[:, :, length:] = 0
     return padded_BHLd
@@ -257,7 +257,8 @@ def _sequences_in_cache(query_BHLd: Tensor, key_BHLd: Tensor) -> int:
     size, heads, queries, _ = query_BHLd.shape
     if query_BHLd.device.type != "cpu" or torch.compiler.is_exporting():
         return size
-    return max(1, WEIGHT_BYTES // (heads * queries * key_BHLd.size(2) * query_BHLd.element_size()))
+    bytes_of_each = torch.float32.itemsize if infers_on_processor(query_BHLd) else query_BHLd.element_size()
+    return max(1, WEIGHT_BYTES // (heads * queries * key_BHLd.size(2) * bytes_of_each))
 
 
 def _parts(tensor_BX: Tensor | None, rows: int, size: int) -> Sequence[Tensor | None]:

@@ -342,11 +342,13 @@ class _Rows:
         return sum(part.nbytes for part in parts if part is not None)
 
     def take(self, rows: Ints, first_token: Ints, last_token: Ints) -> "_Rows":
-        """Some rows, with fillers, and what is said of the tokens from each first to before each last."""
+        """Some rows, with fillers, and a copy of what is said of the tokens from each first to before each last."""
         said_TV = self.said_TV
         if said_TV is not None:
             tokens = _ranges(first_token, last_token)[1]
             said_TV = said_TV[torch.from_numpy(tokens).to(said_TV.device)]
+        if len(self.hidden_RD) == _round_up(len(rows)) and np.array_equal(rows, np.arange(len(self.position_R))):
+            return replace(self, said_TV=said_TV)
         return _Rows(
             _take(self.hidden_RD, rows),
             None if self.projected_RP is None else _take(self.projected_RP, rows),

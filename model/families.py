@@ -124,7 +124,6 @@ class EncoderFamily(abc.ABC):
             The context (B, L, D), and the float32 scores (B, L) or None.
         """
         query, key, value = self.heads(network, projected_BLP)
-        query, key = as_weighed(query), as_weighed(key)  # before families bring in where tokens stood
         dropout = self.attention_dropout(network.config) if network.training else 0.0
         query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL, positions_BL))
         by_value = token_score(network.config) == "value_norm"
@@ -153,7 +152,6 @@ class EncoderFamily(abc.ABC):
         query_BD = self.query_of_first(network, layer, first_BD).to(projected_BLQ.dtype)
         query = query_BD.view(query_BD.size(0), network.config.num_attention_heads, 1, -1)
         key, value = self.heads(network, projected_BLQ)
-        query, key = as_weighed(query), as_weighed(key)
         query, key, bias = self.prepare(network, layer, query, key, Places(positions_BL[:, :1], positions_BL))
         return attention(query, key, value, mask_BL, 0.0, with_scores=False, bias_BHLL=bias)[0].flatten(1)
 
@@ -412,6 +410,7 @@ class ModernBertFamily(EncoderFamily):
 
     def prepare(self, network: Any, layer: int, query_BHQd: Tensor, key_BHLd: Tensor, places: Places) -> Prepared:
         kind, rotary = network.config.layer_types[layer], network.base_model.rotary_emb
+        query_BHQd, key_BHLd = as_weighed(query_BHQd), as_weighed(key_BHLd)
         query = _rotated(query_BHQd, *rotary(query_BHQd, places.asking_BQ, kind))
         key = _rotated(key_BHLd, *rotary(key_BHLd, places.asked_BL, kind))
         if kind != "sliding_attention":
@@ -469,6 +468,7 @@ class DebertaV2Family(BertFamily):
         config, block = network.config, self.layer(network, layer).attention.self
         terms = self._terms(config)
         share = (1 + len(terms)) ** -0.5
+        query_BHQd, key_BHLd = as_weighed(query_BHQd), as_weighed(key_BHLd)
         query = query_BHQd * share
         if not config.relative_attention:
             return query, key_BHLd, None
