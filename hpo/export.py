@@ -1,5 +1,6 @@
 """`hpo export`: a point of a study's front as a folder that serves it."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,13 @@ from hpo.storage import IDENTITY
 from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload
 from model.data import load_corpus
 from model.encoder import CheckpointError, LengthAdaptiveModel
-from model.export import RUNNER_FILE, quantise_folder, write_onnx_folder, write_transformers_folder
+from model.export import (
+    LEAST_LENGTH,
+    RUNNER_FILE,
+    quantise_folder,
+    write_onnx_folder,
+    write_transformers_folder,
+)
 from model.front_file import FRONT_FILE, ServedFront, ServedPoint
 from model.length_config import LengthConfig
 from model.onnx_export import OPSET, require_onnx
@@ -102,17 +109,19 @@ def export(
     chosen = _chosen(front, max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms, trial=trial)
     checkpoint = checkpoint_of(study, runs)
     workload = Workload.from_attribute(front.workload)
+    tokenizer = load_tokenizer(checkpoint)
+    if fixed_length is not None and LEAST_LENGTH <= fixed_length <= lengths_of(workload, tokenizer, checkpoint)[0]:
+        workload = dataclasses.replace(workload, max_length=fixed_length)
     model = LengthAdaptiveModel.from_pretrained(checkpoint, workload.task).eval()
     if model.fingerprint() != study.user_attrs.get(IDENTITY, {}).get("model"):
         raise HpoError(f"The model in {checkpoint} is not the one that study {front.study!r} searched; restore it.")
-    tokenizer = load_tokenizer(checkpoint)
     loaded = load_workload(workload, checkpoint) if int8 else None
     max_length, stride = lengths_of(workload, tokenizer, checkpoint)
     is_text = model.task in ("regression", "question-answering")
     served = ServedFront(
         task=model.task,
         kind="multi-label" if model.is_multi_label else model.task,
-        label_names=() if is_text else tuple((model.network.config.id2label or {}).values()),
+        label_names=() if is_text else model.label_names,
         text_columns=_text_columns(study, workload),
         max_length=max_length,
         stride=stride if model.task == "question-answering" else None,
@@ -239,6 +248,8 @@ def _or_dash(value: float | None) -> str:
 
 def _check_place(out: Path) -> None:
     """Refuse a place that something else is in."""
+    if out.resolve() == Path.cwd():
+        raise HpoError("The export would take the place of the current folder; choose a new one in it as --out.")
     if out.exists() and not out.is_dir():
         raise HpoError(f"{out} is a file; choose another --out.")
     entries = list(out.iterdir()) if out.is_dir() else []

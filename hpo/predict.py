@@ -74,3 +74,5 @@ def _value(line: bytes) -> Any:
         raise DataError(f"is not JSON ({error.msg} at character {error.pos + 1}).") from error
     except RecursionError as error:
         raise DataError("is nested too deeply.") from error
+    except ValueError as error:  # Python refuses to read numbers of thousands of digits
+        raise DataError("holds a number that is too long.") from error

@@ -14,7 +14,7 @@ from hpo.errors import HpoError
 from hpo.runs import CACHE, StudyRuns
 from hpo.workload import LoadedWorkload, load_encoder
 from model.distill import DistillError, DistillSettings, check_pair, checked_layer_map, distil
-from model.encoder import LengthAdaptiveModel, read_config
+from model.encoder import LengthAdaptiveModel, labels_of, read_config
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.processes import check_processes, train_in_processes
@@ -313,8 +313,7 @@ def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:
 
 def _check_labels(loaded: LoadedWorkload, teacher_source: str) -> None:
     names = loaded.corpus.label_names
-    own = read_config(teacher_source).id2label or {}
-    theirs = tuple(str(name) for _, name in sorted(own.items(), key=lambda item: int(item[0])))
+    theirs = labels_of(read_config(teacher_source))
     if names and theirs and not theirs[0].startswith(DEFAULT_NAME) and theirs != names:
         raise HpoError(
             f"The teacher {teacher_source} knows the labels {', '.join(theirs[:8])}, the dataset has "

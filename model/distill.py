@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model.encoded import EncodedSplit
-from model.encoder import LengthAdaptiveModel
+from model.encoder import LengthAdaptiveModel, labels_of
 from model.families import Places
 from model.hardware import compute_device
 from model.precision import snapshot
@@ -739,7 +739,7 @@ def check_pair(student: LengthAdaptiveModel, teacher: LengthAdaptiveModel, setti
     ):
         if left != right:
             raise ValueError(f"The student's {what} is {left}, the teacher's {right}; use two that agree.")
-    names, its_names = ([config.id2label[index] for index in range(config.num_labels)] for config in (ours, its))
+    names, its_names = (list(labels_of(config)) for config in (ours, its))
     unnamed = [f"LABEL_{index}" for index in range(ours.num_labels)]
     if unnamed not in (names, its_names) and names != its_names:
         raise ValueError(f"The student's labels are {names}, the teacher's {its_names}; use two that agree.")

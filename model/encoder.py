@@ -137,6 +137,11 @@ class LengthAdaptiveModel(nn.Module):
             raise CheckpointError(explain_load_failure(folder_or_id, error)) from error
         model = cls(network, task)
         model.front = front if front is not None and front.task == task else None
+        if model.front is not None and model.front.full.length_config.num_layers != model.num_layers:
+            raise CheckpointError(
+                f"{folder_or_id} holds an encoder of {model.num_layers} layers and a {FRONT_FILE} of another; export "
+                "the model again."
+            )
         model.has_new_head = not all(map(model._is_encoder_weight, report["missing_keys"]))
         if absent := sorted(key for key in report["missing_keys"] if model._is_encoder_weight(key)):
             raise CheckpointError(
@@ -196,6 +201,11 @@ class LengthAdaptiveModel(nn.Module):
     def is_multi_label(self) -> bool:
         """Whether any number of classes may apply to a text."""
         return self.task == "classification" and self.network.config.problem_type == MULTI_LABEL
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes or tags, in order of their ids."""
+        return labels_of(self.network.config)
 
     @property
     def device(self) -> torch.device:
@@ -329,6 +339,12 @@ def read_config(source: str | Path, **changes: Any) -> PreTrainedConfig:
     return config
 
 
+def labels_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The names of a config's labels in order of their ids, in whatever order its file has them."""
+    names: dict[int, str] = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    return tuple(names[number] for number in sorted(names))
+
+
 def max_tokens(source: str | Path) -> int:
     """The longest sequence that a folder's or hub id's encoder takes, special tokens included.
 
@@ -431,6 +447,8 @@ def _check_config(config: Any, source: str | Path) -> None:
         raise CheckpointError(
             f"{source} uses {config.position_embedding_type!r} positions; only absolute ones are supported."
         )
+    if sorted(map(int, config.id2label or {})) != list(range(len(config.id2label or {}))):
+        raise CheckpointError(f"{source} numbers its labels {sorted(config.id2label)}; number them 0, 1, ... in order.")
     if token_score(config) not in TOKEN_SCORES:
         raise CheckpointError(
             f"{source} ranks tokens by {token_score(config)!r}; supported are {', '.join(TOKEN_SCORES)}."

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +26,13 @@ from model.encoder import HEADS, LengthAdaptiveModel
 from model.front_file import ExportError, Graph, ServedFront
 from model.length_config import LengthConfig
 from model.onnx_export import OPSET, OUTPUT, input_names, quantise, write_graph
+from model.question_answering import least_length
 from model.remote_code import LENGTH_CONFIG, MODULE, standalone_source
 
 GRAPH_FILE = "model.onnx"
 RUNNER_FILE = "runner.py"
+LEAST_LENGTH = 4
+"""Tokens that sequences of a graph may be fixed to: special ones and one of each text."""
 TOLERANCE = 1e-4
 """Most that an export's logits may differ from the encoder's."""
 CHECKED = 3, 6
@@ -99,13 +103,20 @@ def write_onnx_folder(
         ExportError: They differ by more than `TOLERANCE`, the fixed length is out of range, or the tokenizer is of no
             use without transformers.
     """
-    if fixed_length is not None and not 4 <= fixed_length <= front.max_length:
-        raise ExportError(f"fixed length {fixed_length}; choose 4 to {front.max_length} tokens, which the study used.")
+    if fixed_length is not None and not LEAST_LENGTH <= fixed_length <= front.max_length:
+        raise ExportError(
+            f"fixed length {fixed_length}; choose {LEAST_LENGTH} to {front.max_length} tokens, which the study used."
+        )
+    longest = fixed_length or front.max_length
+    if front.stride is not None and (least := least_length(tokenizer, front.stride)) > longest:
+        raise ExportError(
+            f"fixed length {longest} leaves no room for a question and new context beside the {front.stride} tokens "
+            f"that windows share; choose {least} or more."
+        )
     if not tokenizer.is_fast:
         raise ExportError(
             f"{type(tokenizer).__name__} needs transformers; use a model whose folder has tokenizer.json."
         )
-    longest = fixed_length or front.max_length
     has_types = "token_type_ids" in tokenizer.model_input_names
     graph = Graph(file=GRAPH_FILE, opset=opset, precision="float32", fixed_length=fixed_length, token_types=has_types)
     config = front.chosen.length_config
@@ -133,10 +144,11 @@ def quantise_folder(folder: Path, pad: int, calibration: EncodedSplit | None) ->
     """Make an ONNX folder's graph one of int8, statically where there are sequences to calibrate it with."""
     front = ServedFront.read(folder)
     assert front.graph is not None
-    path, exact = folder / front.graph.file, folder / "float32.onnx"
-    path.rename(exact)
-    quantise(exact, path, calibration=calibration, pad=pad, fixed_length=front.graph.fixed_length)
-    exact.unlink()
+    path = folder / front.graph.file
+    with tempfile.TemporaryDirectory(dir=folder) as exact:
+        for file in folder.glob(f"{path.name}*"):  # weights may stand in a file beside it
+            file.rename(Path(exact) / file.name)
+        quantise(Path(exact) / path.name, path, calibration=calibration, pad=pad, fixed_length=front.graph.fixed_length)
     precision = "int8-dynamic" if calibration is None else "int8-static"
     dataclasses.replace(front, graph=dataclasses.replace(front.graph, precision=precision)).write(folder)
 
@@ -183,7 +195,7 @@ def _largest_difference(model: LengthAdaptiveModel, config: LengthConfig, run: L
     with torch.no_grad():
         for weight in noisy.parameters():
             weight.mul_(1 + ROUNDING * torch.randn(weight.shape, generator=generator))
-    worst = 0.0
+    worst, compared = 0.0, 0
     num_batches, size = CHECKED
     for _ in range(num_batches):
         batch = _random_batch(model, size, longest, generator)
@@ -197,8 +209,14 @@ def _largest_difference(model: LengthAdaptiveModel, config: LengthConfig, run: L
                 )
             )
         is_firm_B = (moved - expected).abs().flatten(1).amax(dim=1) < TOLERANCE / 2
-        apart_B = (got - expected).abs().flatten(1).amax(dim=1)[is_firm_B]
+        apart_B = (got - expected).abs().flatten(1).amax(dim=1)[is_firm_B].nan_to_num(nan=torch.inf)
+        compared += len(apart_B)
         worst = max([worst, *apart_B.tolist()])
+    if not compared:
+        raise ExportError(
+            "The export could not be compared with the encoder, whose own logits are not numbers or follow the least "
+            "noise in its weights; nothing was written. Train the model again."
+        )
     if worst > TOLERANCE:
         raise ExportError(
             f"The export's logits differ from the encoder's by up to {worst:.2g}, more than {TOLERANCE:g}; nothing was "

@@ -58,9 +58,11 @@ class EncoderFamily(abc.ABC):
 
     Attributes:
         has_projections_apart: Whether queries, keys and values are made by a linear layer each.
+        scores_alike: Whether tokens receive exactly equal attention other than by chance.
     """
 
     has_projections_apart: ClassVar[bool] = True
+    scores_alike: ClassVar[bool] = False
 
     def refusal(self, config: Any, task: str) -> str | None:
         """Why an encoder with this configuration cannot drop tokens, in words that follow its name; None if it can."""
@@ -368,10 +370,12 @@ class AlbertFamily(EncoderFamily):
 class ModernBertFamily(EncoderFamily):
     """ModernBERT: rotary positions, LayerNorms before the halves, gated feed-forward, local attention in most layers.
 
-    Tokens keep the positions they stood at, so that a window holds what is left of the tokens that were near.
+    Tokens keep the positions they stood at, so that a window holds what is left of the tokens that were near. Those
+    that are left alone in it receive all their own attention and no other's.
     """
 
     has_projections_apart = False
+    scores_alike = True
 
     def refusal(self, config: Any, task: str) -> str | None:
         if task not in TOKEN_TASKS and config.classifier_pooling != "cls":

@@ -135,6 +135,22 @@ class ServedFront:
             self.points, self.full.metric, max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms
         )
 
+    def _problem(self) -> str | None:
+        """What is wrong with values that a file may hold; None if nothing."""
+        has_labels = self.task in ("classification", "token-classification")
+        layers = {point.length_config.num_layers for point in (self.full, self.chosen, *self.points)}
+        lengths = (self.max_length, 0 if self.stride is None else self.stride)
+        for is_wrong, problem in (
+            (not self.points, "no points"),
+            (len(layers) > 1, f"length configs of {' and '.join(map(str, sorted(layers)))} layers"),
+            (not all(isinstance(length, int) for length in lengths), "lengths that are no whole numbers"),
+            (has_labels and not self.label_names, "no label names"),
+            (not self.text_columns, "no text columns"),
+        ):
+            if is_wrong:
+                return problem
+        return None
+
     def write(self, folder: Path) -> None:
         """Write the file into a folder."""
         fields = asdict(self)
@@ -168,7 +184,10 @@ class ServedFront:
             fields["graph"] = None if fields["graph"] is None else Graph(**fields["graph"])
             for name in ("label_names", "text_columns"):
                 fields[name] = tuple(fields[name])
-            return cls(**fields)
+            front = cls(**fields)
+            if problem := front._problem():
+                raise ValueError(problem)
+            return front
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ExportError):
                 raise

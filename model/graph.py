@@ -69,7 +69,8 @@ def graph_logits(
     """The logits of `LengthAdaptiveModel.forward` under one length config.
 
     Where the head reads the first token alone, the last layer computes that one only. Tokens that are handed on come in
-    the order of their scores, the most attended first, since no layer minds and sorting them again would take time.
+    the order of their scores, the most attended first, since no layer minds and sorting them again would take time;
+    unless scores may be equal, which the next layer decides by the order of the text.
 
     Args:
         family: The adapter of the network's architecture.
@@ -107,11 +108,15 @@ def graph_logits(
         projected = family.project(network, layer, hidden)
         context, score = family.mix(network, layer, projected, positions_BL, mask_BL, with_scores=drops)
         if score is not None:
-            most = plan.sizes.get(layer) or most_M[layer].item()
+            most: Any = plan.sizes.get(layer) or most_M[layer].item()
             torch._check(most >= MIN_TOKENS)  # type: ignore[no-untyped-call]  # what an export cannot see for itself
             torch._check(most <= hidden.size(1))  # type: ignore[no-untyped-call]
-            places_BK = _most_attended(score, mask_BL, is_first_L, most)
+            ranked_BL = score.masked_fill(~mask_BL, -torch.inf).masked_fill(is_first_L[: score.size(1)], torch.inf)
             mask_BL = within_BML[:, layer, :most]
+            if family.scores_alike:
+                places_BK = _most_attended_in_turn(ranked_BL, most, mask_BL, for_onnx)
+            else:
+                places_BK = ranked_BL.topk(most, dim=1).indices
             hidden, context = _take(hidden, places_BK, for_onnx), _take(context, places_BK, for_onnx)
             positions_BL = positions_BL.gather(1, places_BK)
             home_BL = home_BL.gather(1, places_BK).masked_fill(~mask_BL, nowhere)
@@ -121,13 +126,22 @@ def graph_logits(
     return family.read_tokens(network, hidden)
 
 
-def _most_attended(score_BL: Tensor, mask_BL: Tensor, is_first_L: Tensor, most: Any) -> Tensor:
-    """The places of [CLS] and the most attended other tokens, (B, K), and padding's behind them.
+def _most_attended_in_turn(ranked_BL: Tensor, most: Any, mask_BK: Tensor, for_onnx: bool) -> Tensor:
+    """The places of the tokens with the highest scores in the order that they stand in, (B, K); of equals the first.
 
-    Here equal scores may fall either way, since `topk` promises nothing; ONNX prefers the one that comes first.
+    Args:
+        ranked_BL: Scores.
+        most: K.
+        mask_BK: True for as many places as a sequence keeps; those that follow are anybody's.
+        for_onnx: Whether `topk` is ONNX's, which prefers the first of equals; torch's promises nothing.
     """
-    score_BL = score_BL.masked_fill(~mask_BL, -torch.inf).masked_fill(is_first_L[: score_BL.size(1)], torch.inf)
-    return score_BL.topk(most, dim=1).indices
+    length = ranked_BL.size(1)
+    if for_onnx:
+        places_BK = ranked_BL.topk(most, dim=1).indices
+    else:
+        places_BK = ranked_BL.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    in_turn_BK = places_BK.masked_fill(~mask_BK, length).topk(most, dim=1, largest=False).values
+    return in_turn_BK.clamp(max=length - 1)
 
 
 def _take(hidden_BLD: Tensor, places_BK: Tensor, for_onnx: bool) -> Tensor:

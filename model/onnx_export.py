@@ -113,7 +113,13 @@ def write_graph(
         if is_large:
             key = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(key, f"{path.name}.data")
-        onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+        try:
+            onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library has a class of its own for every code
+            raise ExportError(
+                f"onnxruntime {onnxruntime.__version__} does not read what was written in opset {opset} "
+                f"({str(error).splitlines()[0]}); choose a lower one, down to {OPSET}, or install a newer onnxruntime."
+            ) from error
     _tidy(path)
 
 

@@ -153,17 +153,26 @@ class Runner:
         self.is_words = self.front["kind"] == "token-classification"
         self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.whole = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
         settings = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
         pad = settings.get("pad_token") or "[PAD]"
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.pad = self.tokenizer.token_to_id(pad) or 0
-        stride = self.front["stride"] if self.is_question else 0
-        strategy = "only_second" if self.is_question else "longest_first"
-        self.tokenizer.enable_truncation(self.front["max_length"], stride=stride or 0, strategy=strategy)
+        self.longest, self.stride = self.front["max_length"], self.front["stride"]
+        if not self.is_question:
+            self.tokenizer.enable_truncation(self.longest, strategy="longest_first")
+        elif self.stride is not None:
+            self.tokenizer.enable_truncation(self.longest, stride=self.stride, strategy="only_second")
         self.hears_spaces = self._tokens("a") != self._tokens(" a")
 
     def __call__(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:
-        """Predict, in the order of the inputs."""
+        """Predict, in the order of the inputs.
+
+        Raises:
+            ValueError: An input is something else, or longer than a model that knows no windows can read.
+        """
+        inputs = [self._read(given) for given in inputs]
         encodings, owners = [], []
         for number, given in enumerate(inputs):
             for encoding in self._windows(given):
@@ -180,6 +189,22 @@ class Runner:
             said[number] = self._better(said[number], self._said(inputs[number], encoding, row))
         return [{name: value for name, value in one.items() if name != "logit"} for one in said]
 
+    def _read(self, given: Any) -> Any:
+        """A text, as many as the model was trained on, or words; of an object its columns."""
+        columns = self.front["text_columns"]
+        if isinstance(given, Mapping):
+            if missing := [name for name in columns if name not in given]:
+                raise ValueError(f"An input has no {missing[0]!r}, only {', '.join(map(repr, given))}.")
+            values = [given[name] for name in columns]
+            given = values if len(columns) > 1 else values[0]
+        texts = [given] if isinstance(given, str) else given
+        is_right = isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)
+        if self.is_words and not (is_right and texts and not isinstance(given, str)):
+            raise ValueError("An input is no list of words.")
+        if not self.is_words and not (is_right and len(texts) == len(columns)):
+            raise ValueError(f"An input is not what the model reads: {' and '.join(columns)}.")
+        return given
+
     def _windows(self, given: Any) -> list[Any]:
         """The sequences that an input becomes: one, or the windows of a context."""
         if self.is_words:
@@ -188,8 +213,24 @@ class Runner:
         text, *pair = [given] if isinstance(given, str) else given
         if not self.is_question:
             return [self.tokenizer.encode(text, *pair)]
-        first = self.tokenizer.encode(text.strip(), *pair)
+        first = self.tokenizer.encode(self._cut(text.strip()), *pair)
+        if len(first.ids) > self.longest:
+            raise ValueError(f"A question and its context have {len(first.ids)} tokens; the most are {self.longest}.")
         return [first, *first.overflowing]
+
+    def _cut(self, question: str) -> str:
+        """The question, or as much of it as leaves room for new context in every window."""
+        if self.stride is None:
+            return question
+        limit = (self.longest - self.tokenizer.num_special_tokens_to_add(is_pair=True) - self.stride) // 2
+        whole = self.whole.encode(question, add_special_tokens=False)
+        if len(whole.ids) <= limit:
+            return question
+        for keep in range(limit, 0, -1):  # a word that is cut may become more tokens than it had
+            shorter = question[: whole.offsets[keep - 1][1]]
+            if len(self.whole.encode(shorter, add_special_tokens=False).ids) <= limit:
+                return shorter
+        return ""
 
     def _logits(self, encodings: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
         length = self.graph["fixed_length"] or max(2, *(len(encoding.ids) for encoding in encodings))
@@ -248,10 +289,14 @@ class Runner:
 
 
 def main() -> None:
-    """Answer standard input line by line."""
+    """Answer standard input line by line; lines that cannot be read are answered with what is wrong with them."""
     runner = Runner(Path(__file__).parent)
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(runner([json.loads(line)])[0], ensure_ascii=False) + "\n")
+        try:
+            (said,) = runner([json.loads(line)])
+        except ValueError as error:
+            said = {"error": str(error)}
+        sys.stdout.write(json.dumps(said, ensure_ascii=False) + "\n")
         sys.stdout.flush()
 
 

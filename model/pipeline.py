@@ -82,6 +82,10 @@ class LengthAdaptivePipeline:
             CheckpointError: Weights or tokenizer are damaged.
         """
         self.front = ServedFront.read(folder)
+        if self.front.kind not in FIELDS:
+            raise ExportError(
+                f"{folder} predicts {self.front.kind!r}, not one of {', '.join(FIELDS)}; export it again."
+            )
         self._tokenizer = load_tokenizer(folder)
         self._tokenizer_lock = threading.Lock()  # it keeps its settings for cutting texts in itself
         self._tokens_per_batch = tokens_per_batch
@@ -164,7 +168,18 @@ class LengthAdaptivePipeline:
                     raise DataError(f"has a word in {name!r} that is no text or blank.")
             elif not isinstance(value, str) or not value.strip():
                 raise DataError(f"has no text in {name!r}.")
+            if not all(map(_is_unicode, [value] if isinstance(value, str) else value)):
+                raise DataError(f"has half a character in {name!r}, a lone surrogate as of an emoji that was cut.")
+        if self.front.kind == "question-answering" and self.front.stride is None:
+            self._refuse_longer(*values)
         return values
+
+    def _refuse_longer(self, question: str, context: str) -> None:
+        """Refuse what does not fit where the model knows no windows."""
+        with self._tokenizer_lock:
+            length = len(self._tokenizer(question.strip(), context, verbose=False)["input_ids"])
+        if length > self.front.max_length:
+            raise DataError(f"has {length} tokens, but the model reads no more than {self.front.max_length}.")
 
     def predict(self, rows: Sequence[tuple[Any, ...]], length_config: LengthConfig) -> list[Prediction]:
         """Predict for what `read` returned, under one length config of the model's."""
@@ -317,6 +332,15 @@ class _OnnxNetwork:
         arrays = padded(split, sequences, self.pad, self.fixed_length)
         logits = self.session.run({name: arrays[name] for name in self.session.names})
         return _own(logits, split.num_tokens[sequences].tolist())
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _own(logits: Iterable[Logits], counts: Sequence[int]) -> list[Logits]:

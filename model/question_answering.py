@@ -472,6 +472,11 @@ def _label(offsets: NDArray[np.int32], begin: int, text: str, start: int) -> tup
     return (begin + int(held[0]), begin + int(held[-1])) if len(held) else (0, 0)
 
 
+def least_length(tokenizer: PreTrainedTokenizerBase, stride: int) -> int:
+    """Tokens of the shortest windows that have room for one of a question and a new one of its context."""
+    return int(tokenizer.num_special_tokens_to_add(pair=True)) + stride + 2
+
+
 def _cut_questions(questions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> list[str]:
     """The questions, those too long for windows of this stride cut at the end."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -479,7 +484,7 @@ def _cut_questions(questions: list[str], tokenizer: PreTrainedTokenizerBase, max
     if limit < 1:
         raise DataError(
             f"max_length={max_length} leaves no room for a question and new context beside {special} special tokens "
-            f"and stride={stride}; choose max_length={special + stride + 2} or more, or a smaller stride."
+            f"and stride={stride}; choose max_length={least_length(tokenizer, stride)} or more, or a smaller stride."
         )
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 

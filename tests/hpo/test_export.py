@@ -21,7 +21,7 @@ from hpo.predict import predict_lines
 from hpo.search_lengths import search_lengths
 from hpo.storage import open_storage
 from model import LengthAdaptiveModel, LengthAdaptivePipeline
-from model.encoder import CheckpointError
+from model.encoder import CheckpointError, labels_of, read_config
 from model.front_file import FRONT_FILE, ExportError, NothingFits, ServedFront
 from model.remote_code import MODULE
 from model.rows import DataError
@@ -186,17 +186,18 @@ def test_wishes_and_inputs_that_cannot_be_served_are_told(served):
 
 def test_predict_answers_line_by_line_and_goes_on_over_bad_ones(command, served, monkeypatch):
     lines = [b'{"text": "a good film"}', b"{", b'"music"', b'{"other": 1}', b"\xff", b"", b'{"text": "bad"}']
+    lines += [b'{"text": "cut \\ud83d"}', b"9" * 5000]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
     code, out, err = command("predict", str(served), "--max-drop", "1")
     answers = [json.loads(line) for line in out.splitlines()]
     assert code == 1
-    assert ["error" in answer for answer in answers] == [False, True, False, True, True, True, False]
+    assert ["error" in answer for answer in answers] == [False, True, False, True, True, True, False, True, True]
     pipeline = LengthAdaptivePipeline(served)
     assert [answers[0], answers[2], answers[6]] == pipeline(["a good film", "music", "bad"], max_drop=1)
-    for number, reason in ((2, "JSON"), (4, "'text'"), (5, "UTF-8"), (6, "empty")):
+    for number, reason in ((2, "JSON"), (4, "'text'"), (5, "UTF-8"), (6, "empty"), (8, "surrogate"), (9, "too long")):
         assert f"Line {number} " in err
         assert reason in err
-    assert "4 of 7 lines could not be read" in err
+    assert "6 of 9 lines could not be read" in err
 
 
 def test_predict_in_bf16_stays_close(command, served, monkeypatch):
@@ -261,6 +262,47 @@ def test_an_export_is_replaced_and_other_folders_are_left_alone(command, served,
     assert "no export wrote" in err
     assert [entry.name for entry in mine.iterdir()] == ["notes.txt"]
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_graph_of_a_fixed_length_is_quantised_with_texts_cut_to_it(command, study, tmp_path):
+    pytest.importorskip("onnxscript")
+    flags = ["--budget", "0.8", "--format", "onnx", "--fixed-length", "8", "--int8", "static"]
+    code, _, err = command("export", *flags, "--out", str(tmp_path / "graph"))
+    assert code == 0, err
+    assert LengthAdaptivePipeline(tmp_path / "graph")([TEXTS[3]]) == LengthAdaptivePipeline(tmp_path / "graph")(
+        [" ".join(TEXTS[3].split()[:6])]
+    )
+
+
+def test_the_current_folder_is_not_replaced(command, study, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = command("export", "--budget", "0.8", "--out", ".")
+    assert code == 1
+    assert "choose a new one in it" in " ".join(err.split())
+
+
+def test_a_front_of_other_layers_is_refused(served):
+    path = served / FRONT_FILE
+    front = json.loads(path.read_text())
+    for point in (front["full"], front["chosen"], *front["points"]):
+        point["shares"].pop()
+    path.write_text(json.dumps(front))
+    with pytest.raises(CheckpointError, match="of another; export the model again"):
+        LengthAdaptivePipeline(served)
+
+
+def test_labels_are_named_by_their_ids_in_whatever_order_a_config_has_them(served):
+    config = json.loads((served / "config.json").read_text())
+    numbers = sorted(map(str, range(12)))
+    config["id2label"] = {number: f"class {number}" for number in numbers}
+    config["label2id"] = {f"class {number}": int(number) for number in numbers}
+    (served / "config.json").write_text(json.dumps(config))
+    assert labels_of(read_config(served)) == tuple(f"class {number}" for number in range(12))
+    del config["id2label"]["5"]
+    (served / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="number them"):
+        read_config(served)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +375,17 @@ def test_a_graph_is_quantised_measured_and_run_with_and_without_us(command, stud
     assert alone.returncode == 0, alone.stderr
     for line, expected in zip(alone.stdout.splitlines(), said, strict=True):
         assert json.loads(line) == {"label": expected["label"], "score": pytest.approx(expected["score"], abs=0.05)}
+    alone = subprocess.run(
+        [sys.executable, "-I", str(tmp_path / "graph" / "runner.py")],
+        input=f'{json.dumps({"text": TEXTS[0], "id": 3})}\n{{"id": 4}}\n["a", "b"]\n"', capture_output=True, text=True,
+        cwd=tmp_path, check=False,
+    )  # fmt: skip
+    first, *wrong = map(json.loads, alone.stdout.splitlines())
+    assert first == {"label": said[0]["label"], "score": pytest.approx(said[0]["score"], abs=0.05)}
+    for line, problem in zip(
+        wrong, ("no 'text', only 'id'", "not what the model reads: text", "Unterminated"), strict=True
+    ):
+        assert problem in line["error"]
     with pytest.raises(NothingFits, match="smallest there is"):
         pipeline(TEXTS, budget=0.01)
     with pytest.raises(ExportError, match=r"int8-static, which cannot run in bf16; leave"):

@@ -91,3 +91,19 @@ def test_other_folders_are_refused_in_a_sentence(tmp_path, text, message):
         (tmp_path / FRONT_FILE).write_text(text)
     with pytest.raises(ExportError, match=message):
         ServedFront.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": ()}, "no points"),
+        ({"label_names": ()}, "no label names"),
+        ({"text_columns": ()}, "no text columns"),
+        ({"max_length": "64"}, "no whole numbers"),
+        ({"chosen": point(9, 0.8, 0.5, LengthConfig.full(3))}, "configs of 2 and 3 layers"),
+    ],
+)
+def test_values_that_serve_nobody_are_refused(front, tmp_path, change, message):
+    dataclasses.replace(front, **change).write(tmp_path)
+    with pytest.raises(ExportError, match=message):
+        ServedFront.read(tmp_path)

@@ -119,6 +119,24 @@ def test_the_graph_gives_the_encoders_logits_at_full_length_and_three_points(mod
             check(session, model, config, make_batch, lengths, seed)
 
 
+def test_of_tokens_that_score_alike_the_first_is_kept(make_batch, tmp_path):
+    """Tokens left alone in a local window receive all of their own attention, each of them exactly the same."""
+    model, config, path = build("modernbert"), LengthConfig.from_retention((0.3, 0.5)), tmp_path / "model.onnx"
+    model.network.config.layer_types = ["full_attention", "sliding_attention"]
+    model.token_score = "attention"
+    write_graph(model, config, path, longest=LONGEST)
+    session = onnxruntime.InferenceSession(path)
+    for seed in range(20):
+        lengths = (40, 35, 29, 22)
+        check(session, model, config, make_batch, lengths, seed)
+        batch = make_batch(lengths, seed)
+        plan = GraphPlan.of(config, LONGEST)
+        inputs = batch["input_ids"], batch["attention_mask"], None
+        with torch.no_grad():
+            got = graph_logits(model.family, model.network, plan, True, *inputs, plan.left_NM)
+            torch.testing.assert_close(got, model(*inputs, length_config=config).logits, rtol=0, atol=1e-4)
+
+
 def test_the_graph_of_full_length_chooses_no_tokens(make_batch, tmp_path):
     model, path = build("bert", "question-answering"), tmp_path / "model.onnx"
     write_graph(model, FULL, path, longest=LONGEST)
