@@ -20,7 +20,11 @@ from model.rows import DataError
 TRAIN_SPLIT = "train"
 REPORT_SPLITS = ("validation", "validation_matched", "dev", "valid", "val", "eval", "test")  # in order of preference
 
-CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}  # else the words "None", "NA" and "null" read as missing
+CSV_OPTIONS = {
+    "keep_default_na": False,  # else the words "None", "NA" and "null" read as missing
+    "na_values": [""],
+    "chunksize": 1_000_000,  # rows that a column's type is told from; else the first 10,000
+}
 FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".json": ("json", {}),

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -192,7 +192,7 @@ def _follow(
                 continue
             try:
                 message = connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 message = TrainingProcessDied(
                     f"A process of the training {how_it_ended(members[connection])}; see that the machine has memory "
                     "enough."
@@ -203,7 +203,8 @@ def _follow(
                 case _Epoch(done) if on_epoch is not None:
                     _take_over(weights, model)
                     on_epoch(done)
-                    connection.send("go on")
+                    with suppress(ConnectionError):  # what is received next tells that the process is gone
+                        connection.send("go on")
                 case TrainingReport():
                     reports.append(message)
                     busy.remove(connection)

@@ -523,22 +523,35 @@ def unfold(split: datasets.Dataset) -> datasets.Dataset:
         split: A column `data` of articles (a title and paragraphs; these have a context and `qas`), perhaps `version`.
     Returns:
         Columns `id`, `title`, `context`, `question` and `answers`; any other dataset as it is.
+    Raises:
+        DataError: Something is missing in it, or is of another type.
     """
     if not _is_official(split):
         return split
     table: dict[str, list[Any]] = {name: [] for name in ("id", "title", "context", "question", "answers")}
-    for entry in column_of(split, "data").to_pylist():
-        for article in entry if isinstance(entry, list) else [entry]:
-            for paragraph in article["paragraphs"] or ():
-                for question in paragraph["qas"] or ():
-                    texts, starts = _texts_and_starts(question.get("answers"))
-                    table["id"].append(question.get("id"))
-                    table["title"].append(article.get("title"))
-                    table["context"].append(paragraph["context"])
-                    table["question"].append(question["question"])
-                    table["answers"].append({"text": texts, "answer_start": starts})
     types = {"answers": ANSWERS_TYPE}
-    return datasets.Dataset(pa.table({name: pa.array(v, types.get(name, pa.string())) for name, v in table.items()}))
+    try:
+        for entry in column_of(split, "data").to_pylist():
+            for article in entry if isinstance(entry, list) else [entry]:
+                for paragraph in article["paragraphs"] or ():
+                    for question in paragraph["qas"] or ():
+                        texts, starts = _texts_and_starts(question.get("answers"))
+                        table["id"].append(_as_text(question.get("id")))
+                        table["title"].append(_as_text(article.get("title")))
+                        table["context"].append(paragraph["context"])
+                        table["question"].append(question["question"])
+                        table["answers"].append({"text": texts, "answer_start": starts})
+        arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in table.items()}
+    except (KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise DataError(
+            f"The file looks like SQuAD's, but cannot be read as such ({error}); each paragraph needs a context and "
+            "qas, each of these a question and answers, each answer a text and its answer_start."
+        ) from error
+    return datasets.Dataset(pa.table(arrays))
+
+
+def _as_text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _is_official(split: datasets.Dataset) -> bool:

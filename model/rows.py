@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from model.encoded import EncodedSplit
 from model.tasks import Metric
 
+ROWS_AT_ONCE = 4_096
+"""Rows that are tokenised together: what a tokenizer returns of a row takes far more memory than its ids."""
 TEXT_FLAG, LABEL_FLAG, TASK_FLAG = "--text-columns a[,b]", "--label-column NAME", "--task NAME"
 
 

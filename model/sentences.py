@@ -15,6 +15,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from model.encoded import EncodedSplit, MultiLabelSplit, ValueSplit
 from model.rows import (
     LABEL_FLAG,
+    ROWS_AT_ONCE,
     TASK_FLAG,
     TEXT_FLAG,
     Columns,
@@ -150,6 +151,11 @@ class LabelSetData(ClassData):
         if isinstance(feature.feature, datasets.ClassLabel):
             names = tuple(feature.feature.names)
             label_M = np.asarray(pc.fill_null(values, -1), dtype=np.int64)
+        elif _is_mask(lists):
+            raise DataError(
+                f"Column {label_column!r} of the {name} split holds a zero or a one for each class; list the names of "
+                f"the classes that apply instead, or choose another column with {LABEL_FLAG}."
+            )
         else:
             names, label_M = number_labels(values)
         if not names:
@@ -223,7 +229,7 @@ class ValueData(ClassData):
                 f"Column {label_column!r} of the {name} split holds no numbers, which a regression needs; choose with "
                 f"{LABEL_FLAG}, or another task with {TASK_FLAG}."
             )
-        values_N = np.asarray(pc.fill_null(column_of(split, label_column).cast(pa.float32()), np.nan))
+        values_N = np.asarray(pc.fill_null(column_of(split, label_column).cast(pa.float32(), safe=False), np.nan))
         refuse_rows(~np.isfinite(values_N), f"no number in column {label_column!r}", name)
         table = pa.table({**texts, "label": values_N})
         return Rows(split=name, table=table, label_names=(), stratum_N=np.zeros(len(values_N), dtype=np.int64))
@@ -258,16 +264,25 @@ def encode_texts(split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, ma
     columns = split[:]
     texts, pairs = columns["text"], columns.get("text_pair")
     check_max_length(max_length, tokenizer, pair=pairs is not None)
-    encoding = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False)
-    input_ids = encoding["input_ids"]
-    num_truncated = _count_truncated(encoding, texts, pairs, tokenizer, max_length)
+    input_ids: list[list[int]] = []
+    token_type_ids: list[list[int]] = []
+    num_truncated = 0
+    for first in range(0, len(texts), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        some = texts[rows], None if pairs is None else pairs[rows]
+        encoding = tokenizer(*some, truncation=True, max_length=max_length, verbose=False)
+        input_ids += encoding["input_ids"]
+        token_type_ids += encoding.get("token_type_ids") or [[0] * len(ids) for ids in encoding["input_ids"]]
+        num_truncated += _count_truncated(encoding, *some, tokenizer, max_length)
     if num_truncated:
         logger.info("%d of %d rows are truncated to %d tokens.", num_truncated, len(texts), max_length)
-    return {
-        "input_ids": input_ids,
-        "token_type_ids": encoding.get("token_type_ids") or [[0] * len(ids) for ids in input_ids],
-        "num_truncated": num_truncated,
-    }
+    return {"input_ids": input_ids, "token_type_ids": token_type_ids, "num_truncated": num_truncated}
+
+
+def _is_mask(lists: pa.Array) -> bool:
+    """Whether label lists are of one length, two or more, and of zeros and ones alone."""
+    lengths, values = pc.unique(pc.list_value_length(lists)).to_pylist(), pc.unique(pc.list_flatten(lists)).to_pylist()
+    return len(lengths) == 1 and lengths[0] > 1 and all(isinstance(value, int) and value in (0, 1) for value in values)
 
 
 def is_list(feature: object) -> bool:

@@ -68,8 +68,7 @@ def micro_f1(predictions: Labels, labels: Labels) -> float:
         predictions: Ones where a class is said to apply, (N, C).
         labels: Ones where it does, (N, C).
     """
-    _check_aligned(predictions, labels, dimensions=2)
-    return float(_scikit_learn().f1_score(labels, predictions, average="micro", zero_division=0.0))
+    return _f1_of_label_sets(predictions, labels, "micro")
 
 
 def macro_f1(predictions: Labels, labels: Labels) -> float:
@@ -77,8 +76,14 @@ def macro_f1(predictions: Labels, labels: Labels) -> float:
 
     A class that is never predicted, or never right, has an F1 of 0.
     """
+    return _f1_of_label_sets(predictions, labels, "macro")
+
+
+def _f1_of_label_sets(predictions: Labels, labels: Labels, average: str) -> float:
     _check_aligned(predictions, labels, dimensions=2)
-    return float(_scikit_learn().f1_score(labels, predictions, average="macro", zero_division=0.0))
+    if labels.shape[1] == 1:  # which scikit-learn takes for two classes, and averages over both
+        predictions, labels, average = predictions.ravel(), labels.ravel(), "binary"
+    return float(_scikit_learn().f1_score(labels, predictions, average=average, zero_division=0.0))
 
 
 def subset_accuracy(predictions: Labels, labels: Labels) -> float:

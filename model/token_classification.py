@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from model.encoded import IGNORED, Answers, EncodedSplit, Ints
 from model.rows import (
     LABEL_FLAG,
+    ROWS_AT_ONCE,
     TEXT_FLAG,
     Columns,
     DataError,
@@ -40,7 +41,6 @@ OUTSIDE = "O"
 """The tag of words that belong to no entity."""
 LOST = -1
 """The first token of words that have none."""
-ROWS_AT_ONCE = 4_096  # what a tokenizer returns of a row takes far more memory than its ids
 
 TagNames = list[list[str]]
 """One tag for each word of each sequence."""

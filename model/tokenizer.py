@@ -27,4 +27,5 @@ def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
         ) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where there are no files
         raise CheckpointError(f"{encoder} holds no tokenizer; the folder needs tokenizer.json or vocab.txt.")
+    tokenizer.padding_side = "right"  # so that [CLS] comes first
     return tokenizer

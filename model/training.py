@@ -178,6 +178,8 @@ def fit(
             disable_tqdm=True,
             dataloader_pin_memory=not use_cpu,
         )
+        if arguments.n_gpu > 1:  # a process trains on one; with more, the Trainer would spread each batch over all
+            arguments._n_gpu = 1
         collator = _collator(task, tokenizer)
         if arguments.world_size > 1:
             collator = ShardCollator(collator, arguments.process_index, arguments.world_size)

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
 from model.data import DataSpec, _share_out, encode, load_corpus
+from model.dataset_files import CSV_OPTIONS
 from model.rows import DataError
+from model.tokenizer import load_tokenizer
 
 SHARED_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the benchmark data is not on this machine")
@@ -256,6 +258,14 @@ def test_words_that_look_like_missing_values_are_words(tmp_path):
     corpus = load(write_csv(tmp_path / "data" / "train.csv", records).parent)
     assert corpus.label_names == ("NA", "None")
     assert "null" in [*corpus.train["text"], *corpus.search["text"], *corpus.report["text"]]
+
+
+def test_a_column_is_of_a_type_that_suits_all_its_rows(tmp_path):
+    records = [
+        {**record, "note": "7" if number < 15_000 else "see above"} for number, record in enumerate(rows(15_100))
+    ]
+    corpus = load(write_csv(tmp_path / "data" / "train.csv", records).parent)
+    assert len(corpus.train) + len(corpus.search) + len(corpus.report) == 15_100
 
 
 def test_local_data_is_read_without_the_network(tmp_path, monkeypatch):
@@ -560,8 +570,7 @@ def test_a_hub_id_in_offline_mode_says_so(monkeypatch):
 
 def test_a_hub_dataset_fetched_before_is_read_from_the_cache(tmp_path, cache, unplugged):
     folder = write_csv(tmp_path / "name" / "train.csv", rows(100)).parent
-    options = {"keep_default_na": False, "na_values": [""]}
-    builder = datasets.load_dataset_builder(str(folder), **options)
+    builder = datasets.load_dataset_builder(str(folder), **CSV_OPTIONS)
     from_folder = load(folder)
     fetched = cache / "org___name" / "default" / "0.0.0" / ("0" * 40)
     fetched.parent.mkdir(parents=True)
@@ -699,6 +708,21 @@ def test_truncated_rows_are_counted_and_logged(tokenizer, pairs, caplog):
     assert split.num_tokens.tolist() == [5 + extra, 6 + extra, 6 + extra, 6 + extra]
     assert split.num_truncated == 2
     assert f"2 of 4 rows are truncated to {6 + extra} tokens" in caplog.text
+
+
+def test_rows_are_tokenised_a_part_at_a_time(tokenizer, monkeypatch):
+    split = as_split(["good film", "bad", "very good film", "film ."], ["bad"] * 4)
+    whole = encode(split, tokenizer, max_length=6)
+    monkeypatch.setattr("model.sentences.ROWS_AT_ONCE", 3)
+    parts = encode(split, tokenizer, max_length=6)
+    assert (parts.input_ids, parts.token_type_ids) == (whole.input_ids, whole.token_type_ids)
+    assert parts.num_truncated == whole.num_truncated == 1
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_told_otherwise(tokenizer, tmp_path):
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(tmp_path / "left")
+    assert load_tokenizer(tmp_path / "left").padding_side == "right"
 
 
 def test_a_tokenizer_without_token_types_gets_zeros(tokenizer):

@@ -289,3 +289,13 @@ def test_context_is_joined_to_the_tokens_that_stay_alone(make_batch):
     with torch.no_grad():
         graph_logits(model.family, model.network, plan, model.reads_first, *batch.values(), plan.left_NM)
     assert rows == list(config.lengths(30))
+
+
+def test_a_runtime_that_is_too_old_for_an_opset_is_named(tmp_path, monkeypatch):
+    class TooOld:
+        def __init__(self, *_, **__):
+            raise RuntimeError("ONNX opset 18 is under development")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", TooOld)
+    with pytest.raises(ExportError, match=r"does not read .* opset 18 .*choose a lower one"):
+        write_graph(build("bert"), POINTS[0], tmp_path / "model.onnx", longest=LONGEST)

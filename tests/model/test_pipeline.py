@@ -1,5 +1,6 @@
 """Every task from an exported folder, against the model run on one input at a time."""
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -9,8 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from model.encoder import HEADS, MULTI_LABEL, LengthAdaptiveModel
-from model.export import write_onnx_folder, write_transformers_folder
-from model.front_file import ServedFront, ServedPoint
+from model.export import quantise_folder, write_onnx_folder, write_transformers_folder
+from model.front_file import ExportError, ServedFront, ServedPoint
 from model.length_config import LengthConfig
 from model.pipeline import FIELDS, LengthAdaptivePipeline, batches
 from model.rows import DataError
@@ -138,12 +139,72 @@ def test_the_runner_beside_a_graph_says_what_the_pipeline_says(kind, tmp_path):
     pytest.importorskip("onnxruntime")
     model, front = make(kind)
     assert write_onnx_folder(tmp_path, model, make_tokenizer(with_types=kind != "question-answering"), front) < 1e-4
-    spec = importlib.util.spec_from_file_location("runner", tmp_path / "runner.py")
+    inputs = INPUTS[kind]
+    if kind == "question-answering":
+        inputs = [*inputs, ("was the film good " * 20, SENTENCES[2] * 3)]
+    said = runner_of(tmp_path)(inputs)
+    for one, other in zip(said, LengthAdaptivePipeline(tmp_path)(inputs), strict=True):
+        assert one == {name: value for name, value in other.items() if name != "score"}
+
+
+def runner_of(folder):
+    """What the runner beside a graph makes of its folder, from the file that stands there."""
+    spec = importlib.util.spec_from_file_location("runner", folder / "runner.py")
     runner = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(runner)
-    said = runner.Runner(tmp_path)(INPUTS[kind])
-    for one, other in zip(said, LengthAdaptivePipeline(tmp_path)(INPUTS[kind]), strict=True):
-        assert one == {name: value for name, value in other.items() if name != "score"}
+    return runner.Runner(folder)
+
+
+def test_without_windows_what_is_too_long_is_refused_by_its_number(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, front = make("question-answering")
+    write_onnx_folder(tmp_path, model, make_tokenizer(), dataclasses.replace(front, stride=None))
+    inputs = [("who", "the actor"), ("who", "the actor " * 40)]
+    with pytest.raises(DataError, match=r"Input 1 .* has 84 tokens, but the model reads no more than 24"):
+        LengthAdaptivePipeline(tmp_path)(inputs)
+    with pytest.raises(ValueError, match="84 tokens; the most are 24"):
+        runner_of(tmp_path)(inputs)
+
+
+@pytest.mark.parametrize("fixed_length", [6, 10])
+def test_windows_that_bring_nothing_new_are_refused(fixed_length, tmp_path):
+    model, front = make("question-answering")
+    with pytest.raises(ExportError, match="choose 11 or more"):
+        write_onnx_folder(tmp_path, model, make_tokenizer(), front, fixed_length=fixed_length)
+
+
+def test_of_a_large_graph_int8_weights_alone_are_left(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("model.onnx_export.PROTOBUF_LIMIT", 20_000)
+    model, front = make("regression")
+    write_onnx_folder(tmp_path, model, make_tokenizer(), front)
+    before = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    exact = LengthAdaptivePipeline(tmp_path)(SENTENCES)
+    quantise_folder(tmp_path, 0, None)
+    after = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert after["model.onnx.data"] < before["model.onnx.data"] / 2
+    for one, other in zip(LengthAdaptivePipeline(tmp_path)(SENTENCES), exact, strict=True):
+        assert one["value"] != other["value"]
+        assert one["value"] == pytest.approx(other["value"], abs=1.0)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [(np.nan, "by up to inf"), (1.0, "by up to")])
+def test_an_export_that_says_something_else_is_refused(wrong, message, tmp_path, monkeypatch):
+    model, front = make("regression")
+    monkeypatch.setattr("model.export._joined", lambda output: output.logits + wrong)
+    with pytest.raises(ExportError, match=message):
+        write_transformers_folder(tmp_path, model, make_tokenizer(), front)
+
+
+def test_a_model_that_says_no_numbers_is_not_exported(tmp_path):
+    model, front = make("regression")
+    with torch.no_grad():
+        model.network.classifier.bias.fill_(torch.nan)
+    with pytest.raises(ExportError, match="could not be compared"):
+        write_transformers_folder(tmp_path, model, make_tokenizer(), front)
 
 
 def test_a_list_of_words_has_to_be_one(tmp_path):

@@ -121,6 +121,18 @@ def test_killed_process_fails_the_training_and_takes_the_others_along(model, spl
     assert not multiprocessing.active_children()
 
 
+def test_process_killed_while_the_caller_looks_at_an_epoch_fails_the_training(model, split, tokenizer):
+    def kill_all(_epoch: int) -> None:
+        children = multiprocessing.active_children()
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+        for child in children:
+            child.join()
+
+    with pytest.raises(TrainingProcessDied, match="SIGKILL"):
+        train_in_processes(train, 2, model, split, tokenizer, SETTINGS, on_epoch=kill_all)
+
+
 def test_caller_that_has_seen_enough_ends_the_training(model, split, tokenizer):
     def prune(epoch: int) -> None:
         raise Pruned(epoch)

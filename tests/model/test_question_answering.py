@@ -296,6 +296,25 @@ def test_the_official_file_is_read_from_disk(tmp_path, monkeypatch, indent):
     assert len(unfold(read)) == 8
 
 
+def test_ids_of_the_official_file_may_be_numbers():
+    articles = official(1)
+    for number, paragraph in enumerate(articles[0]["paragraphs"]):
+        for question in paragraph["qas"]:
+            question["id"] = number
+    assert unfold(as_split({"data": articles}))["id"][:] == ["0", "0", "1", "1"]
+
+
+@pytest.mark.parametrize("lacking", ["context", "qas", "question", "answer_start"])
+def test_an_official_file_that_lacks_something_gets_a_sentence(lacking):
+    articles = official(1)
+    for paragraph in articles[0]["paragraphs"]:
+        questions = paragraph["qas"]
+        for part in (paragraph, *questions, *(answer for question in questions for answer in question["answers"])):
+            part.pop(lacking, None)
+    with pytest.raises(DataError, match=f"looks like SQuAD's, .*'{lacking}'"):
+        unfold(as_split({"data": articles}))
+
+
 def test_unanswerable_questions_of_the_official_file_are_refused_as_such():
     articles = official(1)
     articles[0]["paragraphs"][0]["qas"][1]["answers"] = []

@@ -156,6 +156,22 @@ def test_label_sets_that_cannot_be_learned_are_refused(tmp_path, columns, messag
         load(folder, label_column="topics")
 
 
+def test_a_zero_or_a_one_for_each_class_is_refused(tmp_path):
+    masks = label_sets(20, names=lambda row: [row % 2, 1, 0])
+    with pytest.raises(DataError, match="a zero or a one for each class"):
+        load(save(tmp_path / "masks", train=masks), label_column="topics")
+    numbers = label_sets(20, names=lambda row: [0, 1][: 1 + row % 2])
+    assert load(save(tmp_path / "numbers", train=numbers), label_column="topics").label_names == ("0", "1")
+
+
+@pytest.mark.parametrize("average", ["micro_f1", "macro_f1"])
+def test_f1_of_a_single_class_is_its_own(average):
+    metric = choose_metric(KINDS["multi-label"].metrics, average)
+    predictions, labels = (np.array(column)[:, None] for column in ([1, 0, 0, 1, 0, 0], [1, 1, 0, 0, 0, 0]))
+    assert metric.compute(predictions, labels) == pytest.approx(2 * 1 / (2 + 2))
+    assert metric.compute(np.zeros_like(labels), labels) == 0.0
+
+
 def test_answers_to_label_sets_are_the_classes_more_likely_than_not(tmp_path, tokenizer):
     corpus = load(save(tmp_path / "data", train=label_sets(40)))
     split = encode(corpus.search, tokenizer, 32, corpus.kind)
@@ -194,6 +210,12 @@ def test_values_of_whole_numbers_need_the_task_named(tmp_path):
     assert load(folder, "regression", label_column="stars").train["label"][:3] == pytest.approx(
         [float(text.split()[1]) % 5 for text in load(folder, "regression").train["text"][:3]]
     )
+
+
+def test_large_whole_numbers_are_values(tmp_path):
+    prices = {"text": [f"text {row}" for row in range(100)], "price": [20_000_001 + row for row in range(100)]}
+    corpus = load(save(tmp_path / "data", train=prices), "regression", label_column="price")
+    assert sum(corpus.train["label"]) / len(corpus.train) == pytest.approx(2e7, rel=1e-3)
 
 
 BAD_VALUES = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, set_seed
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, TrainingArguments, set_seed
 
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
@@ -68,6 +68,13 @@ def test_training_learns_the_task_at_full_and_at_reduced_length(model, split, to
     configs = [LengthConfig.full(3), LengthConfig.from_retention((0.8, 0.8, 0.8))]
     assert min(score(model, split, configs, choose_metric(CLASS_METRICS, "accuracy"))) > 0.9
     assert (report.steps, report.precision) == (4 * 13, "fp32")
+
+
+def test_a_process_trains_on_one_gpu_where_there_are_more(model, split, tokenizer, monkeypatch):
+    """With two the Trainer would take batches twice the size, and run them on both."""
+    seen = property(lambda arguments: 1 if (arguments.device and arguments._n_gpu) == 1 else 2)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", seen)
+    assert train(model, split, tokenizer, SETTINGS).steps == 4 * 3
 
 
 def test_first_pass_of_each_step_is_full_and_the_second_the_smallest(model, split, tokenizer, monkeypatch):
