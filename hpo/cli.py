@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Commands import what they run: torch and its company take seconds, and `hpo --help` needs none of it.
 
 FINETUNE, DEMO_FINETUNE, DISTILL, LENGTHS = "finetune", "finetune-demo", "distill", "lengths"
+TRAINING_KINDS = ("finetune", "distill")
 
 STORAGE_TIMEOUT_S = 600.0
 SIGNALS_HEARD_AFTER_S = 0.5
@@ -1168,6 +1169,11 @@ def _trained_by(
     recorded = found.user_attrs.get("workload")
     if recorded is None:
         raise HpoError(f"Study {finetune_study!r} does not say what it used; pass --checkpoint and --dataset.")
+    if found.user_attrs.get("kind") not in TRAINING_KINDS:
+        raise HpoError(
+            f"Study {finetune_study!r} searches lengths and trains no model; pass one of `hpo tune` as "
+            "--finetune-study, or --checkpoint and --dataset."
+        )
     workload = Workload.from_attribute(recorded)
     try:
         data = dataclasses.replace(workload.data, **data_flags)

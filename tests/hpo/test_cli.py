@@ -177,6 +177,16 @@ def test_finetune_study_has_no_front(tuned):
     assert "Traceback" not in err
 
 
+def test_a_lengths_study_gives_no_model_to_search(command, files, storage, workload):
+    study = optuna.create_study(storage=open_storage(storage), study_name="l2", directions=["maximize", "minimize"])
+    study.set_user_attr("kind", "lengths")
+    study.set_user_attr("workload", workload.to_attribute())
+    code, out, err = command("search-lengths", "--study", files["lengths"], "--finetune-study", "l2")
+    assert (code, out) == (1, "")
+    assert err.startswith("hpo: Study 'l2' searches lengths and trains no model; pass one of `hpo tune`")
+    assert "--finetune-study" in err
+
+
 def test_interrupt_says_how_to_go_on_and_exits_130(tuned, files, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
