@@ -527,7 +527,9 @@ def pareto_command(
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Also draw a PNG or SVG; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Also draw a PNG, SVG, PDF, JPEG or WebP; may be repeated.", show_default=False
+        ),
     ] = None,
     storage: Storage = None,
     runs: Runs = None,
@@ -535,6 +537,7 @@ def pareto_command(
 ) -> None:
     """Print and draw the front of a lengths study, and the point that meets a budget."""
     _check_choice(max_drop, budget, max_latency_ms)
+    _check_images(image or [])
     from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
     from hpo.storage import find_study, open_storage, storage_url
@@ -1191,6 +1194,18 @@ def _check_choice(max_drop: float | None, budget: float | None, max_latency_ms: 
         raise typer.BadParameter("--budget is a share of full length above 0")
     if max_latency_ms == 0:
         raise typer.BadParameter("--max-latency-ms is a time above 0")
+
+
+def _check_images(images: list[Path]) -> None:
+    if not images:
+        return
+    from hpo.plot import image_kind
+
+    for image in images:
+        try:
+            image_kind(image)
+        except ValueError as error:
+            raise typer.BadParameter(f"--image: {error}") from error
 
 
 def _choose(

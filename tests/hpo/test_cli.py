@@ -132,6 +132,7 @@ def test_search_takes_a_checkpoint_and_dataset_without_any_finetune_study(comman
         (("pareto", "--budget", "2"), 2, "--budget"),
         (("pareto", "--budget", "0"), 2, "--budget"),
         (("pareto", "--max-drop", "-1"), 2, "--max-drop"),
+        (("pareto", "--image", "front.png", "--image", "front.bmp"), 2, "jpeg, webp"),
         (("studies", "--storage", "sqlite:////no/such/folder/hpo.db"), 1, "/no/such/folder"),
         (("dashboard", "--port", "0"), 2, "--port"),
     ],
