@@ -332,7 +332,7 @@ def open_search(
             "kind": "lengths",
             "workload": loaded.workload.to_attribute(),
             "text_columns": list(loaded.corpus.columns.texts),
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoint.resolve() if checkpoint.exists() else checkpoint),  # or a hub id
             "seed": seed,
             "versions": library_versions(),
             "full_macs": mean_macs(model.shape, loaded.search.num_tokens),

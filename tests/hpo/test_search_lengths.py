@@ -17,7 +17,7 @@ from hpo.early_stopping import Defeat, Rivals, bits_from_text
 from hpo.errors import HpoError, StudyChanged
 from hpo.front import compute_front
 from hpo.samplers import RetentionSpace
-from hpo.search_lengths import config_of, constant_rates, search_lengths, shallow_networks
+from hpo.search_lengths import config_of, constant_rates, open_search, search_lengths, shallow_networks
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
 from model.encoder import LengthAdaptiveModel
@@ -212,6 +212,18 @@ def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny
     loaded.tokenizer.save_pretrained(other_model)
     with pytest.raises(StudyChanged, match="another model"):
         search_lengths(lengths, workload, other_model, trials=5, storage=storage, runs=tmp_path / "runs")
+
+
+def test_a_relative_checkpoint_is_recorded_whole_and_a_hub_id_as_it_is(
+    workload, lengths, tiny_encoder, storage, monkeypatch
+):
+    loaded = load_workload(workload, tiny_encoder)
+    model = load_encoder(tiny_encoder, loaded.corpus)
+    monkeypatch.chdir(tiny_encoder.parent)
+    for given, recorded in ((tiny_encoder.name, str(tiny_encoder.resolve())), ("owner/name", "owner/name")):
+        definition = dataclasses.replace(lengths, name=f"of-{Path(given).name}")
+        study = open_search(definition, loaded, Path(given), model, open_storage(storage))
+        assert study.user_attrs["checkpoint"] == recorded
 
 
 def test_no_trials_is_refused(run):
