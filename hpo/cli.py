@@ -859,7 +859,7 @@ def storage_replay_command(storage: Storage = None, runs: Runs = None) -> None:
     with _database(url):
         replayed, others = replay_all(open_storage(url, create=False), root)
     remarks = [f"{replayed.known} were there already"] * bool(replayed.known)
-    remarks += [f"{replayed.lost} had been given up and are run again"] * bool(replayed.lost)
+    remarks += [f"{replayed.lost} count no more, and those trials are run again"] * bool(replayed.lost)
     out.print(
         f"Told {display_url(url)} the results of {replayed.told} trials{''.join(f'; {one}' for one in remarks)}.",
         markup=False,
