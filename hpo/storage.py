@@ -9,8 +9,8 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote_plus
@@ -344,6 +344,31 @@ def find_study(storage: Storage, name: str, start_with: str) -> optuna.Study:
         raise StudyNotFound(
             f"No study {name!r} in {display_url(storage.url)} (studies there: {there}); start it with `{start_with}`."
         ) from error
+
+
+@contextmanager
+def while_it_is_there(study: optuna.Study, storage: Storage) -> Iterator[None]:
+    """Say in a sentence that a study is gone, where somebody deletes it while the block works on it.
+
+    Raises:
+        StudyNotFound: It was deleted.
+    """
+    try:
+        yield
+    except KeyError as error:  # of a study or a trial that is not found, or a mistake of ours
+        if _is_there(study, storage):
+            raise
+        raise StudyNotFound(
+            f"Study {study.study_name!r} was deleted from {display_url(storage.url)} meanwhile; run the same command "
+            "again to start it anew."
+        ) from error
+
+
+def _is_there(study: optuna.Study, storage: Storage) -> bool:
+    try:
+        return storage.get_study_name_from_id(study._study_id) == study.study_name
+    except KeyError:
+        return False
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 import hpo.mirror
 import hpo.search_lengths
 from hpo.early_stopping import Defeat, Rivals, bits_from_text
-from hpo.errors import HpoError, StudyChanged
+from hpo.errors import HpoError, StudyChanged, StudyNotFound
 from hpo.front import compute_front
 from hpo.samplers import RetentionSpace
 from hpo.search_lengths import config_of, constant_rates, open_search, search_lengths, shallow_networks
@@ -224,6 +224,17 @@ def test_a_relative_checkpoint_is_recorded_whole_and_a_hub_id_as_it_is(
         definition = dataclasses.replace(lengths, name=f"of-{Path(given).name}")
         study = open_search(definition, loaded, Path(given), model, open_storage(storage))
         assert study.user_attrs["checkpoint"] == recorded
+
+
+def test_study_that_is_deleted_while_it_runs_is_a_sentence(run, storage, monkeypatch):
+    def delete(self, number, configs, **_):
+        optuna.delete_study(study_name="lengths", storage=open_storage(storage))
+        return predict_block(self, number, configs)
+
+    predict_block = Evaluator.predict_block
+    monkeypatch.setattr(Evaluator, "predict_block", delete)
+    with pytest.raises(StudyNotFound, match="was deleted"):
+        run(1)
 
 
 def test_no_trials_is_refused(run):

@@ -29,6 +29,7 @@ from hpo.storage import (
     open_storage,
     open_study,
     storage_url,
+    while_it_is_there,
 )
 
 SECRET = "hunter2"
@@ -408,6 +409,17 @@ def test_a_study_that_is_missing_is_answered_with_those_that_are_there(opened, u
         find_study(opened, "lengths", "hpo search-lengths")
     assert url in str(caught.value)
     assert find_study(opened, "two", "hpo tune").study_name == "two"
+
+
+def test_a_study_that_is_deleted_meanwhile_is_said_to_be_gone(opened, url):
+    study = make_study(opened)
+    with pytest.raises(KeyError, match="ours"), while_it_is_there(study, opened):
+        raise KeyError("ours")
+    optuna.delete_study(study_name="lengths", storage=opened)
+    make_study(opened, "another")  # which may get its id
+    gone = f"Study 'lengths' was deleted from {url} meanwhile"
+    with pytest.raises(StudyNotFound, match=gone), while_it_is_there(study, opened):
+        raise KeyError("Record does not exist.")
 
 
 def fill(study):

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpo.recipe
 import hpo.tune
-from hpo.errors import HpoError, StudyChanged
+from hpo.errors import HpoError, StudyChanged, StudyNotFound
 from hpo.runs import SPOOL
 from hpo.storage import open_storage
 from hpo.tune import best_checkpoint, check_settings, tune
@@ -123,6 +123,17 @@ def test_interrupted_trial_fails_and_a_rerun_completes(run, storage, monkeypatch
     assert [(t.state, t.user_attrs["failure"]) for t in study.trials] == [(TrialState.FAIL, "interrupted")]
     study = run(2)
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 2
+
+
+def test_study_that_is_deleted_while_it_runs_is_a_sentence(run, storage, monkeypatch):
+    def delete(*args, **kwargs):
+        optuna.delete_study(study_name="finetune", storage=open_storage(storage))
+        return train(*args, **kwargs)
+
+    train = hpo.recipe.train
+    monkeypatch.setattr(hpo.recipe, "train", delete)
+    with pytest.raises(StudyNotFound, match="was deleted"):
+        run(1)
 
 
 def test_trial_of_a_killed_process_is_tried_again_with_its_parameters(run, storage):
