@@ -196,7 +196,7 @@ def test_front_and_full_length_are_scored_on_the_report_split_once(run, workload
 def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny_encoder, tmp_path, storage):
     run(4)
     other_data = dataclasses.replace(workload, data=dataclasses.replace(workload.data, seed=5))
-    with pytest.raises(StudyChanged, match="another dataset"):
+    with pytest.raises(StudyChanged, match=r"another --seed \(0\), so"):
         search_lengths(lengths, other_data, tiny_encoder, trials=5, storage=storage, runs=tmp_path / "runs")
     other_metric = dataclasses.replace(workload, metric="f1")
     with pytest.raises(StudyChanged, match="another metric"):

@@ -169,10 +169,21 @@ def test_hopeless_trial_is_pruned_and_leaves_no_checkpoint(run, finetune, tmp_pa
 
 def test_changed_study_is_refused_by_name(run, finetune, workload):
     run(1)
-    with pytest.raises(StudyChanged, match="another search space"):
+    with pytest.raises(StudyChanged, match=r"another --objective \(area\), so"):
         run(2, definition=dataclasses.replace(finetune, objective="metric"))
-    with pytest.raises(StudyChanged, match="another dataset"):
+    with pytest.raises(
+        StudyChanged, match=r"another \[fixed\] epochs \(1\) and another \[fixed\] dropout \(not given\), so"
+    ):
+        run(2, definition=dataclasses.replace(finetune, fixed={**finetune.fixed, "epochs": 2, "dropout": 0.1}))
+    with pytest.raises(StudyChanged, match="another search space, so"):
+        run(
+            2,
+            definition=dataclasses.replace(finetune, space={**finetune.space, "length_drop": Range(low=0.1, high=0.3)}),
+        )
+    with pytest.raises(StudyChanged, match=r"another --train-limit \(not given\), so"):
         run(2, workload=dataclasses.replace(workload, data=dataclasses.replace(workload.data, train_limit=50)))
+    with pytest.raises(StudyChanged, match=r"another --seed \(0\), so"):
+        run(2, workload=dataclasses.replace(workload, data=dataclasses.replace(workload.data, seed=3)))
 
 
 def test_full_disk_says_so_and_fails_the_trial(run, storage, monkeypatch):
