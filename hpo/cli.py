@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Commands import what they run: torch and its company take seconds, and `hpo --help` needs none of it.
 
 FINETUNE, DEMO_FINETUNE, DISTILL, LENGTHS = "finetune", "finetune-demo", "distill", "lengths"
+TRAINING_KINDS = ("finetune", "distill")
 
 STORAGE_TIMEOUT_S = 600.0
 SIGNALS_HEARD_AFTER_S = 0.5
@@ -526,7 +527,9 @@ def pareto_command(
     ] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Also draw a PNG or SVG; may be repeated.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Also draw a PNG, SVG, PDF, JPEG or WebP; may be repeated.", show_default=False
+        ),
     ] = None,
     storage: Storage = None,
     runs: Runs = None,
@@ -534,6 +537,7 @@ def pareto_command(
 ) -> None:
     """Print and draw the front of a lengths study, and the point that meets a budget."""
     _check_choice(max_drop, budget, max_latency_ms)
+    _check_images(image or [])
     from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
     from hpo.storage import find_study, open_storage, storage_url
@@ -855,7 +859,7 @@ def storage_replay_command(storage: Storage = None, runs: Runs = None) -> None:
     with _database(url):
         replayed, others = replay_all(open_storage(url, create=False), root)
     remarks = [f"{replayed.known} were there already"] * bool(replayed.known)
-    remarks += [f"{replayed.lost} had been given up and are run again"] * bool(replayed.lost)
+    remarks += [f"{replayed.lost} count no more, and those trials are run again"] * bool(replayed.lost)
     out.print(
         f"Told {display_url(url)} the results of {replayed.told} trials{''.join(f'; {one}' for one in remarks)}.",
         markup=False,
@@ -1168,6 +1172,11 @@ def _trained_by(
     recorded = found.user_attrs.get("workload")
     if recorded is None:
         raise HpoError(f"Study {finetune_study!r} does not say what it used; pass --checkpoint and --dataset.")
+    if found.user_attrs.get("kind") not in TRAINING_KINDS:
+        raise HpoError(
+            f"Study {finetune_study!r} searches lengths and trains no model; pass one of `hpo tune` as "
+            "--finetune-study, or --checkpoint and --dataset."
+        )
     workload = Workload.from_attribute(recorded)
     try:
         data = dataclasses.replace(workload.data, **data_flags)
@@ -1185,6 +1194,18 @@ def _check_choice(max_drop: float | None, budget: float | None, max_latency_ms: 
         raise typer.BadParameter("--budget is a share of full length above 0")
     if max_latency_ms == 0:
         raise typer.BadParameter("--max-latency-ms is a time above 0")
+
+
+def _check_images(images: list[Path]) -> None:
+    if not images:
+        return
+    from hpo.plot import image_kind
+
+    for image in images:
+        try:
+            image_kind(image)
+        except ValueError as error:
+            raise typer.BadParameter(f"--image: {error}") from error
 
 
 def _choose(

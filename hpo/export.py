@@ -282,11 +282,13 @@ def checkpoint_of(study: optuna.Study, runs: Path) -> Path:
         CheckpointError: It is at neither place.
     """
     recorded = Path(str(study.user_attrs.get("checkpoint", "")))
-    for folder in (recorded, runs / Path(*recorded.parts[-2:])):
+    moved = runs / Path(*recorded.parts[-2:])
+    for folder in (recorded, moved):
         if (folder / "config.json").is_file():
             return folder
     raise CheckpointError(
-        f"The model of study {study.study_name!r} is not at {recorded}; pass its runs folder as --runs."
+        f"The model of study {study.study_name!r} is neither at {recorded.absolute()} nor at {moved.absolute()}; pass "
+        "its runs folder as --runs."
     )
 
 

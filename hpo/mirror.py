@@ -392,7 +392,7 @@ class MirroredStudy:
         running = [
             trial.trial_id
             for trial in asked
-            if self._may_give_up(trial) and states[trial.trial_id] == TrialState.RUNNING
+            if self._may_give_up(trial) and states.get(trial.trial_id) == TrialState.RUNNING
         ]
         finish_trials(
             self.storage,

@@ -171,6 +171,18 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
     _replace(path, page.encode())
 
 
+def image_kind(path: Path) -> str:
+    """What a path's ending makes of an image.
+
+    Raises:
+        ValueError: It is none of `IMAGE_KINDS`.
+    """
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in IMAGE_KINDS:
+        raise ValueError(f"Cannot draw {path.name!r}; end its name with one of {', '.join(IMAGE_KINDS)}.")
+    return kind
+
+
 def write_image(figure: go.Figure, path: Path) -> bool:
     """Write a figure as PNG, SVG, PDF, JPEG or WebP, by the path's ending; True where that worked.
 
@@ -184,9 +196,7 @@ def write_image(figure: go.Figure, path: Path) -> bool:
         ValueError: The path has another ending.
         OSError: The image cannot be written there; an older one stays as it was.
     """
-    kind = path.suffix.lower().lstrip(".")
-    if kind not in IMAGE_KINDS:
-        raise ValueError(f"Cannot draw {path.name!r}; end its name with one of {', '.join(IMAGE_KINDS)}.")
+    kind = image_kind(path)
     # Imported only here, since the import replaces the process's logger class.
     from kaleido.errors import ChromeNotFoundError, KaleidoError
 

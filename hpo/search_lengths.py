@@ -40,7 +40,7 @@ from hpo.samplers import Configs, RetentionSpace, make_sampler
 from hpo.seeds import learn_seeds
 from hpo.sharing import SearchTimes, complete_study, part_of, worker_seed
 from hpo.spool import Spool
-from hpo.storage import Storage, open_storage, open_study
+from hpo.storage import Storage, open_storage, open_study, while_it_is_there
 from hpo.workload import (
     LoadedWorkload,
     Progress,
@@ -194,7 +194,7 @@ def search_loaded(
     table = fitted_table(study, rdb, definition, model, loaded, trials, on_progress)
     model = model.to(compute_device())
     costs = Costs.of(definition, model, loaded.search, table)
-    with Heartbeats(rdb) as heartbeats:
+    with while_it_is_there(study, rdb), Heartbeats(rdb) as heartbeats:
         sampler_seed = worker_seed(study, seed, workers)
         sampler = make_sampler(
             definition,
@@ -332,7 +332,7 @@ def open_search(
             "kind": "lengths",
             "workload": loaded.workload.to_attribute(),
             "text_columns": list(loaded.corpus.columns.texts),
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(checkpoint.resolve() if checkpoint.exists() else checkpoint),  # or a hub id
             "seed": seed,
             "versions": library_versions(),
             "full_macs": mean_macs(model.shape, loaded.search.num_tokens),

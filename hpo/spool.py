@@ -9,7 +9,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from hpo.runs import FOLDER_ATTRIBUTE, SPOOL
 from hpo.storage import Storage, find_study
 
 logger = logging.getLogger(__name__)
+
+ASIDE = ".aside"
+"""Ending of files with results of trials that the database does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class Replayed:
     Attributes:
         told: Finished now.
         known: Were finished with the same result already.
-        lost: Had been given up meanwhile, so that their results count no more.
+        lost: Had been given up meanwhile or are not in the database any more, so that their results count no more.
     """
 
     told: int = 0
@@ -141,16 +144,30 @@ class Spool:
         return file
 
     def replay(self, storage: Storage, study: optuna.Study) -> Replayed:
-        """Tell all that is kept, each result once, and remove it."""
+        """Tell all that is kept, each result once, and remove it; put aside what is of trials that are gone."""
         total = Replayed()
         for file in sorted(self.folder.glob("*.json")):
             results = read(file)
             if results is not None:
-                total += _tell(storage, study, results)
+                told, gone = _tell(storage, study, results)
+                total += told
+                if gone:
+                    self._put_aside(file, gone)
             file.unlink(missing_ok=True)
         if total.told:
             logger.warning("Results of %d trials that were kept on disk are told now.", total.told)
         return total
+
+    def _put_aside(self, file: Path, gone: Sequence[int]) -> None:
+        aside = file.with_suffix(ASIDE)
+        with suppress(FileNotFoundError):  # another worker was first
+            file.replace(aside)
+        logger.warning(
+            "Study %r has no trial %s any more, as after a restored backup; the results are put aside in %s.",
+            self.study_name,
+            ", ".join(map(str, gone)),
+            aside,
+        )
 
 
 def read(file: Path) -> list[Result] | None:
@@ -204,11 +221,17 @@ def _study_of(storage: Storage, folder: Path) -> optuna.Study | None:
     return None
 
 
-def _tell(storage: Storage, study: optuna.Study, results: Sequence[Result]) -> Replayed:
-    total = Replayed()
+def _tell(storage: Storage, study: optuna.Study, results: Sequence[Result]) -> tuple[Replayed, list[int]]:
+    """Tell results; returns how it went, and the numbers of trials that the study does not have."""
+    total, gone = Replayed(), []
     for result in results:
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, result.number)
-        was_finished = storage.get_trial(trial_id).state.is_finished()
+        try:
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, result.number)
+            was_finished = storage.get_trial(trial_id).state.is_finished()
+        except KeyError:
+            total += Replayed(lost=1)
+            gone.append(result.number)
+            continue
         outcome = Outcome(trial_id=trial_id, state=result.state, values=result.values, attributes=result.attributes)
         try:
             finish_trials(storage, [outcome])
@@ -217,4 +240,4 @@ def _tell(storage: Storage, study: optuna.Study, results: Sequence[Result]) -> R
             total += Replayed(lost=1)
             continue
         total += Replayed(known=1) if was_finished else Replayed(told=1)
-    return total
+    return total, gone

@@ -4,13 +4,14 @@ Optuna's own tables hold everything, so optuna-dashboard and `optuna.load_study`
 """
 
 import functools
+import json
 import logging
 import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote_plus
@@ -66,6 +67,8 @@ TOO_MANY_CONNECTIONS = re.compile(r"too many (clients|connections)|connection sl
 FINISHED = ENDED
 IDENTITY = "identity"
 """Study attribute: fingerprints of what a study may not change while it runs."""
+FIXED = "fixed"
+"""Study attribute: settings that are not searched, where there are any."""
 
 HIDDEN = "***"
 SECRET_OPTIONS = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)
@@ -305,7 +308,8 @@ def open_study(
         directions: "maximize" or "minimize" per objective.
         metric_names: A name per objective, which optuna-dashboard shows on its axes.
         identity: What a study may not change, such as its model's fingerprint, by the word the user knows it by.
-        attributes: Further facts, written once when the study is made.
+        attributes: Further facts, written once when the study is made. Of those that decide the identity, the message
+            below names the ones that differ.
     Raises:
         StudyChanged: A study of that name has another identity; the message names what differs.
     """
@@ -319,12 +323,42 @@ def open_study(
         found_study(storage, study._study_id, IDENTITY, {**attributes, IDENTITY: dict(identity)}, named)
     recorded = study.user_attrs[IDENTITY]
     if changed := [key for key in {**identity, **recorded} if recorded.get(key) != identity.get(key)]:
+        words = [word for key in changed for word in _what_changed(key, study.user_attrs, attributes)]
         raise StudyChanged(
-            f"Study {name!r} was made with another {' and another '.join(changed)}, so its trials cannot be compared "
+            f"Study {name!r} was made with another {' and another '.join(words)}, so its trials cannot be compared "
             "with new ones. Go back to what it was made with, or start a new study: copy its .toml file, change `name` "
             "and pass it as --study."
         )
     return study
+
+
+def _what_changed(key: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """The flags and settings that make a part of the identity another, with what they were; else the part's own word.
+
+    Args:
+        key: The part.
+        recorded: The study's attributes.
+        given: Those that it would be made with now.
+    """
+    if key not in ("search space", "dataset"):
+        return [key]
+    settings_of = _settings_of_space if key == "search space" else _settings_of_data
+    before, now = settings_of(recorded), settings_of(json.loads(json.dumps(given)))
+    if key == "search space" and FIXED in given and FIXED not in recorded:  # made by an earlier version
+        key, now = "search space or [fixed] value", {name: now[name] for name in before}
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} ({'not given' if before.get(name) is None else before[name]})" for name in changed] or [key]
+
+
+def _settings_of_space(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    fixed = {f"[fixed] {name}": value for name, value in attributes.get(FIXED, {}).items()}
+    return {"--objective": attributes.get("objective"), **fixed}
+
+
+def _settings_of_data(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    workload = attributes.get("workload", {})
+    flags = {**workload.get("data", {}), **{name: workload.get(name) for name in ("max_length", "stride")}}
+    return {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
 
 
 def find_study(storage: Storage, name: str, start_with: str) -> optuna.Study:
@@ -344,6 +378,31 @@ def find_study(storage: Storage, name: str, start_with: str) -> optuna.Study:
         raise StudyNotFound(
             f"No study {name!r} in {display_url(storage.url)} (studies there: {there}); start it with `{start_with}`."
         ) from error
+
+
+@contextmanager
+def while_it_is_there(study: optuna.Study, storage: Storage) -> Iterator[None]:
+    """Say in a sentence that a study is gone, where somebody deletes it while the block works on it.
+
+    Raises:
+        StudyNotFound: It was deleted.
+    """
+    try:
+        yield
+    except KeyError as error:  # of a study or a trial that is not found, or a mistake of ours
+        if _is_there(study, storage):
+            raise
+        raise StudyNotFound(
+            f"Study {study.study_name!r} was deleted from {display_url(storage.url)} meanwhile; run the same command "
+            "again to start it anew."
+        ) from error
+
+
+def _is_there(study: optuna.Study, storage: Storage) -> bool:
+    try:
+        return storage.get_study_name_from_id(study._study_id) == study.study_name
+    except KeyError:
+        return False
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:

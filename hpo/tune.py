@@ -23,7 +23,7 @@ from hpo.recipe import Recipe, check_settings
 from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.sharing import complete_study, worker_seed
 from hpo.spool import Spool
-from hpo.storage import Storage, open_storage, open_study
+from hpo.storage import FIXED, Storage, open_storage, open_study, while_it_is_there
 from hpo.workload import (
     LoadedWorkload,
     Progress,
@@ -106,7 +106,7 @@ def tune(
     spool.replay(rdb, study)
     if recipe.teacher is not None and TEACHER_METRIC not in study.user_attrs:
         record_once(rdb, study._study_id, {TEACHER_METRIC: recipe.score_teacher(recipe.teacher)})
-    with Heartbeats(rdb) as heartbeats:
+    with while_it_is_there(study, rdb), Heartbeats(rdb) as heartbeats:
         mirror = MirroredStudy(
             study,
             rdb,
@@ -146,6 +146,7 @@ def open_tuning(recipe: Recipe, rdb: Storage, seed: int = 0) -> optuna.Study:
             **recipe.attributes(),
             "workload": loaded.workload.to_attribute(),
             "objective": definition.objective,
+            FIXED: dict(definition.fixed),
             "seed": seed,
             "versions": library_versions(),
             FOLDER_ATTRIBUTE: new_folder_name(definition.name),

@@ -210,8 +210,7 @@ class LengthsStudy:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        if self.sampler not in SAMPLERS:
-            raise StudyFileError(f"[sampler] name={self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        _check_sampler(self.sampler)
         if not 0 < self.retention.low < self.retention.high == 1:
             raise StudyFileError(
                 f"[retention] runs from {self.retention.low} to {self.retention.high}; "
@@ -387,8 +386,8 @@ def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
     layers = _table(document, "depth", ("layers",)).get("layers", [])
     sampler = _table(document, "sampler")
     name = sampler.pop("name", LengthsStudy.sampler)
-    if isinstance(name, str) and name in SAMPLERS:
-        _check_keys(f"[sampler] {name}", sampler, SAMPLERS[name])
+    _check_sampler(name)
+    _check_keys(f"[sampler] {name}", sampler, SAMPLERS[name])
     return LengthsStudy(
         name=document.get("name", default_name),
         retention=retention,
@@ -468,6 +467,11 @@ def _check_name(name: object) -> None:
         raise StudyFileError(
             f"name={name!r}; use letters, digits, '.', '_' and '-', at most 64, starting with a letter or digit"
         )
+
+
+def _check_sampler(name: object) -> None:
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise StudyFileError(f"[sampler] name={name!r}; choose one of {', '.join(SAMPLERS)}")
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -132,6 +132,7 @@ def test_search_takes_a_checkpoint_and_dataset_without_any_finetune_study(comman
         (("pareto", "--budget", "2"), 2, "--budget"),
         (("pareto", "--budget", "0"), 2, "--budget"),
         (("pareto", "--max-drop", "-1"), 2, "--max-drop"),
+        (("pareto", "--image", "front.png", "--image", "front.bmp"), 2, "jpeg, webp"),
         (("studies", "--storage", "sqlite:////no/such/folder/hpo.db"), 1, "/no/such/folder"),
         (("dashboard", "--port", "0"), 2, "--port"),
     ],
@@ -175,6 +176,16 @@ def test_finetune_study_has_no_front(tuned):
     code, _, err = tuned("pareto", "--study", "finetune")
     assert code == 1
     assert "Traceback" not in err
+
+
+def test_a_lengths_study_gives_no_model_to_search(command, files, storage, workload):
+    study = optuna.create_study(storage=open_storage(storage), study_name="l2", directions=["maximize", "minimize"])
+    study.set_user_attr("kind", "lengths")
+    study.set_user_attr("workload", workload.to_attribute())
+    code, out, err = command("search-lengths", "--study", files["lengths"], "--finetune-study", "l2")
+    assert (code, out) == (1, "")
+    assert err.startswith("hpo: Study 'l2' searches lengths and trains no model; pass one of `hpo tune`")
+    assert "--finetune-study" in err
 
 
 def test_interrupt_says_how_to_go_on_and_exits_130(tuned, files, monkeypatch):

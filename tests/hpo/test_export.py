@@ -332,9 +332,10 @@ def test_a_study_without_a_front_or_with_another_checkpoint_is_refused(
     code, _, err = command("export", "--study", "empty", "--budget", "0.9", "--out", str(tmp_path / "x"))
     assert code == 1
     assert "no completed trial yet" in err
-    study.set_user_attr("checkpoint", str(tmp_path / "gone"))
+    study.set_user_attr("checkpoint", str(tmp_path / "gone" / "trial-1"))
     code, _, err = command("export", "--budget", "0.9", "--out", str(tmp_path / "x"))
     assert code == 1
+    assert f"neither at {tmp_path}/gone/trial-1 nor at {tmp_path}/runs/gone/trial-1" in " ".join(err.split())
     assert "pass its runs folder as --runs" in " ".join(err.split())
 
 

@@ -104,6 +104,13 @@ def test_failed_trial_says_why(study, database):
     assert mirror.unfinished_numbers() == []
 
 
+def test_trials_of_a_deleted_study_need_not_be_failed(study, database):
+    mirror = MirroredStudy(study, database, NSGAIISampler(seed=0), SPACE)
+    asked = mirror.ask(2)
+    optuna.delete_study(study_name=study.study_name, storage=database)
+    mirror.fail(asked, "interrupted")
+
+
 def test_a_trial_stopped_early_is_pruned_in_the_database_and_for_the_sampler(study, database):
     mirror = MirroredStudy(study, database, NSGAIISampler(population_size=4, seed=0), SPACE)
     first, *others = mirror.ask(5)

@@ -14,10 +14,10 @@ from optuna.trial import TrialState
 import hpo.mirror
 import hpo.search_lengths
 from hpo.early_stopping import Defeat, Rivals, bits_from_text
-from hpo.errors import HpoError, StudyChanged
+from hpo.errors import HpoError, StudyChanged, StudyNotFound
 from hpo.front import compute_front
 from hpo.samplers import RetentionSpace
-from hpo.search_lengths import config_of, constant_rates, search_lengths, shallow_networks
+from hpo.search_lengths import config_of, constant_rates, open_search, search_lengths, shallow_networks
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
 from model.encoder import LengthAdaptiveModel
@@ -196,7 +196,7 @@ def test_front_and_full_length_are_scored_on_the_report_split_once(run, workload
 def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny_encoder, tmp_path, storage):
     run(4)
     other_data = dataclasses.replace(workload, data=dataclasses.replace(workload.data, seed=5))
-    with pytest.raises(StudyChanged, match="another dataset"):
+    with pytest.raises(StudyChanged, match=r"another --seed \(0\), so"):
         search_lengths(lengths, other_data, tiny_encoder, trials=5, storage=storage, runs=tmp_path / "runs")
     other_metric = dataclasses.replace(workload, metric="f1")
     with pytest.raises(StudyChanged, match="another metric"):
@@ -212,6 +212,29 @@ def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny
     loaded.tokenizer.save_pretrained(other_model)
     with pytest.raises(StudyChanged, match="another model"):
         search_lengths(lengths, workload, other_model, trials=5, storage=storage, runs=tmp_path / "runs")
+
+
+def test_a_relative_checkpoint_is_recorded_whole_and_a_hub_id_as_it_is(
+    workload, lengths, tiny_encoder, storage, monkeypatch
+):
+    loaded = load_workload(workload, tiny_encoder)
+    model = load_encoder(tiny_encoder, loaded.corpus)
+    monkeypatch.chdir(tiny_encoder.parent)
+    for given, recorded in ((tiny_encoder.name, str(tiny_encoder.resolve())), ("owner/name", "owner/name")):
+        definition = dataclasses.replace(lengths, name=f"of-{Path(given).name}")
+        study = open_search(definition, loaded, Path(given), model, open_storage(storage))
+        assert study.user_attrs["checkpoint"] == recorded
+
+
+def test_study_that_is_deleted_while_it_runs_is_a_sentence(run, storage, monkeypatch):
+    def delete(self, number, configs, **_):
+        optuna.delete_study(study_name="lengths", storage=open_storage(storage))
+        return predict_block(self, number, configs)
+
+    predict_block = Evaluator.predict_block
+    monkeypatch.setattr(Evaluator, "predict_block", delete)
+    with pytest.raises(StudyNotFound, match="was deleted"):
+        run(1)
 
 
 def test_no_trials_is_refused(run):

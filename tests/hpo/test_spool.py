@@ -110,6 +110,17 @@ def test_a_result_of_a_trial_that_was_given_up_is_not_told(asked, spool, study, 
     assert kept(spool) == []
 
 
+def test_results_of_trials_that_a_restored_backup_lacks_are_put_aside(spool, study, database, caplog):
+    study.ask()
+    spool.put([Result(number=n, state=TrialState.COMPLETE, values=(0.5, n), attributes={}) for n in (0, 1)])
+    text = kept(spool)[0].read_text()
+    assert spool.replay(database, study) == Replayed(told=1, lost=1)
+    (aside,) = spool.folder.iterdir()
+    assert aside.read_text() == text
+    assert f"no trial 1 any more, as after a restored backup; the results are put aside in {aside}" in caplog.text
+    assert spool.replay(database, study) == Replayed()
+
+
 def test_a_broken_file_is_left_behind_without_harm(spool, study, database):
     spool.put([Result(number=0, state=TrialState.PRUNED, values=None, attributes={})])
     (file,) = kept(spool)

@@ -29,6 +29,7 @@ from hpo.storage import (
     open_storage,
     open_study,
     storage_url,
+    while_it_is_there,
 )
 
 SECRET = "hunter2"
@@ -358,6 +359,27 @@ def test_a_changed_study_is_refused_and_told_what_changed(opened, changes, says)
     assert make_study(opened).user_attrs[IDENTITY]["dataset"] == "d1"
 
 
+@pytest.mark.parametrize(
+    ("recorded", "given", "says"),
+    [
+        ({"fixed": {"epochs": [1]}}, {"fixed": {"epochs": (1,)}}, "another search space, so"),
+        ({"fixed": {"epochs": 1}}, {"fixed": {}}, "another [fixed] epochs (1), so"),
+        (
+            {"objective": "area"},
+            {"objective": "area", "fixed": {"epochs": 2}},
+            "another search space or [fixed] value, so",
+        ),
+        ({"objective": "area"}, {"objective": "metric", "fixed": {"epochs": 2}}, "another --objective (area), so"),
+        ({}, {}, "another search space, so"),
+    ],
+)
+def test_what_makes_a_space_another_is_named_where_it_is_recorded(opened, recorded, given, says):
+    make_study(opened, attributes=recorded)
+    with pytest.raises(StudyChanged) as caught:
+        make_study(opened, identity={"search space": "s2"}, attributes=given)
+    assert says in str(caught.value)
+
+
 def test_a_study_with_trials_of_another_tool_is_refused(opened):
     foreign = optuna.create_study(storage=opened, study_name="lengths", directions=("maximize", "minimize"))
     add_trial(foreign, TrialState.COMPLETE, [0.5, 10.0])
@@ -408,6 +430,17 @@ def test_a_study_that_is_missing_is_answered_with_those_that_are_there(opened, u
         find_study(opened, "lengths", "hpo search-lengths")
     assert url in str(caught.value)
     assert find_study(opened, "two", "hpo tune").study_name == "two"
+
+
+def test_a_study_that_is_deleted_meanwhile_is_said_to_be_gone(opened, url):
+    study = make_study(opened)
+    with pytest.raises(KeyError, match="ours"), while_it_is_there(study, opened):
+        raise KeyError("ours")
+    optuna.delete_study(study_name="lengths", storage=opened)
+    make_study(opened, "another")  # which may get its id
+    gone = f"Study 'lengths' was deleted from {url} meanwhile"
+    with pytest.raises(StudyNotFound, match=gone), while_it_is_there(study, opened):
+        raise KeyError("Record does not exist.")
 
 
 def fill(study):

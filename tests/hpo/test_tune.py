@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpo.recipe
 import hpo.tune
-from hpo.errors import HpoError, StudyChanged
+from hpo.errors import HpoError, StudyChanged, StudyNotFound
 from hpo.runs import SPOOL
 from hpo.storage import open_storage
 from hpo.tune import best_checkpoint, check_settings, tune
@@ -125,6 +125,17 @@ def test_interrupted_trial_fails_and_a_rerun_completes(run, storage, monkeypatch
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 2
 
 
+def test_study_that_is_deleted_while_it_runs_is_a_sentence(run, storage, monkeypatch):
+    def delete(*args, **kwargs):
+        optuna.delete_study(study_name="finetune", storage=open_storage(storage))
+        return train(*args, **kwargs)
+
+    train = hpo.recipe.train
+    monkeypatch.setattr(hpo.recipe, "train", delete)
+    with pytest.raises(StudyNotFound, match="was deleted"):
+        run(1)
+
+
 def test_trial_of_a_killed_process_is_tried_again_with_its_parameters(run, storage):
     run(1)
     study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
@@ -158,10 +169,21 @@ def test_hopeless_trial_is_pruned_and_leaves_no_checkpoint(run, finetune, tmp_pa
 
 def test_changed_study_is_refused_by_name(run, finetune, workload):
     run(1)
-    with pytest.raises(StudyChanged, match="another search space"):
+    with pytest.raises(StudyChanged, match=r"another --objective \(area\), so"):
         run(2, definition=dataclasses.replace(finetune, objective="metric"))
-    with pytest.raises(StudyChanged, match="another dataset"):
+    with pytest.raises(
+        StudyChanged, match=r"another \[fixed\] epochs \(1\) and another \[fixed\] dropout \(not given\), so"
+    ):
+        run(2, definition=dataclasses.replace(finetune, fixed={**finetune.fixed, "epochs": 2, "dropout": 0.1}))
+    with pytest.raises(StudyChanged, match="another search space, so"):
+        run(
+            2,
+            definition=dataclasses.replace(finetune, space={**finetune.space, "length_drop": Range(low=0.1, high=0.3)}),
+        )
+    with pytest.raises(StudyChanged, match=r"another --train-limit \(not given\), so"):
         run(2, workload=dataclasses.replace(workload, data=dataclasses.replace(workload.data, train_limit=50)))
+    with pytest.raises(StudyChanged, match=r"another --seed \(0\), so"):
+        run(2, workload=dataclasses.replace(workload, data=dataclasses.replace(workload.data, seed=3)))
 
 
 def test_full_disk_says_so_and_fails_the_trial(run, storage, monkeypatch):
