@@ -243,7 +243,7 @@ class MirroredStudy:
             first: Parameters that come before any that the sampler chooses, as many as are wanted.
             limit: Finished and running trials that the study shall have in all.
         """
-        asked = self._claim(count, limit)
+        asked = self._claim(count, limit, attributes_of, key_of)
         drawn = []
         if not asked:
             for params in first[:count]:
@@ -520,7 +520,13 @@ class MirroredStudy:
         copy_id: int = self.memory.create_new_trial(self.copy._study_id, template_trial=trial)
         return copy_id
 
-    def _claim(self, count: int, limit: int | None) -> list[AskedTrial]:
+    def _claim(
+        self,
+        count: int,
+        limit: int | None,
+        attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        key_of: Callable[[Mapping[str, Any]], str | None],
+    ) -> list[AskedTrial]:
         """Trials out of the queue; one alone that has its last attempt, lest it take others with it once more."""
         if not self._waiting:
             return []
@@ -541,6 +547,7 @@ class MirroredStudy:
                 trial = self._complete(trial)
             else:
                 self._copy_of[trial_id] = self._add(_running(trial))
+            self._describe(trial, attributes_of(trial.params), key_of(trial.params))
             asked.append(_asked(trial, trial.number, trial_id))
         return asked
 
@@ -556,6 +563,19 @@ class MirroredStudy:
         self._copy_of[trial._trial_id] = drawn._trial_id
         trial.params, trial.distributions = drawn.params, drawn.distributions
         return trial
+
+    def _describe(self, trial: FrozenTrial, attributes: Mapping[str, Any], key: str | None) -> None:
+        """Record the attributes and the key that a user's queued trial lacks."""
+        trial_id, copy_id = trial._trial_id, self._copy_of[trial._trial_id]
+        for name, value in attributes.items():
+            if name not in trial.user_attrs:
+                self.storage.set_trial_user_attr(trial_id, name, value)
+                self.memory.set_trial_user_attr(copy_id, name, value)
+        if key is not None and KEY not in trial.system_attrs:
+            self.storage.set_trial_system_attr(trial_id, KEY, key)
+            self.memory.set_trial_system_attr(copy_id, KEY, key)
+            trial.system_attrs = {**trial.system_attrs, KEY: key}
+        trial.user_attrs = {**attributes, **trial.user_attrs}
 
     def _draw_distinct(
         self,
