@@ -48,6 +48,8 @@ AREA_COSTS = (1.0, 0.7, 0.5, 0.35)
 """Relative MACs whose constant-rate configs the objective `area` averages over."""
 TEACHER_METRIC = "teacher_metric"
 """Attribute of a study: its teacher's quality on the search split."""
+CHECKPOINT = "checkpoint"
+"""Attribute of a trial that was the best when it ended: its model's place in the runs folder."""
 STAGES_DONE = "stages"
 """Attribute of a trial that was begun again: stages of its distillation that were there already."""
 
@@ -153,18 +155,31 @@ def open_tuning(recipe: Recipe, rdb: Storage, seed: int = 0) -> optuna.Study:
     )
 
 
+def best_trial(study: optuna.Study) -> FrozenTrial:
+    """The best of the trials that have a model; of equals the earliest, whatever the database says.
+
+    Those without one were beaten when they ended, or somebody else has added them.
+
+    Raises:
+        HpoError: No completed trial has a model.
+    """
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    kept = [trial for trial in trials if CHECKPOINT in trial.user_attrs]
+    if not kept:
+        raise HpoError(
+            f"Study {study.study_name!r} has no model yet; run `hpo tune --study {study.study_name}` with more trials "
+            "than it has."
+        )
+    return max(kept, key=lambda trial: (trial.value or 0.0, -trial.number))
+
+
 def best_checkpoint(study: optuna.Study, runs: Path) -> Path:
     """The folder of the best trial's model.
 
     Raises:
-        HpoError: No trial was completed, or its checkpoint is not in this runs folder.
+        HpoError: No completed trial has a model, or that of the best is not in this runs folder.
     """
-    place = _checkpoint_of_best(study)
-    if place is None:
-        raise HpoError(
-            f"Study {study.study_name!r} has no completed trial yet; run `hpo tune --study {study.study_name}` first."
-        )
-    folder = runs / place
+    folder = runs / str(best_trial(study).user_attrs[CHECKPOINT])
     if not folder.is_dir():
         raise HpoError(
             f"The best model of study {study.study_name!r} is not at {folder}; pass the runs folder it was trained "
@@ -202,10 +217,10 @@ class _Trainings:
     def learn(self, trials: Sequence[FrozenTrial]) -> None:
         """Remember the best of what others trained, and remove the checkpoints it beats."""
         for trial in trials:
-            if trial.state == TrialState.COMPLETE:
+            if trial.state == TrialState.COMPLETE and CHECKPOINT in trial.user_attrs:
                 value = float(trial.value or 0.0)
                 if self._beats(value, trial.number):
-                    self.best = _Best(value, trial.number, trial.user_attrs.get("checkpoint"))
+                    self.best = _Best(value, trial.number, trial.user_attrs[CHECKPOINT])
         begun = {f"trial-{number}" for number in self.mirror.unfinished_numbers()}
         place = None if self.best is None else self.best.place
         self.runs.keep_only(place, begun, newer=self.mirror.newest_number + 1)
@@ -308,10 +323,10 @@ class _Trainings:
             return {}
         place = self.runs.write_model(f"trial-{trial.number}", model, self.recipe.loaded.tokenizer)
         self.best = _Best(value, trial.number, place)
-        return {"checkpoint": place, "checkpoint_sha256": model.fingerprint()}
+        return {CHECKPOINT: place, "checkpoint_sha256": model.fingerprint()}
 
     def _beats(self, value: float, number: int) -> bool:
-        """Whether Optuna calls a trial the best: of equals, it takes the first."""
+        """Whether a trial is better than the best so far: of equals, the first is."""
         return self.best is None or (value, -number) > (self.best.value, -self.best.number)
 
     def _stages(self, name: str) -> int:
@@ -325,7 +340,7 @@ class _Best:
 
     value: float
     number: int
-    place: str | None
+    place: str
 
 
 def _scored_configs(
@@ -361,15 +376,3 @@ def _pruner(definition: FinetuneStudy) -> optuna.pruners.BasePruner:
     return optuna.pruners.MedianPruner(
         n_startup_trials=definition.pruner_startup_trials, n_warmup_steps=definition.pruner_warmup_epochs
     )
-
-
-def _best_trial(study: optuna.Study) -> FrozenTrial | None:
-    try:
-        return study.best_trial
-    except ValueError:
-        return None
-
-
-def _checkpoint_of_best(study: optuna.Study) -> str | None:
-    best = _best_trial(study)
-    return None if best is None else str(best.user_attrs["checkpoint"])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpo.recipe
@@ -13,7 +14,7 @@ import hpo.tune
 from hpo.errors import HpoError, StudyChanged
 from hpo.runs import SPOOL
 from hpo.storage import open_storage
-from hpo.tune import best_checkpoint, check_settings, tune
+from hpo.tune import best_checkpoint, best_trial, check_settings, tune
 from hpo.workload import load_encoder, load_workload
 from model.evaluate import score
 from model.macs import constant_rate_config
@@ -145,6 +146,34 @@ def test_leftover_checkpoint_of_a_trial_that_is_through_is_removed(run, tmp_path
     (study_folder / "trial-77.after-logits").mkdir()  # another worker may have begun it just now
     run(2)
     assert checkpoints(tmp_path / "runs") == sorted([f"trial-{1 - beaten}", "trial-77.after-logits"])
+
+
+def test_better_trial_that_somebody_added_has_no_model_and_costs_no_other_its_own(run, tmp_path):
+    study = run(1)
+    space = {"learning_rate": FloatDistribution(1e-4, 1e-2, log=True), "length_drop": FloatDistribution(0.1, 0.4)}
+    params = {"learning_rate": 1e-3, "length_drop": 0.2}
+    study.add_trial(create_trial(value=2.0, params=params, distributions=space))
+    study = run(3)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    best = best_trial(study)
+    assert best.value == max(trial.value for trial in study.trials if trial.number != 1)
+    folder = best_checkpoint(study, tmp_path / "runs")
+    assert checkpoints(tmp_path / "runs") == [folder.name] == [f"trial-{best.number}"]
+
+
+def test_best_of_equal_trials_is_the_earliest_whichever_the_database_names(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [0.5])
+    study = run(2)
+    monkeypatch.setattr(optuna.Study, "best_trial", study.trials[1])
+    assert best_trial(study).number == 0
+    assert best_checkpoint(study, tmp_path / "runs").name == "trial-0"
+
+
+def test_study_without_a_model_says_what_to_run(tmp_path):
+    study = optuna.create_study(study_name="finetune", direction="maximize")
+    study.add_trial(create_trial(value=1.0))
+    with pytest.raises(HpoError, match="hpo tune --study finetune"):
+        best_checkpoint(study, tmp_path)
 
 
 def test_hopeless_trial_is_pruned_and_leaves_no_checkpoint(run, finetune, tmp_path, monkeypatch):
