@@ -179,11 +179,6 @@ class MirroredStudy:
         """Numbers of the trials that are running or waiting."""
         return [trial.number for trials in (self._mine, self._elsewhere, self._waiting) for trial in trials.values()]
 
-    def keys(self) -> set[str]:
-        """The keys of all trials in the sampler's copy that have one: those finished, and those under way."""
-        trials = self.memory.get_all_trials(self.copy._study_id, deepcopy=False)
-        return {trial.system_attrs[KEY] for trial in trials if KEY in trial.system_attrs}
-
     def under_way(self) -> list[Mapping[str, Any]]:
         """The parameters of the trials that others have running or that wait to be begun again."""
         running = [trial.params for trial in self._elsewhere.values()]

@@ -423,6 +423,10 @@ class _Run:
         """Whether memory ran out, which other processes may have taken."""
         return is_out_of_memory(error)
 
+    def resumes(self, error: BaseException) -> bool:
+        """Nothing is kept of a config that is half scored."""
+        return False
+
     def score_front_on_report_split(self) -> None:
         """Score the front and the full length once on the report split, and record both metric and cost.
 

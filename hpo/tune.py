@@ -212,10 +212,11 @@ class _Trainings:
     failures: int = 0
 
     def __post_init__(self) -> None:
-        self._new = self.mirror.newest_number < 0
+        self._untried = list(self.recipe.definition.first)
 
     def learn(self, trials: Sequence[FrozenTrial]) -> None:
         """Remember the best of what others trained, and remove the checkpoints it beats."""
+        self._leave_out([trial.params for trial in trials])
         for trial in trials:
             if trial.state == TrialState.COMPLETE and CHECKPOINT in trial.user_attrs:
                 value = float(trial.value or 0.0)
@@ -226,11 +227,14 @@ class _Trainings:
         self.runs.keep_only(place, begun, newer=self.mirror.newest_number + 1)
 
     def first(self) -> list[Mapping[str, Any]]:
-        """Known good settings, where the study is new."""
-        if not self._new:
-            return []
-        known = self.mirror.keys()
-        return [params for params in self.recipe.definition.first if _key(params) not in known]
+        """Known good settings, without those that are finished or under way, or have failed since this run began."""
+        self._leave_out(self.mirror.under_way())
+        return self._untried
+
+    def _leave_out(self, tried: Sequence[Mapping[str, Any]]) -> None:
+        self._untried = [
+            known for known in self._untried if not any(known.items() <= params.items() for params in tried)
+        ]
 
     def part(self, done: int) -> int:
         """One at a time."""
@@ -242,7 +246,7 @@ class _Trainings:
 
     def key_of(self, params: Mapping[str, Any]) -> str | None:
         """Known good settings are tried once; what the sampler chooses twice is trained twice, from other seeds."""
-        for known in self.recipe.definition.first if self._new else ():
+        for known in self._untried:
             if known.items() <= params.items():
                 return _key(known)
         return None
@@ -251,9 +255,14 @@ class _Trainings:
         """Whether memory ran out, which other processes may have taken."""
         return is_out_of_memory(error)
 
+    def resumes(self, error: BaseException) -> bool:
+        """Whether a distillation was interrupted or met with what can be put right; its finished stages are kept."""
+        return self.recipe.definition.kind == "distill" and isinstance(error, KeyboardInterrupt | OSError | HpoError)
+
     def evaluate(self, asked: Sequence[AskedTrial]) -> list[Told]:
         """Train and score one trial; a few failures in a row end the study."""
         (trial,) = asked
+        self._leave_out([trial.params])
         done = self.mirror.ended
 
         def report_share(share: float) -> None:
@@ -267,10 +276,6 @@ class _Trainings:
             self._fail(trial, str(error))
             report_share(0.0)
             return []
-        except KeyboardInterrupt:
-            if self.recipe.definition.kind == "distill":  # what its stages wrote is gone on with
-                self.mirror.put_back(asked, "interrupted", counts=False)
-            raise
         self.failures = 0
         logger.info("Trial %d is trained: %s.", trial.number, told.values)
         report_share(1.0)

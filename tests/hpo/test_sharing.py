@@ -219,6 +219,9 @@ class Plan:
     def passes(self, error):
         return isinstance(error, MemoryError)
 
+    def resumes(self, error):
+        return isinstance(error, InterruptedError)
+
 
 def test_an_error_that_passes_is_tried_again_with_the_same_trials(study, worker):
     plan = Plan([MemoryError("no room"), None, MemoryError("no room")])
@@ -239,6 +242,16 @@ def test_other_errors_are_not_tried_again(study, worker):
         complete_study(worker(), plan, 6)
     assert plan.evaluated == [[0, 1]]
     assert {trial.user_attrs["failure"] for trial in study.trials} == {"ZeroDivisionError: oh"}
+
+
+def test_trials_that_left_what_they_got_to_wait_for_the_next_run(study, worker):
+    first, second = Plan([InterruptedError("disk full")]), Plan([])
+    with pytest.raises(InterruptedError):
+        complete_study(worker(), first, 2)
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING] * 2
+    complete_study(worker(), second, 2)
+    assert first.evaluated == second.evaluated == [[0, 1]]
+    assert {trial.system_attrs["hpo:work"]["attempt"] for trial in study.trials} == {1}
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -1,20 +1,25 @@
 """The finetune study: objective, checkpoints kept and removed, failures, resuming."""
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpo.recipe
 import hpo.tune
 from hpo.errors import HpoError, StudyChanged
+from hpo.heartbeats import Heartbeats
+from hpo.mirror import MirroredStudy, Told
 from hpo.runs import SPOOL
 from hpo.storage import open_storage
-from hpo.tune import best_checkpoint, best_trial, check_settings, tune
+from hpo.tune import _Trainings, best_checkpoint, best_trial, check_settings, tune
 from hpo.workload import load_encoder, load_workload
 from model.evaluate import score
 from model.macs import constant_rate_config
@@ -103,6 +108,30 @@ def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeyp
     assert "nan at step 3" in study.trials[0].user_attrs["failure"]
 
 
+def test_workers_that_start_together_try_known_good_settings_once(storage, monkeypatch):
+    monkeypatch.setattr(_Trainings, "_train_and_score", lambda _, trial, *__: Told(trial=trial, values=[0.5]))
+    database = open_storage(storage)
+    study = optuna.create_study(storage=database, study_name="finetune", direction="maximize")
+    study.add_trial(create_trial(state=TrialState.FAIL))
+    recipe = SimpleNamespace(definition=SimpleNamespace(first=({"rate": 0.25}, {"rate": 0.75})))
+    runs = SimpleNamespace(keep_only=lambda *_, **__: None)
+    rates = []
+    with ExitStack() as stack:
+        plans = []
+        for seed in range(3):
+            heartbeats = stack.enter_context(Heartbeats(database))
+            space = {"rate": FloatDistribution(0.0, 1.0)}
+            mirror = MirroredStudy(study, database, RandomSampler(seed=seed), space, heartbeats=heartbeats)
+            plans.append(_Trainings(mirror, recipe, runs, trials=9, seed=0, on_progress=None))
+        for plan in (*plans, *plans):
+            asked = plan.mirror.ask(1, key_of=plan.key_of, first=plan.first())
+            rates += [trial.params["rate"] for trial in asked]
+            for trial in asked:
+                plan.evaluate([trial])
+            plan.mirror.sync()
+    assert (rates.count(0.25), rates.count(0.75)) == (1, 1)
+
+
 def test_study_whose_trials_keep_failing_stops(run, monkeypatch):
     def diverge(*args, **kwargs):
         raise TrainingDiverged("The loss is inf at step 1; lower the learning rate.")
@@ -122,8 +151,10 @@ def test_interrupted_trial_fails_and_a_rerun_completes(run, storage, monkeypatch
             run(2)
     study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
     assert [(t.state, t.user_attrs["failure"]) for t in study.trials] == [(TrialState.FAIL, "interrupted")]
-    study = run(2)
-    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 2
+    study = run(3)
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 3
+    known_good = [trial.number for trial in study.trials if trial.params == study.trials[0].params]
+    assert known_good == [0, 1], "known good settings that were interrupted are tried again, once"
 
 
 def test_trial_of_a_killed_process_is_tried_again_with_its_parameters(run, storage):
