@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.bulk import MAX_ATTEMPTS, record_once
 from hpo.errors import HpoError
 from hpo.heartbeats import Heartbeats
-from hpo.mirror import AskedTrial, MirroredStudy, Told
+from hpo.mirror import AskedTrial, MirroredStudy, Told, TrialLost
 from hpo.outage import DEFAULT_TIMEOUT_S, DatabaseAway
 from hpo.recipe import Recipe, check_settings
 from hpo.runs import CHECKPOINT, FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
@@ -275,6 +275,8 @@ class _Trainings:
         except (TrainingDiverged, TrainingProcessDied) as error:
             self._fail(trial, str(error))
             report_share(0.0)
+            return []
+        except TrialLost:  # what the other made of it is learned with the next look
             return []
         self.failures = 0
         logger.info("Trial %d is trained: %s.", trial.number, told.values)

@@ -24,7 +24,7 @@ from hpo.bulk import (
 )
 from hpo.errors import HpoError
 from hpo.heartbeats import Heartbeats, WorkerName, is_dead
-from hpo.mirror import MirroredStudy, Told
+from hpo.mirror import MirroredStudy, Told, TrialLost
 from hpo.rehearsal import RehearsalJob, fill, measure_ask_and_tell
 from hpo.sharing import complete_study
 from hpo.storage import close, open_storage
@@ -183,6 +183,19 @@ def test_a_result_that_comes_late_counts_once(study, worker):
     for mirror in (slow, other):
         mirror.sync()
         assert mirror.ended == 1
+
+
+def test_reporting_on_a_trial_that_another_has_finished_gives_it_up(study, worker):
+    slow, other = worker(0), worker(1)
+    for say in (lambda asked: slow.report(asked, 0.5, 1), lambda asked: slow.count_anew(asked, {"stages": 1})):
+        (asked,) = slow.ask(1)
+        queue_again(slow.storage, study._study_id, [Stale(trial_id=asked.trial_id, worker=slow.heartbeats.worker)], "")
+        other.sync()
+        other.tell([told(one) for one in other.ask(1)])
+        with pytest.raises(TrialLost, match=f"Trial {asked.number} was finished by another worker"):
+            say(asked)
+        slow.sync()
+        assert (slow.ended, slow.unfinished) == (asked.number + 1, [])
 
 
 # A worker's loop

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpo.recipe
 import hpo.tune
+from hpo.bulk import Outcome, finish_trials
 from hpo.errors import HpoError, StudyChanged
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import MirroredStudy, Told
@@ -131,6 +132,20 @@ def test_workers_that_start_together_try_known_good_settings_once(storage, monke
                 plan.evaluate([trial])
             plan.mirror.sync()
     assert (rates.count(0.25), rates.count(0.75)) == (1, 1)
+
+
+def test_trial_that_another_worker_finished_meanwhile_is_given_up(run, monkeypatch):
+    report = MirroredStudy.report
+
+    def taken_over(mirror, trial, value, step):
+        if trial.number == 0:
+            finish_trials(mirror.storage, [Outcome(trial_id=trial.trial_id, state=TrialState.COMPLETE, values=[0.9])])
+        return report(mirror, trial, value, step)
+
+    monkeypatch.setattr(MirroredStudy, "report", taken_over)
+    study = run(2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert study.trials[0].value == 0.9
 
 
 def test_study_whose_trials_keep_failing_stops(run, monkeypatch):
