@@ -163,6 +163,10 @@ class Idle:
         """Nothing fails."""
         return False
 
+    def resumes(self, error: BaseException) -> bool:
+        """Nothing is kept."""
+        return False
+
 
 def told(trial: AskedTrial) -> Told:
     """A trial's end."""

@@ -343,7 +343,7 @@ def _tune(
     """Run or complete a study over training settings, and show its best trial."""
     from hpo.runs import runs_folder
     from hpo.storage import display_url, storage_url
-    from hpo.tune import best_checkpoint
+    from hpo.tune import best_checkpoint, best_trial
     from hpo.workers import TuneJob, complete
 
     url, root = storage_url(storage), runs_folder(runs)
@@ -363,7 +363,7 @@ def _tune(
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         finished = complete(job, on_progress=on_progress, prepare=_quieten_libraries, cluster=cluster)
     folder = best_checkpoint(finished, root)
-    best = finished.best_trial
+    best = best_trial(finished)
     if as_json:
         _print_json(
             {

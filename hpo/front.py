@@ -22,6 +22,7 @@ from hpo.staircase import members
 from hpo.storage import display_url, finished_trials
 from model.front_file import choose_point, smallest_budget
 from model.hardware import processor_name
+from model.length_config import LengthConfig
 
 BASELINE = "the same model at full length without padding"
 FLOPS_PER_MAC = 2
@@ -169,22 +170,27 @@ class Front:
 def compute_front(study: optuna.Study, storage: str) -> Front:
     """The front of a length study, with what a reader compares it with.
 
-    Only completed trials can be points; those stopped early have no score of their own.
+    Only completed trials can be points; those stopped early have no score of their own. One that does not record its
+    length config has the one that its parameters stand for; one whose MACs are not known is left out.
 
     Args:
         study: A study that `hpo search-lengths` filled.
         storage: URL of its database; a password in it is hidden.
     Raises:
         EmptyFront: No trial completed, or none at full length.
-        NotLengthStudy: The study has other objectives, or its trials lack their length configs.
+        NotLengthStudy: The study has other objectives, or its trials have no length configs.
     """
     _check_objectives(study)
     finished = finished_trials(study)
-    completed = [trial for trial in finished if trial.state is TrialState.COMPLETE]
+    costs = _cost_names(study)
+    completed = [
+        trial
+        for trial in finished
+        if trial.state is TrialState.COMPLETE and (MACS in trial.user_attrs or tuple(costs) != (MS,))
+    ]
     if not completed:
         raise EmptyFront(f"Study {study.study_name!r} has no completed trial yet; start it with `hpo search-lengths`.")
     attrs = study.user_attrs
-    costs = _cost_names(study)
     source, full_ms, ms_of_trial = _latencies(attrs)
     points = [_front_point(trial, study.study_name, attrs, costs, ms_of_trial.get(trial.number)) for trial in completed]
     rates = {trial.number: constant_rate(trial.params) for trial in completed}
@@ -394,6 +400,13 @@ def constant_rate(params: Mapping[str, Any]) -> float | None:
     return rates.pop() if len(rates) == 1 and not skips else None
 
 
+def config_of(parameters: Mapping[str, Any]) -> LengthConfig:
+    """The length config that a trial's `retention_0 .. retention_{L-1}` and any `skip_i` stand for."""
+    layers = range(sum(name.startswith(RETENTION) for name in parameters))
+    skipped = [layer for layer in layers if parameters.get(f"{SKIP}{layer}")]
+    return LengthConfig.from_retention([parameters[f"{RETENTION}{layer}"] for layer in layers], skipped)
+
+
 def percents(shares: Sequence[float], skipped: Collection[int] | None = None) -> str:
     """Shares in whole percent, six to a line and aligned: `(0.9, 0.81)` -> `' 90  81'`; skipped layers are hyphens."""
     numbers = [f"{share:.0%}".rstrip("%") if share >= 0.005 else "<1" for share in shares]
@@ -501,18 +514,25 @@ def _source(record: Mapping[str, Any]) -> LatencySource:
 def _front_point(
     trial: FrozenTrial, study: str, attrs: Mapping[str, Any], costs: Sequence[str], latency_ms: float | None
 ) -> FrontPoint:
-    if "shares" not in trial.user_attrs:
-        raise NotLengthStudy(
-            f"Trial {trial.number} of study {study!r} records no length config; "
-            "name a study made with `hpo search-lengths`."
-        )
+    shares, skipped = trial.user_attrs.get("shares"), trial.user_attrs.get("skipped")
+    if shares is None:
+        try:
+            config = config_of(trial.params)
+        except (KeyError, ValueError) as error:
+            raise NotLengthStudy(
+                f"Trial {trial.number} of study {study!r} records no length config; "
+                "name a study made with `hpo search-lengths`."
+            ) from error
+        shares = config.shares or ()
+        if any(name.startswith(SKIP) for name in trial.params):
+            skipped = config.skipped
     metric, values = trial.values[0], dict(zip(costs, trial.values[1:], strict=True))
     predicted_ms = values.pop(MS, None)
     macs = next(iter(values.values())) if values else trial.user_attrs[MACS]
     report_macs, report_full_macs = attrs.get(f"report_macs:{trial.number}"), attrs.get("report_full_macs")
     return FrontPoint(
         trial=trial.number,
-        shares=tuple(float(share) for share in trial.user_attrs["shares"]),
+        shares=tuple(float(share) for share in shares),
         metric=metric,
         report_metric=attrs.get(f"report_metric:{trial.number}"),
         macs=macs,
@@ -522,7 +542,7 @@ def _front_point(
         metrics=trial.user_attrs.get("metrics") or {},
         report_metrics=attrs.get(f"report_metrics:{trial.number}") or {},
         origin=trial.user_attrs.get(ORIGIN),
-        skipped=tuple(trial.user_attrs["skipped"]) if "skipped" in trial.user_attrs else None,
+        skipped=None if skipped is None else tuple(skipped),
         predicted_ms=predicted_ms,
         relative_ms=None if predicted_ms is None else predicted_ms / _full_cost(study, attrs, MS),
     )

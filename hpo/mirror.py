@@ -11,8 +11,8 @@ they have running; it reads new trials alone, so that it costs no more in a long
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ KEPT_TRIALS = 750
 REDRAWS = 4
 """How many times as many trials are drawn as asked for, where others have those running that were drawn."""
 DIED = "its process ended"
+
+
+class TrialLost(Exception):
+    """A trial of this worker was finished by another, and need not be gone on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +183,6 @@ class MirroredStudy:
         """Numbers of the trials that are running or waiting."""
         return [trial.number for trials in (self._mine, self._elsewhere, self._waiting) for trial in trials.values()]
 
-    def keys(self) -> set[str]:
-        """The keys of all trials in the sampler's copy that have one: those finished, and those under way."""
-        trials = self.memory.get_all_trials(self.copy._study_id, deepcopy=False)
-        return {trial.system_attrs[KEY] for trial in trials if KEY in trial.system_attrs}
-
     def under_way(self) -> list[Mapping[str, Any]]:
         """The parameters of the trials that others have running or that wait to be begun again."""
         running = [trial.params for trial in self._elsewhere.values()]
@@ -243,7 +242,7 @@ class MirroredStudy:
             first: Parameters that come before any that the sampler chooses, as many as are wanted.
             limit: Finished and running trials that the study shall have in all.
         """
-        asked = self._claim(count, limit)
+        asked = self._claim(count, limit, attributes_of, key_of)
         drawn = []
         if not asked:
             for params in first[:count]:
@@ -322,7 +321,7 @@ class MirroredStudy:
         for one in told:
             del self._mine[one.trial.trial_id]
             if one.trial.trial_id in lost:
-                self._lose(one)
+                self._lose(one.trial)
             else:
                 self._learn(one)
                 self._told.add(one.trial.trial_id)
@@ -343,7 +342,7 @@ class MirroredStudy:
                 self._told.remove(one.trial.trial_id)
             else:  # `sync` has counted it
                 self._ended -= 1
-            self._lose(one)
+            self._lose(one.trial)
         self._unsettled = []
 
     def _settling(self) -> AbstractContextManager[None]:
@@ -352,10 +351,20 @@ class MirroredStudy:
             return nullcontext()
         return self.spool.telling(self._unsettled_file, len(self._unsettled), self.storage.patience)
 
-    def _lose(self, told: Told) -> None:
+    def _lose(self, trial: AskedTrial) -> None:
         """A trial that somebody else has finished; what became of it is read with the next `sync`."""
-        logger.warning("Trial %d was finished by another worker.", told.trial.number)
-        self._elsewhere[told.trial.trial_id] = _Elsewhere(told.trial.number, None, None, told.trial.params)
+        logger.warning("Trial %d was finished by another worker.", trial.number)
+        self._elsewhere[trial.trial_id] = _Elsewhere(trial.number, None, None, trial.params)
+
+    @contextmanager
+    def _may_be_lost(self, trial: AskedTrial) -> Iterator[None]:
+        """Give a trial up that turns out to be finished by somebody else."""
+        try:
+            yield
+        except UpdateFinishedTrialError as error:
+            del self._mine[trial.trial_id]
+            self._lose(trial)
+            raise TrialLost(f"Trial {trial.number} was finished by another worker.") from error
 
     def _watch(self) -> None:
         """Say whose heartbeats are to be recorded and watched."""
@@ -418,11 +427,16 @@ class MirroredStudy:
         return trial.trial_id in self._mine and trial.trial_id not in self._kept
 
     def count_anew(self, trial: AskedTrial, attributes: Mapping[str, Any]) -> None:
-        """Count the attempts at a trial from this one on, since those before have got somewhere; say where to."""
-        for key, value in attributes.items():
-            self.storage.set_trial_user_attr(trial.trial_id, key, value)
-        work = self.storage.get_trial_system_attrs(trial.trial_id).get(WORK, {})
-        self.storage.set_trial_system_attr(trial.trial_id, WORK, {**work, "attempt": 1})
+        """Count the attempts at a trial from this one on, since those before have got somewhere; say where to.
+
+        Raises:
+            TrialLost: Another worker has finished it.
+        """
+        with self._may_be_lost(trial):
+            for key, value in attributes.items():
+                self.storage.set_trial_user_attr(trial.trial_id, key, value)
+            work = self.storage.get_trial_system_attrs(trial.trial_id).get(WORK, {})
+            self.storage.set_trial_system_attr(trial.trial_id, WORK, {**work, "attempt": 1})
 
     def clear_queue(self, reason: str) -> None:
         """Fail trials that wait to be begun again; what a user has queued stays."""
@@ -434,8 +448,13 @@ class MirroredStudy:
         )
 
     def report(self, trial: AskedTrial, value: float, step: int) -> bool:
-        """Record an intermediate value; returns whether the pruner would stop the trial."""
-        self.storage.set_trial_intermediate_value(trial.trial_id, step, value)
+        """Record an intermediate value; returns whether the pruner would stop the trial.
+
+        Raises:
+            TrialLost: Another worker has finished the trial, having taken this one for dead.
+        """
+        with self._may_be_lost(trial):
+            self.storage.set_trial_intermediate_value(trial.trial_id, step, value)
         copy_id = self._copy_of[trial.trial_id]
         self.memory.set_trial_intermediate_value(copy_id, step, value)
         return self.copy.pruner.prune(self.copy, self.memory.get_trial(copy_id))
@@ -520,7 +539,13 @@ class MirroredStudy:
         copy_id: int = self.memory.create_new_trial(self.copy._study_id, template_trial=trial)
         return copy_id
 
-    def _claim(self, count: int, limit: int | None) -> list[AskedTrial]:
+    def _claim(
+        self,
+        count: int,
+        limit: int | None,
+        attributes_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        key_of: Callable[[Mapping[str, Any]], str | None],
+    ) -> list[AskedTrial]:
         """Trials out of the queue; one alone that has its last attempt, lest it take others with it once more."""
         if not self._waiting:
             return []
@@ -541,6 +566,7 @@ class MirroredStudy:
                 trial = self._complete(trial)
             else:
                 self._copy_of[trial_id] = self._add(_running(trial))
+            self._describe(trial, attributes_of(trial.params), key_of(trial.params))
             asked.append(_asked(trial, trial.number, trial_id))
         return asked
 
@@ -556,6 +582,19 @@ class MirroredStudy:
         self._copy_of[trial._trial_id] = drawn._trial_id
         trial.params, trial.distributions = drawn.params, drawn.distributions
         return trial
+
+    def _describe(self, trial: FrozenTrial, attributes: Mapping[str, Any], key: str | None) -> None:
+        """Record the attributes and the key that a user's queued trial lacks."""
+        trial_id, copy_id = trial._trial_id, self._copy_of[trial._trial_id]
+        for name, value in attributes.items():
+            if name not in trial.user_attrs:
+                self.storage.set_trial_user_attr(trial_id, name, value)
+                self.memory.set_trial_user_attr(copy_id, name, value)
+        if key is not None and KEY not in trial.system_attrs:
+            self.storage.set_trial_system_attr(trial_id, KEY, key)
+            self.memory.set_trial_system_attr(copy_id, KEY, key)
+            trial.system_attrs = {**trial.system_attrs, KEY: key}
+        trial.user_attrs = {**attributes, **trial.user_attrs}
 
     def _draw_distinct(
         self,

@@ -239,6 +239,9 @@ class _Instant:
     def passes(self, error: Exception) -> bool:
         return isinstance(error, MemoryError)
 
+    def resumes(self, error: BaseException) -> bool:
+        return False
+
     def evaluate(self, asked: Sequence[AskedTrial]) -> list[Told]:
         told = []
         for trial in asked:

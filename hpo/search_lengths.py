@@ -31,7 +31,7 @@ from hpo.early_stopping import (
     bits_to_text,
 )
 from hpo.errors import HpoError
-from hpo.front import ORIGIN, PREDICTION, RETENTION, SKIP, Front, compute_front, constant_rate
+from hpo.front import ORIGIN, PREDICTION, RETENTION, SKIP, Front, compute_front, config_of, constant_rate
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.outage import DEFAULT_TIMEOUT_S
@@ -423,6 +423,10 @@ class _Run:
         """Whether memory ran out, which other processes may have taken."""
         return is_out_of_memory(error)
 
+    def resumes(self, error: BaseException) -> bool:
+        """Nothing is kept of a config that is half scored."""
+        return False
+
     def score_front_on_report_split(self) -> None:
         """Score the front and the full length once on the report split, and record both metric and cost.
 
@@ -645,13 +649,6 @@ def search_space(definition: LengthsStudy, num_layers: int) -> dict[str, BaseDis
         **{f"{RETENTION}{layer}": distribution for layer in range(num_layers)},
         **{f"{SKIP}{layer}": CategoricalDistribution((False, True)) for layer in skippable},
     }
-
-
-def config_of(parameters: Mapping[str, Any]) -> LengthConfig:
-    """The length config that a trial's `retention_0 .. retention_{L-1}` and any `skip_i` stand for."""
-    layers = range(sum(name.startswith(RETENTION) for name in parameters))
-    skipped = [layer for layer in layers if parameters.get(f"{SKIP}{layer}")]
-    return LengthConfig.from_retention([parameters[f"{RETENTION}{layer}"] for layer in layers], skipped)
 
 
 def shallow_networks(space: RetentionSpace, most: int = 6) -> list[dict[str, Any]]:

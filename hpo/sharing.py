@@ -77,6 +77,9 @@ class Plan(Protocol):
     def passes(self, error: Exception) -> bool:
         """Whether an evaluation that failed so may succeed when it is tried again."""
 
+    def resumes(self, error: BaseException) -> bool:
+        """Whether the next run goes on with trials that this error ended, since they have left what they got to."""
+
 
 def complete_study(mirror: MirroredStudy, plan: Plan, trials: int, times: SearchTimes | None = None) -> None:
     """Ask, evaluate and tell until the study has its trials; the last of them may be other workers'.
@@ -130,7 +133,7 @@ def _complete(mirror: MirroredStudy, plan: Plan, trials: int, times: SearchTimes
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 if not plan.passes(error):
-                    _abandon(mirror, asked, error)
+                    _abandon(mirror, plan, asked, error)
                     raise
                 failures += 1
                 with uninterrupted():
@@ -139,7 +142,7 @@ def _complete(mirror: MirroredStudy, plan: Plan, trials: int, times: SearchTimes
                 if failures == MAX_ATTEMPTS:
                     raise HpoError(f"{failures} evaluations failed in a row, the last because of {reason}") from error
             except BaseException as error:
-                _abandon(mirror, asked, error)
+                _abandon(mirror, plan, asked, error)
                 raise
 
 
@@ -160,8 +163,8 @@ def _ask(mirror: MirroredStudy, plan: Plan, trials: int) -> list[AskedTrial]:
     return mirror.ask(part, plan.attributes_of, key_of=plan.key_of, first=plan.first(), limit=trials)
 
 
-def _abandon(mirror: MirroredStudy, asked: Sequence[AskedTrial], error: BaseException) -> None:
-    """Fail trials that this process asked for and will not tell, as far as the database still answers."""
+def _abandon(mirror: MirroredStudy, plan: Plan, asked: Sequence[AskedTrial], error: BaseException) -> None:
+    """Give up trials that this process asked for and will not tell, as far as the database still answers."""
     if not asked:
         return
     reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
@@ -169,7 +172,10 @@ def _abandon(mirror: MirroredStudy, asked: Sequence[AskedTrial], error: BaseExce
         reason = "interrupted"
     try:
         with uninterrupted():
-            mirror.fail(asked, reason)
+            if plan.resumes(error):
+                mirror.put_back(asked, reason, counts=False)
+            else:
+                mirror.fail(asked, reason)
     except DATABASE_ERRORS as database_error:
         why = database_reason(database_error)
-        logger.warning("Running trials could not be marked as failed (%s); the next run takes them over.", why)
+        logger.warning("Running trials could not be given up (%s); the next run takes them over.", why)

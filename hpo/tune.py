@@ -17,10 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.bulk import MAX_ATTEMPTS, record_once
 from hpo.errors import HpoError
 from hpo.heartbeats import Heartbeats
-from hpo.mirror import AskedTrial, MirroredStudy, Told
+from hpo.mirror import AskedTrial, MirroredStudy, Told, TrialLost
 from hpo.outage import DEFAULT_TIMEOUT_S, DatabaseAway
 from hpo.recipe import Recipe, check_settings
-from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
+from hpo.runs import CHECKPOINT, FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.sharing import complete_study, worker_seed
 from hpo.spool import Spool
 from hpo.storage import FIXED, Storage, open_storage, open_study, while_it_is_there
@@ -101,6 +101,7 @@ def tune(
     recipe = Recipe.of(definition, loaded, teacher, student_layers, processes)
     study = open_tuning(recipe, rdb, seed)
     study_runs = StudyRuns(runs, study)
+    study_runs.take_over(study.get_trials(deepcopy=False))
     study_runs.prepare()
     spool = Spool(study_runs.folder, study.study_name)
     spool.replay(rdb, study)
@@ -154,18 +155,32 @@ def open_tuning(recipe: Recipe, rdb: Storage, seed: int = 0) -> optuna.Study:
     )
 
 
+def best_trial(study: optuna.Study) -> FrozenTrial:
+    """The best of the trials that have a model; of equals the earliest, whatever the database says.
+
+    Those without one were beaten when they ended, or somebody else has added them.
+
+    Raises:
+        HpoError: No completed trial has a model.
+    """
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    kept = [trial for trial in trials if CHECKPOINT in trial.user_attrs]
+    if not kept:
+        raise HpoError(
+            f"Study {study.study_name!r} has no model yet; run `hpo tune --study {study.study_name}` with more trials "
+            "than it has."
+        )
+    return max(kept, key=lambda trial: (trial.value or 0.0, -trial.number))
+
+
 def best_checkpoint(study: optuna.Study, runs: Path) -> Path:
     """The folder of the best trial's model.
 
     Raises:
-        HpoError: No trial was completed, or its checkpoint is not in this runs folder.
+        HpoError: No completed trial has a model, or that of the best is not in this runs folder.
     """
-    place = _checkpoint_of_best(study)
-    if place is None:
-        raise HpoError(
-            f"Study {study.study_name!r} has no completed trial yet; run `hpo tune --study {study.study_name}` first."
-        )
-    folder = runs / place
+    place = str(best_trial(study).user_attrs[CHECKPOINT])
+    folder = StudyRuns(runs, study).model_place(place)
     if not folder.is_dir():
         raise HpoError(
             f"The best model of study {study.study_name!r} is not at {folder}; pass the runs folder it was trained "
@@ -198,25 +213,29 @@ class _Trainings:
     failures: int = 0
 
     def __post_init__(self) -> None:
-        self._new = self.mirror.newest_number < 0
+        self._untried = list(self.recipe.definition.first)
 
     def learn(self, trials: Sequence[FrozenTrial]) -> None:
         """Remember the best of what others trained, and remove the checkpoints it beats."""
+        self._leave_out([trial.params for trial in trials])
         for trial in trials:
-            if trial.state == TrialState.COMPLETE:
+            if trial.state == TrialState.COMPLETE and CHECKPOINT in trial.user_attrs:
                 value = float(trial.value or 0.0)
                 if self._beats(value, trial.number):
-                    self.best = _Best(value, trial.number, trial.user_attrs.get("checkpoint"))
+                    self.best = _Best(value, trial.number, trial.user_attrs[CHECKPOINT])
         begun = {f"trial-{number}" for number in self.mirror.unfinished_numbers()}
         place = None if self.best is None else self.best.place
         self.runs.keep_only(place, begun, newer=self.mirror.newest_number + 1)
 
     def first(self) -> list[Mapping[str, Any]]:
-        """Known good settings, where the study is new."""
-        if not self._new:
-            return []
-        known = self.mirror.keys()
-        return [params for params in self.recipe.definition.first if _key(params) not in known]
+        """Known good settings, without those that are finished or under way, or have failed since this run began."""
+        self._leave_out(self.mirror.under_way())
+        return self._untried
+
+    def _leave_out(self, tried: Sequence[Mapping[str, Any]]) -> None:
+        self._untried = [
+            known for known in self._untried if not any(known.items() <= params.items() for params in tried)
+        ]
 
     def part(self, done: int) -> int:
         """One at a time."""
@@ -228,7 +247,7 @@ class _Trainings:
 
     def key_of(self, params: Mapping[str, Any]) -> str | None:
         """Known good settings are tried once; what the sampler chooses twice is trained twice, from other seeds."""
-        for known in self.recipe.definition.first if self._new else ():
+        for known in self._untried:
             if known.items() <= params.items():
                 return _key(known)
         return None
@@ -237,9 +256,14 @@ class _Trainings:
         """Whether memory ran out, which other processes may have taken."""
         return is_out_of_memory(error)
 
+    def resumes(self, error: BaseException) -> bool:
+        """Whether a distillation was interrupted or met with what can be put right; its finished stages are kept."""
+        return self.recipe.definition.kind == "distill" and isinstance(error, KeyboardInterrupt | OSError | HpoError)
+
     def evaluate(self, asked: Sequence[AskedTrial]) -> list[Told]:
         """Train and score one trial; a few failures in a row end the study."""
         (trial,) = asked
+        self._leave_out([trial.params])
         done = self.mirror.ended
 
         def report_share(share: float) -> None:
@@ -253,10 +277,8 @@ class _Trainings:
             self._fail(trial, str(error))
             report_share(0.0)
             return []
-        except KeyboardInterrupt:
-            if self.recipe.definition.kind == "distill":  # what its stages wrote is gone on with
-                self.mirror.put_back(asked, "interrupted", counts=False)
-            raise
+        except TrialLost:  # what the other made of it is learned with the next look
+            return []
         self.failures = 0
         logger.info("Trial %d is trained: %s.", trial.number, told.values)
         report_share(1.0)
@@ -309,10 +331,10 @@ class _Trainings:
             return {}
         place = self.runs.write_model(f"trial-{trial.number}", model, self.recipe.loaded.tokenizer)
         self.best = _Best(value, trial.number, place)
-        return {"checkpoint": place, "checkpoint_sha256": model.fingerprint()}
+        return {CHECKPOINT: place, "checkpoint_sha256": model.fingerprint()}
 
     def _beats(self, value: float, number: int) -> bool:
-        """Whether Optuna calls a trial the best: of equals, it takes the first."""
+        """Whether a trial is better than the best so far: of equals, the first is."""
         return self.best is None or (value, -number) > (self.best.value, -self.best.number)
 
     def _stages(self, name: str) -> int:
@@ -326,7 +348,7 @@ class _Best:
 
     value: float
     number: int
-    place: str | None
+    place: str
 
 
 def _scored_configs(
@@ -362,15 +384,3 @@ def _pruner(definition: FinetuneStudy) -> optuna.pruners.BasePruner:
     return optuna.pruners.MedianPruner(
         n_startup_trials=definition.pruner_startup_trials, n_warmup_steps=definition.pruner_warmup_epochs
     )
-
-
-def _best_trial(study: optuna.Study) -> FrozenTrial | None:
-    try:
-        return study.best_trial
-    except ValueError:
-        return None
-
-
-def _checkpoint_of_best(study: optuna.Study) -> str | None:
-    best = _best_trial(study)
-    return None if best is None else str(best.user_attrs["checkpoint"])

@@ -303,6 +303,34 @@ def test_front_without_a_completed_full_length_trial_says_what_to_run(trials):
         compute_front(make_study(trials), STORAGE)
 
 
+def test_a_trial_without_its_length_config_has_the_one_of_its_parameters(study, study_in_depth):
+    for whole in (study, study_in_depth):
+        bare = optuna.create_study(directions=whole.directions, study_name="lengths")
+        bare.set_user_attr("full_macs", FULL_MACS)
+        for trial in whole.get_trials():
+            for name in ("shares", "skipped"):
+                trial.user_attrs.pop(name, None)
+            bare.add_trial(trial)
+        (front, expected) = (compute_front(one, STORAGE) for one in (bare, whole))
+        assert [(p.trial, p.skipped) for p in front.points] == [(p.trial, p.skipped) for p in expected.points]
+        assert [p.shares for p in front.points] == [pytest.approx(p.shares) for p in expected.points]
+
+
+def test_a_trial_whose_macs_are_not_known_is_no_point_where_time_is_the_cost():
+    study = make_study([((1.0, 1.0), 0.9, 10.0), ((0.5, 0.5), 0.8, 5.0)])
+    timed = optuna.create_study(directions=study.directions, study_name="lengths")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        timed.set_metric_names(["accuracy", "latency_ms"])
+    for key, value in {"full_macs": FULL_MACS, "full_latency_ms": 10.0}.items():
+        timed.set_user_attr(key, value)
+    full, short = study.get_trials()
+    full.user_attrs = {**full.user_attrs, "macs": FULL_MACS}
+    timed.add_trials([full, short])
+    front = compute_front(timed, STORAGE)
+    assert (front.trials, [point.trial for point in front.points]) == (2, [0])
+
+
 def test_a_trial_that_skips_a_layer_is_no_constant_rate_nor_full_length():
     assert constant_rate({"retention_0": 0.5, "retention_1": 0.5}) == 0.5
     assert constant_rate({"retention_0": 0.5, "retention_1": 0.6}) is None

@@ -126,6 +126,9 @@ class IdlePlan:
     def passes(self, error):
         return False
 
+    def resumes(self, error):
+        return False
+
 
 def facts(study):
     return [

@@ -64,6 +64,17 @@ def test_resumed_study_runs_only_missing_trials(run):
     assert [(t.number, t.params, t.values) for t in after[:12]] == [(t.number, t.params, t.values) for t in before]
 
 
+def test_what_a_user_queued_records_its_length_config_and_key(run, storage):
+    study = run(8).study
+    study.enqueue_trial({"retention_0": 0.8, "retention_1": 0.7, "retention_2": 0.5})
+    study.enqueue_trial({"retention_0": 0.9})
+    study = run(12).study
+    for trial in study.trials[8:10]:
+        assert trial.user_attrs["shares"] == list(config_of(trial.params).shares)
+        assert trial.system_attrs["hpo:key"]
+    assert compute_front(study, storage).trials == 12
+
+
 def test_first_generation_holds_every_constant_rate_then_random_ones(run, lengths):
     study = run(10).study
     rates = constant_rates(lengths)

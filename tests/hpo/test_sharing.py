@@ -24,7 +24,7 @@ from hpo.bulk import (
 )
 from hpo.errors import HpoError
 from hpo.heartbeats import Heartbeats, WorkerName, is_dead
-from hpo.mirror import MirroredStudy, Told
+from hpo.mirror import MirroredStudy, Told, TrialLost
 from hpo.rehearsal import RehearsalJob, fill, measure_ask_and_tell
 from hpo.sharing import complete_study
 from hpo.storage import close, open_storage
@@ -185,6 +185,19 @@ def test_a_result_that_comes_late_counts_once(study, worker):
         assert mirror.ended == 1
 
 
+def test_reporting_on_a_trial_that_another_has_finished_gives_it_up(study, worker):
+    slow, other = worker(0), worker(1)
+    for say in (lambda asked: slow.report(asked, 0.5, 1), lambda asked: slow.count_anew(asked, {"stages": 1})):
+        (asked,) = slow.ask(1)
+        queue_again(slow.storage, study._study_id, [Stale(trial_id=asked.trial_id, worker=slow.heartbeats.worker)], "")
+        other.sync()
+        other.tell([told(one) for one in other.ask(1)])
+        with pytest.raises(TrialLost, match=f"Trial {asked.number} was finished by another worker"):
+            say(asked)
+        slow.sync()
+        assert (slow.ended, slow.unfinished) == (asked.number + 1, [])
+
+
 # A worker's loop
 
 
@@ -219,6 +232,9 @@ class Plan:
     def passes(self, error):
         return isinstance(error, MemoryError)
 
+    def resumes(self, error):
+        return isinstance(error, InterruptedError)
+
 
 def test_an_error_that_passes_is_tried_again_with_the_same_trials(study, worker):
     plan = Plan([MemoryError("no room"), None, MemoryError("no room")])
@@ -239,6 +255,16 @@ def test_other_errors_are_not_tried_again(study, worker):
         complete_study(worker(), plan, 6)
     assert plan.evaluated == [[0, 1]]
     assert {trial.user_attrs["failure"] for trial in study.trials} == {"ZeroDivisionError: oh"}
+
+
+def test_trials_that_left_what_they_got_to_wait_for_the_next_run(study, worker):
+    first, second = Plan([InterruptedError("disk full")]), Plan([])
+    with pytest.raises(InterruptedError):
+        complete_study(worker(), first, 2)
+    assert [trial.state for trial in study.trials] == [TrialState.WAITING] * 2
+    complete_study(worker(), second, 2)
+    assert first.evaluated == second.evaluated == [[0, 1]]
+    assert {trial.system_attrs["hpo:work"]["attempt"] for trial in study.trials} == {1}
 
 
 @pytest.mark.usefixtures("ctrl_c")

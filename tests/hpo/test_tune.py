@@ -1,19 +1,27 @@
 """The finetune study: objective, checkpoints kept and removed, failures, resuming."""
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.distributions import FloatDistribution
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState, create_trial
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hpo.recipe
 import hpo.tune
+from hpo.bulk import Outcome, finish_trials
 from hpo.errors import HpoError, StudyChanged, StudyNotFound
+from hpo.heartbeats import Heartbeats
+from hpo.mirror import MirroredStudy, Told
 from hpo.runs import SPOOL
 from hpo.storage import open_storage
-from hpo.tune import best_checkpoint, check_settings, tune
+from hpo.storage_admin import copy_studies
+from hpo.tune import _Trainings, best_checkpoint, best_trial, check_settings, tune
 from hpo.workload import load_encoder, load_workload
 from model.evaluate import score
 from model.macs import constant_rate_config
@@ -102,6 +110,44 @@ def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeyp
     assert "nan at step 3" in study.trials[0].user_attrs["failure"]
 
 
+def test_workers_that_start_together_try_known_good_settings_once(storage, monkeypatch):
+    monkeypatch.setattr(_Trainings, "_train_and_score", lambda _, trial, *__: Told(trial=trial, values=[0.5]))
+    database = open_storage(storage)
+    study = optuna.create_study(storage=database, study_name="finetune", direction="maximize")
+    study.add_trial(create_trial(state=TrialState.FAIL))
+    recipe = SimpleNamespace(definition=SimpleNamespace(first=({"rate": 0.25}, {"rate": 0.75})))
+    runs = SimpleNamespace(keep_only=lambda *_, **__: None)
+    rates = []
+    with ExitStack() as stack:
+        plans = []
+        for seed in range(3):
+            heartbeats = stack.enter_context(Heartbeats(database))
+            space = {"rate": FloatDistribution(0.0, 1.0)}
+            mirror = MirroredStudy(study, database, RandomSampler(seed=seed), space, heartbeats=heartbeats)
+            plans.append(_Trainings(mirror, recipe, runs, trials=9, seed=0, on_progress=None))
+        for plan in (*plans, *plans):
+            asked = plan.mirror.ask(1, key_of=plan.key_of, first=plan.first())
+            rates += [trial.params["rate"] for trial in asked]
+            for trial in asked:
+                plan.evaluate([trial])
+            plan.mirror.sync()
+    assert (rates.count(0.25), rates.count(0.75)) == (1, 1)
+
+
+def test_trial_that_another_worker_finished_meanwhile_is_given_up(run, monkeypatch):
+    report = MirroredStudy.report
+
+    def taken_over(mirror, trial, value, step):
+        if trial.number == 0:
+            finish_trials(mirror.storage, [Outcome(trial_id=trial.trial_id, state=TrialState.COMPLETE, values=[0.9])])
+        return report(mirror, trial, value, step)
+
+    monkeypatch.setattr(MirroredStudy, "report", taken_over)
+    study = run(2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    assert study.trials[0].value == 0.9
+
+
 def test_study_whose_trials_keep_failing_stops(run, monkeypatch):
     def diverge(*args, **kwargs):
         raise TrainingDiverged("The loss is inf at step 1; lower the learning rate.")
@@ -121,8 +167,10 @@ def test_interrupted_trial_fails_and_a_rerun_completes(run, storage, monkeypatch
             run(2)
     study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
     assert [(t.state, t.user_attrs["failure"]) for t in study.trials] == [(TrialState.FAIL, "interrupted")]
-    study = run(2)
-    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 2
+    study = run(3)
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 3
+    known_good = [trial.number for trial in study.trials if trial.params == study.trials[0].params]
+    assert known_good == [0, 1], "known good settings that were interrupted are tried again, once"
 
 
 def test_study_that_is_deleted_while_it_runs_is_a_sentence(run, storage, monkeypatch):
@@ -156,6 +204,59 @@ def test_leftover_checkpoint_of_a_trial_that_is_through_is_removed(run, tmp_path
     (study_folder / "trial-77.after-logits").mkdir()  # another worker may have begun it just now
     run(2)
     assert checkpoints(tmp_path / "runs") == sorted([f"trial-{1 - beaten}", "trial-77.after-logits"])
+
+
+def test_better_trial_that_somebody_added_has_no_model_and_costs_no_other_its_own(run, tmp_path):
+    study = run(1)
+    space = {"learning_rate": FloatDistribution(1e-4, 1e-2, log=True), "length_drop": FloatDistribution(0.1, 0.4)}
+    params = {"learning_rate": 1e-3, "length_drop": 0.2}
+    study.add_trial(create_trial(value=2.0, params=params, distributions=space))
+    study = run(3)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    best = best_trial(study)
+    assert best.value == max(trial.value for trial in study.trials if trial.number != 1)
+    folder = best_checkpoint(study, tmp_path / "runs")
+    assert checkpoints(tmp_path / "runs") == [folder.name] == [f"trial-{best.number}"]
+
+
+def test_best_of_equal_trials_is_the_earliest_whichever_the_database_names(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [0.5])
+    study = run(2)
+    monkeypatch.setattr(optuna.Study, "best_trial", study.trials[1])
+    assert best_trial(study).number == 0
+    assert best_checkpoint(study, tmp_path / "runs").name == "trial-0"
+
+
+def test_a_copied_study_and_its_original_keep_their_own_models(run, storage, tmp_path, monkeypatch):
+    runs, moved = tmp_path / "runs", f"sqlite:///{tmp_path}/moved.db"
+
+    def run_to(trials, value, place):
+        monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [value])
+        return run(trials, storage=place)
+
+    def model_of(place):
+        folder = best_checkpoint(optuna.load_study(study_name="finetune", storage=open_storage(place)), runs)
+        assert (folder / "model.safetensors").is_file()
+        return folder
+
+    run_to(1, 0.5, storage)
+    copy_studies(storage, moved)
+    assert model_of(moved) == model_of(storage)
+    run_to(2, 0.4, moved)
+    assert run_to(2, 0.6, storage).trials[1].value == 0.6
+    assert model_of(storage).name == "trial-1"
+    assert model_of(moved).name == "trial-0"
+    run_to(3, 0.7, moved)
+    assert model_of(moved).name == "trial-2"
+    assert model_of(storage).name == "trial-1"
+    assert len(checkpoints(runs)) == 2
+
+
+def test_study_without_a_model_says_what_to_run(tmp_path):
+    study = optuna.create_study(study_name="finetune", direction="maximize")
+    study.add_trial(create_trial(value=1.0))
+    with pytest.raises(HpoError, match="hpo tune --study finetune"):
+        best_checkpoint(study, tmp_path)
 
 
 def test_hopeless_trial_is_pruned_and_leaves_no_checkpoint(run, finetune, tmp_path, monkeypatch):
