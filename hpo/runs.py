@@ -1,8 +1,7 @@
 """The runs folder: checkpoints of trials, which the workers of a study share where they reach the same disk.
 
 A study's files lie in `<runs>/<study name>-<id>/`, the id being drawn when the study is made, so that studies
-of one name in different databases never share a folder. That of a copied study is called `<original's>.copy-<id>`: it
-reads models where they were recorded, and its first run takes over those that it may still need.
+of one name in different databases never share a folder.
 """
 
 import logging
@@ -11,12 +10,11 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.trial import FrozenTrial
 
 from hpo.errors import HpoError
 
@@ -29,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RUNS = "runs"
 FOLDER_ATTRIBUTE = "runs_folder"
-CHECKPOINT = "checkpoint"
-"""Attribute of a trial that was the best when it ended: its model's place in the runs folder."""
 CACHE = "teacher-cache"
 """What a teacher said of the training split, in a study's folder."""
 SPOOL = "spool"
@@ -39,7 +35,6 @@ STAGE_MARK = ".after-"
 """In the names of checkpoints of trials that are not through."""
 TRIAL_FOLDER = re.compile(r"\.?(?P<name>trial-(?P<number>\d+))(?!\d)")
 """A trial's checkpoint, its stages, or one of them that is being written."""
-COPIED_FOLDER = re.compile(r"(?P<former>.+)\.copy-[0-9a-f]{8}")
 FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Folder names read from a database, which others may write to, become paths that are deleted."""
 
@@ -52,17 +47,6 @@ def runs_folder(given: Path | None) -> Path:
 def new_folder_name(study_name: str) -> str:
     """A folder name no other study has; recorded in the study attribute `runs_folder`."""
     return f"{study_name}-{uuid.uuid4().hex[:8]}"
-
-
-def new_copy_name(folder: str) -> str:
-    """A folder name no other study has, for a copy of the study whose folder is given."""
-    return f"{folder}.copy-{uuid.uuid4().hex[:8]}"
-
-
-def former_folder(folder: str) -> str | None:
-    """The folder of the study that a study was copied from; None where it is no copy."""
-    named = COPIED_FOLDER.fullmatch(folder)
-    return None if named is None else named["former"]
 
 
 def write_folder(place: Path, write: Callable[[Path], None]) -> None:
@@ -128,53 +112,6 @@ class StudyRuns:
                 f"Cannot write to {self.folder} ({error.strerror}); choose another folder with --runs."
             ) from error
 
-    def take_over(self, trials: Sequence[FrozenTrial]) -> None:
-        """Give a copied study, before its first run, the models and stages that the original has of its trials.
-
-        Files are linked where the disk can, so that either study may remove its own.
-
-        Args:
-            trials: All of the study.
-        Raises:
-            HpoError: The runs folder cannot be written.
-        """
-        found = {} if self.folder.exists() else self._of_originals(trials)
-        if not found:
-            return
-        temporary = self.root / f".{self.folder.name}.{uuid.uuid4().hex}.partial"
-        try:
-            for name, place in found.items():
-                shutil.copytree(place, temporary / name, copy_function=_link)
-            temporary.rename(self.folder)
-        except OSError as error:
-            if not self.folder.is_dir():  # else another worker was faster
-                raise HpoError(
-                    f"Cannot write to {self.root} ({error.strerror or error}); choose another folder with --runs."
-                ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _of_originals(self, trials: Sequence[FrozenTrial]) -> dict[str, Path]:
-        """Folders of trials that the study was copied with, by their names; the latest original's come first."""
-        recorded = {trial.number: str(trial.user_attrs.get(CHECKPOINT, "")).partition("/")[0] for trial in trials}
-        unfinished = {trial.number for trial in trials if not trial.state.is_finished()}
-        found: dict[str, Path] = {}
-        folder = former_folder(self.folder.name)
-        while folder is not None:
-            for place in (self.root / folder).glob("trial-*"):
-                named = TRIAL_FOLDER.match(place.name)
-                number = -1 if named is None else int(named["number"])
-                is_there = recorded.get(number) and f"{folder}.".startswith(f"{recorded[number]}.")
-                if place.is_dir() and (is_there or number in unfinished):
-                    found.setdefault(place.name, place)
-            folder = former_folder(folder)
-        return found
-
-    def model_place(self, place: str) -> Path:
-        """Where a model lies that was recorded at `place`: in the study's folder, else where the original has it."""
-        own = self.folder / Path(place).name
-        return own if own.is_dir() else self.root / place
-
     def write_checkpoint(self, name: str, write: Callable[[Path], None]) -> str:
         """Write a checkpoint folder beside its place and rename it into it.
 
@@ -226,10 +163,3 @@ class StudyRuns:
     def stage_place(self, trial: str, stage: str) -> Path:
         """Where the checkpoint lies that a trial has after one of its stages."""
         return self.folder / f"{trial}{STAGE_MARK}{stage}"
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # not every disk can
-        shutil.copy2(source, target)

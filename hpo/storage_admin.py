@@ -28,7 +28,6 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from hpo.errors import HpoError, StorageError, StudyNotFound
 from hpo.interrupts import uninterrupted
 from hpo.outage import database_reason
-from hpo.runs import FOLDER_ATTRIBUTE, FOLDER_PATTERN, former_folder, new_copy_name
 from hpo.storage import BUSY_TIMEOUT_S, display_url, open_database
 
 logger = logging.getLogger(__name__)
@@ -111,7 +110,6 @@ def copy_studies(from_url: str, to_url: str, names: Sequence[str] | None = None)
 def copy_study(source: RDBStorage, target: RDBStorage, name: str) -> int:
     """Copy a study in one transaction: every row of it, or none.
 
-    The copy's part of the runs folder is one of its own, so that neither study removes the other's models.
     Trials keep their order, number, state, parameters, values, attributes and times to the microsecond. Their ids
     become the target's own, also in study attributes that name trials by id. Heartbeats stay the same instants, in the
     target's clock. In MySQL and MariaDB the columns that hold times are made DATETIME(6) first, and those that hold
@@ -220,14 +218,6 @@ class _Study:
         with _failing(self.storage, "A study cannot be read"), uninterrupted():
             return list(self.connection.scalars(query))
 
-    def folder(self) -> str | None:
-        """Its part of the runs folder, where it has one."""
-        table = models.StudyUserAttributeModel.__table__
-        query = self.of(table, select(table.c.value_json)).where(table.c.key == FOLDER_ATTRIBUTE)
-        with _failing(self.storage, "A study cannot be read"), uninterrupted():
-            folder = json.loads(self.connection.scalar(query) or "null")
-        return folder if isinstance(folder, str) and FOLDER_PATTERN.fullmatch(folder) else None
-
     def chunks(self, table: Table) -> Iterator[list[Row]]:
         """The rows of a table that belong to the study, in the order they were made; ids of details are left out."""
         query = self.of(table, select(*_copied_columns(table))).order_by(*table.primary_key)
@@ -253,13 +243,11 @@ class _Translated:
         study_id: The study's id in the target.
         ids: The trials' ids in the target by those in the source.
         later: What the target's clock is ahead of the source's.
-        folder: The copy's part of the runs folder; None where it is what the source says.
     """
 
     study_id: int
     ids: Mapping[int, int]
     later: timedelta
-    folder: str | None
 
     def __call__(self, table: Table, row: Row) -> Row:
         if "trial_id" in row:
@@ -270,9 +258,6 @@ class _Translated:
             row["heartbeat"] += self.later
         if table is models.StudySystemAttributeModel.__table__:
             row["key"], row["value_json"] = self._attribute(row["key"], row["value_json"])
-        is_folder = table is models.StudyUserAttributeModel.__table__ and row["key"] == FOLDER_ATTRIBUTE
-        if is_folder and self.folder is not None:
-            row["value_json"] = json.dumps(self.folder)
         return row
 
     def _attribute(self, key: str, value: str) -> tuple[str, str]:
@@ -291,8 +276,7 @@ def _write(original: _Study, copy: _Study, name: str) -> _Translated:
             del row["trial_id"]
             row["study_id"] = copy.study_id
         _insert(copy.connection, TRIALS, rows)
-    folder = original.folder()
-    translated = _translation(original, copy, None if folder is None else new_copy_name(folder))
+    translated = _translation(original, copy)
     try:
         for table in (*_details_of(STUDIES), *_details_of(TRIALS)):
             for rows in original.chunks(table):
@@ -326,12 +310,11 @@ def _enter_study(target: RDBStorage, connection: Connection, name: str) -> int:
     return int(key[0])
 
 
-def _translation(original: _Study, copy: _Study, folder: str | None) -> _Translated:
+def _translation(original: _Study, copy: _Study) -> _Translated:
     return _Translated(
         study_id=copy.study_id,
         ids=dict(zip(original.trial_ids(), copy.trial_ids(), strict=True)),
         later=copy.ahead - original.ahead,
-        folder=folder,
     )
 
 
@@ -350,9 +333,7 @@ def _is_copied(source: RDBStorage, target: RDBStorage, name: str) -> bool:
         original, copy = _Study.find(source, reading, name), _Study.find(target, there, name)
         if len(original.trial_ids()) != len(copy.trial_ids()):
             return False
-        folder = copy.folder()
-        is_own = folder is not None and former_folder(folder) == original.folder()
-        return _difference(original, copy, _translation(original, copy, folder if is_own else None)) is None
+        return _difference(original, copy, _translation(original, copy)) is None
 
 
 # Optuna's tables

@@ -20,7 +20,7 @@ from hpo.heartbeats import Heartbeats
 from hpo.mirror import AskedTrial, MirroredStudy, Told, TrialLost
 from hpo.outage import DEFAULT_TIMEOUT_S, DatabaseAway
 from hpo.recipe import Recipe, check_settings
-from hpo.runs import CHECKPOINT, FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
+from hpo.runs import FOLDER_ATTRIBUTE, StudyRuns, new_folder_name
 from hpo.sharing import complete_study, worker_seed
 from hpo.spool import Spool
 from hpo.storage import FIXED, Storage, open_storage, open_study, while_it_is_there
@@ -48,6 +48,8 @@ AREA_COSTS = (1.0, 0.7, 0.5, 0.35)
 """Relative MACs whose constant-rate configs the objective `area` averages over."""
 TEACHER_METRIC = "teacher_metric"
 """Attribute of a study: its teacher's quality on the search split."""
+CHECKPOINT = "checkpoint"
+"""Attribute of a trial that was the best when it ended: its model's place in the runs folder."""
 STAGES_DONE = "stages"
 """Attribute of a trial that was begun again: stages of its distillation that were there already."""
 
@@ -101,7 +103,6 @@ def tune(
     recipe = Recipe.of(definition, loaded, teacher, student_layers, processes)
     study = open_tuning(recipe, rdb, seed)
     study_runs = StudyRuns(runs, study)
-    study_runs.take_over(study.get_trials(deepcopy=False))
     study_runs.prepare()
     spool = Spool(study_runs.folder, study.study_name)
     spool.replay(rdb, study)
@@ -179,8 +180,7 @@ def best_checkpoint(study: optuna.Study, runs: Path) -> Path:
     Raises:
         HpoError: No completed trial has a model, or that of the best is not in this runs folder.
     """
-    place = str(best_trial(study).user_attrs[CHECKPOINT])
-    folder = StudyRuns(runs, study).model_place(place)
+    folder = runs / str(best_trial(study).user_attrs[CHECKPOINT])
     if not folder.is_dir():
         raise HpoError(
             f"The best model of study {study.study_name!r} is not at {folder}; pass the runs folder it was trained "

@@ -5,12 +5,11 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
-from optuna.trial import TrialState, create_trial
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hpo.errors import HpoError
-from hpo.runs import CHECKPOINT, DEFAULT_RUNS, FOLDER_ATTRIBUTE, StudyRuns, new_copy_name, new_folder_name, runs_folder
+from hpo.runs import DEFAULT_RUNS, FOLDER_ATTRIBUTE, StudyRuns, new_folder_name, runs_folder
 
 
 def make_study(folder=None, name="finetune"):
@@ -240,29 +239,3 @@ def test_other_studies_checkpoints_stay(root, filled):
 def test_there_is_nothing_to_remove_where_nothing_was_written(runs):
     runs.keep_only(None)
     assert not runs.folder.exists()
-
-
-# Copied studies
-
-
-def test_a_copied_study_takes_over_what_it_was_copied_with(root, runs):
-    for name in ("trial-0", "trial-1", "trial-2.after-logits", "trial-3.after-logits", "trial-4"):
-        runs.write_checkpoint(name, writer(name))
-    recorded = {CHECKPOINT: f"{runs.folder.name}/trial-0"}
-    trials = [
-        create_trial(value=0.5, user_attrs=recorded),
-        create_trial(value=0.4),
-        create_trial(state=TrialState.RUNNING),
-    ]
-    for number, trial in enumerate(trials):
-        trial.number = number
-    copied = StudyRuns(root, make_study(new_copy_name(new_copy_name(runs.folder.name))))
-    assert copied.model_place(recorded[CHECKPOINT]) == runs.folder / "trial-0"
-    copied.take_over(trials)
-    assert visible(copied) == ["trial-0", "trial-2.after-logits"]
-    runs.keep_only(None)
-    assert contents(copied.model_place(recorded[CHECKPOINT])) == {"weights": "trial-0", "config": "trial-0"}
-    copied.keep_only(None)
-    copied.take_over(trials)
-    assert visible(copied) == []
-    assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []

@@ -22,7 +22,6 @@ from optuna.trial import TrialState, create_trial
 
 import hpo.storage_admin
 from hpo.errors import HpoError, StorageError, StudyNotFound
-from hpo.runs import former_folder
 from hpo.storage import display_url, open_storage
 from hpo.storage_admin import CopiedStudy, copy_studies, copy_study, upgrade
 
@@ -197,18 +196,6 @@ def test_a_copy_goes_on_as_the_study_would(any_url, new_url):
         study.tell(waiting, [1.0, 2.0])
         assert study.trials[5].state == TrialState.COMPLETE
     assert facts(source)["trials"][5]["state"] == TrialState.WAITING
-
-
-def test_a_copy_has_a_folder_of_its_own_and_is_known_by_it(new_url):
-    source, target = new_url(), new_url()
-    with opened(source) as storage:
-        for name in ("first", "second"):
-            fill(storage, name).set_user_attr("runs_folder", f"{name}-1234abcd")
-    copy_studies(source, target, ["first"])
-    assert [(one.name, one.found) for one in copy_studies(source, target)] == [("first", True), ("second", False)]
-    with opened(target) as storage:
-        folders = [study.user_attrs["runs_folder"] for study in optuna.get_all_study_summaries(storage)]
-    assert [former_folder(folder) for folder in folders] == ["first-1234abcd", "second-1234abcd"]
 
 
 def test_studies_are_copied_next_to_others_and_only_those_that_are_named(any_url, new_url):

@@ -20,7 +20,6 @@ from hpo.heartbeats import Heartbeats
 from hpo.mirror import MirroredStudy, Told
 from hpo.runs import SPOOL
 from hpo.storage import open_storage
-from hpo.storage_admin import copy_studies
 from hpo.tune import _Trainings, best_checkpoint, best_trial, check_settings, tune
 from hpo.workload import load_encoder, load_workload
 from model.evaluate import score
@@ -225,31 +224,6 @@ def test_best_of_equal_trials_is_the_earliest_whichever_the_database_names(run, 
     monkeypatch.setattr(optuna.Study, "best_trial", study.trials[1])
     assert best_trial(study).number == 0
     assert best_checkpoint(study, tmp_path / "runs").name == "trial-0"
-
-
-def test_a_copied_study_and_its_original_keep_their_own_models(run, storage, tmp_path, monkeypatch):
-    runs, moved = tmp_path / "runs", f"sqlite:///{tmp_path}/moved.db"
-
-    def run_to(trials, value, place):
-        monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [value])
-        return run(trials, storage=place)
-
-    def model_of(place):
-        folder = best_checkpoint(optuna.load_study(study_name="finetune", storage=open_storage(place)), runs)
-        assert (folder / "model.safetensors").is_file()
-        return folder
-
-    run_to(1, 0.5, storage)
-    copy_studies(storage, moved)
-    assert model_of(moved) == model_of(storage)
-    run_to(2, 0.4, moved)
-    assert run_to(2, 0.6, storage).trials[1].value == 0.6
-    assert model_of(storage).name == "trial-1"
-    assert model_of(moved).name == "trial-0"
-    run_to(3, 0.7, moved)
-    assert model_of(moved).name == "trial-2"
-    assert model_of(storage).name == "trial-1"
-    assert len(checkpoints(runs)) == 2
 
 
 def test_study_without_a_model_says_what_to_run(tmp_path):
