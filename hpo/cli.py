@@ -794,7 +794,10 @@ def storage_copy_command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Copy studies from one database to another: each whole, or not at all."""
+    """Copy studies from one database to another: each whole, or not at all.
+
+    Go on with one of the two, copy or original: in one runs folder they would remove each other's models.
+    """
     from hpo.storage import display_url
     from hpo.storage_admin import copy_studies
 
@@ -814,6 +817,8 @@ def storage_copy_command(
     for one in copied:
         remark = "was there already, from an earlier copy" if one.found else "copied"
         out.print(f"Study {one.name!r} with {one.trials} trials {remark}.", markup=False, soft_wrap=True)
+    if not all(one.found for one in copied):
+        out.print("Go on with one of the two: in one runs folder copy and original would remove each other's models.")
 
 
 @storage_app.command("serve")

@@ -1,7 +1,7 @@
 """The runs folder: checkpoints of trials, which the workers of a study share where they reach the same disk.
 
 A study's files lie in `<runs>/<study name>-<id>/`, the id being drawn when the study is made, so that studies
-of one name in different databases never share a folder.
+of one name in different databases never share a folder, unless one is a copy of the other.
 """
 
 import logging
