@@ -137,14 +137,12 @@ class ServedFront:
 
     def _problem(self) -> str | None:
         """What is wrong with values that a file may hold; None if nothing."""
-        has_labels = self.task in ("classification", "token-classification")
         layers = {point.length_config.num_layers for point in (self.full, self.chosen, *self.points)}
         lengths = (self.max_length, 0 if self.stride is None else self.stride)
         for is_wrong, problem in (
             (not self.points, "no points"),
             (len(layers) > 1, f"length configs of {' and '.join(map(str, sorted(layers)))} layers"),
             (not all(isinstance(length, int) for length in lengths), "lengths that are no whole numbers"),
-            (has_labels and not self.label_names, "no label names"),
             (not self.text_columns, "no text columns"),
         ):
             if is_wrong:

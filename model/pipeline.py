@@ -86,6 +86,8 @@ class LengthAdaptivePipeline:
             raise ExportError(
                 f"{folder} predicts {self.front.kind!r}, not one of {', '.join(FIELDS)}; export it again."
             )
+        if not self.front.label_names and self.front.kind not in ("regression", "question-answering"):
+            raise ExportError(f"{folder} does not say what its labels are called; export the model again.")
         self._tokenizer = load_tokenizer(folder)
         self._tokenizer_lock = threading.Lock()  # it keeps its settings for cutting texts in itself
         self._tokens_per_batch = tokens_per_batch

@@ -97,7 +97,6 @@ def test_other_folders_are_refused_in_a_sentence(tmp_path, text, message):
     ("change", "message"),
     [
         ({"points": ()}, "no points"),
-        ({"label_names": ()}, "no label names"),
         ({"text_columns": ()}, "no text columns"),
         ({"max_length": "64"}, "no whole numbers"),
         ({"chosen": point(9, 0.8, 0.5, LengthConfig.full(3))}, "configs of 2 and 3 layers"),

@@ -207,6 +207,17 @@ def test_a_model_that_says_no_numbers_is_not_exported(tmp_path):
         write_transformers_folder(tmp_path, model, make_tokenizer(), front)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"label_names": ()}, "what its labels are called"), ({"kind": "ranking"}, "'ranking', not one")],
+)
+def test_a_folder_that_says_too_little_is_refused(change, message, tmp_path):
+    model, front = make("classification")
+    write_transformers_folder(tmp_path, model, make_tokenizer(), dataclasses.replace(front, **change))
+    with pytest.raises(ExportError, match=message):
+        LengthAdaptivePipeline(tmp_path)
+
+
 def test_a_list_of_words_has_to_be_one(tmp_path):
     model, front = make("token-classification")
     write_transformers_folder(tmp_path, model, make_tokenizer(), front)
