@@ -204,7 +204,16 @@ class LengthAdaptiveModel(nn.Module):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes or tags, in order of their ids."""
+        """Names of the classes or tags, in order of their ids.
+
+        Raises:
+            CheckpointError: Ids are left out.
+        """
+        numbers = sorted(map(int, self.network.config.id2label or {}))
+        if numbers != list(range(len(numbers))):
+            raise CheckpointError(
+                f"The encoder's labels are numbered {numbers}; number them from 0 in its config.json."
+            )
         return labels_of(self.network.config)
 
     @property
@@ -447,8 +456,6 @@ def _check_config(config: Any, source: str | Path) -> None:
         raise CheckpointError(
             f"{source} uses {config.position_embedding_type!r} positions; only absolute ones are supported."
         )
-    if sorted(map(int, config.id2label or {})) != list(range(len(config.id2label or {}))):
-        raise CheckpointError(f"{source} numbers its labels {sorted(config.id2label)}; number them 0, 1, ... in order.")
     if token_score(config) not in TOKEN_SCORES:
         raise CheckpointError(
             f"{source} ranks tokens by {token_score(config)!r}; supported are {', '.join(TOKEN_SCORES)}."
