@@ -818,7 +818,8 @@ def storage_copy_command(
         remark = "was there already, from an earlier copy" if one.found else "copied"
         out.print(f"Study {one.name!r} with {one.trials} trials {remark}.", markup=False, soft_wrap=True)
     if not all(one.found for one in copied):
-        out.print("Go on with one of the two: in one runs folder copy and original would remove each other's models.")
+        remark = "Go on with one of the two: in one runs folder copy and original would remove each other's models."
+        out.print(remark, soft_wrap=True)
 
 
 @storage_app.command("serve")
