@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.encoded import Answers, EncodedSplit, Ints
 from model.rows import (
+    ROWS_AT_ONCE,
     Columns,
     DataError,
     Rows,
@@ -47,7 +48,6 @@ MAX_ANSWER_TOKENS = 30  # as in BERT's own SQuAD code
 TEXTS_FLAG, ANSWERS_FLAG = "--text-columns QUESTION,CONTEXT", "--label-column ANSWERS"
 ANSWERS_TYPE = pa.struct([("text", pa.list_(pa.string())), ("answer_start", pa.list_(pa.int64()))])
 
-_ROWS_AT_ONCE = 1_000  # bounds what the tokenizer holds besides its result
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -391,8 +391,8 @@ class QuestionData(TaskData):
         if self.stride is not None:
             questions = _cut_questions(questions, tokenizer, max_length, self.stride)
         windows = _Windows(contexts, [(texts[0], starts[0]) for texts, starts in answers])
-        for first in range(0, len(questions), _ROWS_AT_ONCE):
-            rows = slice(first, first + _ROWS_AT_ONCE)
+        for first in range(0, len(questions), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
             windows.add(first, questions[rows], contexts[rows], tokenizer, max_length, self.stride)
         if self.stride is None:
             _refuse_longer(windows.input_ids, max_length)
@@ -497,8 +497,8 @@ def _cut_questions(questions: list[str], tokenizer: PreTrainedTokenizerBase, max
         return ""
 
     kept, num_cut = [], 0
-    for first in range(0, len(questions), _ROWS_AT_ONCE):
-        some = questions[first : first + _ROWS_AT_ONCE]
+    for first in range(0, len(questions), ROWS_AT_ONCE):
+        some = questions[first : first + ROWS_AT_ONCE]
         for question, ids in zip(some, tokenizer(some, **options)["input_ids"], strict=True):
             kept.append(cut(question) if len(ids) > limit else question)
             num_cut += len(ids) > limit
