@@ -1230,7 +1230,7 @@ def _show_front(front: "Front", chosen: "FrontPoint | None", as_json: bool) -> N
     if as_json:
         _print_json(front_to_json(front, chosen))
         return
-    out.print(front_table(front, chosen))
+    out.print(front_table(front, chosen, out.width))
 
 
 def _draw(front: "Front", history: list[float], chosen: "FrontPoint | None", page: Path, images: list[Path]) -> None:

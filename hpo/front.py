@@ -5,7 +5,7 @@ Everything here is recomputed from the study's database; `hpo.plot` draws it.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -40,7 +41,12 @@ ORIGIN = "origin"
 ORIGINS = {"power-bert": "PoWER-BERT's configs"}
 """What they are called where people look."""
 DECIMALS = 9  # beyond these, retentions differ only in how a grid's step was added up
-SHARES_PER_LINE = 6  # keeps the table within 80 columns
+SHARES_PER_LINE, FEW_SHARES_PER_LINE = 6, 4
+"""How many layers' shares are written on a line, and where there is little room."""
+FLOPS, KEPT = "FLOPs", "tokens left after\neach layer, %"
+"""Headers of the table."""
+WIDEST = 10_000
+"""Characters of a line that has room for any table."""
 
 
 class NotLengthStudy(HpoError):
@@ -344,9 +350,39 @@ def front_to_json(front: Front, chosen: FrontPoint | None) -> dict[str, Any]:
     }
 
 
-def front_table(front: Front, chosen: FrontPoint | None) -> Table:
-    """The front for a terminal of 80 columns or more: one row per point, then full length for comparison."""
-    beside = front.beside
+class _Column(NamedTuple):
+    """A column of the table: what stands above it and in it, and whether the header may be folded at its spaces."""
+
+    header: str
+    cells: Sequence[str]
+    folds: bool = False
+
+    @property
+    def least_width(self) -> int:
+        words = self.header.split() if self.folds else self.header.splitlines()
+        return max(len(text) for cell in (*words, *self.cells) for text in cell.splitlines())
+
+
+def front_table(front: Front, chosen: FrontPoint | None, width: int | None = None) -> Table:
+    """The front for a terminal: one row per point, then full length for comparison.
+
+    What `width` has no room for is left out, which the caption says: FLOPs, whose share of full length's stays, the
+    metrics beside the one that is searched, or both.
+    """
+    every, flops = tuple(front.beside), front.predicted_for is None
+    kinds = [(every, flops, SHARES_PER_LINE)]
+    kinds += [(every, flops, FEW_SHARES_PER_LINE), (every, False, FEW_SHARES_PER_LINE)]
+    kinds += [((), flops, FEW_SHARES_PER_LINE), ((), False, FEW_SHARES_PER_LINE)]
+    ruler = Console(width=WIDEST)
+    for beside, with_flops, per_line in kinds:
+        left_out = [name for name in every if name not in beside] + [FLOPS] * (flops and not with_flops)
+        table = _table(front, chosen, _columns(front, beside, with_flops, per_line), left_out)
+        if width is None or ruler.measure(table).minimum <= width:
+            break
+    return table
+
+
+def _table(front: Front, chosen: FrontPoint | None, columns: Sequence[_Column], left_out: Sequence[str]) -> Table:
     table = Table(
         title=Text(
             f"{front.study}: {len(front.points)} best of {front.trials} trials, hypervolume {front.hypervolume:.4f}"
@@ -358,6 +394,7 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
             + ("" if front.predicted_for is None else f" Predicted: the same, for {front.predicted_for}.")
             + ("" if chosen is None else " * marks the choice.")
             + ("" if front.full.skipped is None else " - marks a skipped layer.")
+            + (f" No room here for {' and '.join(left_out)}." if left_out else "")
         ),
         title_justify="left",
         caption_justify="left",
@@ -365,32 +402,52 @@ def front_table(front: Front, chosen: FrontPoint | None) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.add_column("")
-    table.add_column("trial", justify="right")
-    table.add_column("tokens left after\neach layer, %", no_wrap=True)
-    for split in ("search", "report"):
-        table.add_column(Text(f"{front.metric}\n{split}", overflow="fold"), justify="right", min_width=6)
-    for name in beside:
-        table.add_column(Text(f"{name}\nreport".replace("_", " "), overflow="fold"), justify="right", min_width=6)
-    table.add_column("share\nof full", justify="right", no_wrap=True)
-    predicted, timed = front.predicted_for is not None, front.latency is not None
-    if predicted:
-        table.add_column("ms, pre-\ndicted", justify="right", no_wrap=True)
-    else:
-        table.add_column("FLOPs", justify="right", no_wrap=True)
-    if timed:
-        table.add_column("ms", justify="right", no_wrap=True)
-    for point in front.points:
-        is_chosen = chosen is not None and point.trial == chosen.trial
-        mark = "*" if is_chosen else ""
-        table.add_row(
-            mark,
-            *_cells(point, percents(point.shares, point.skipped), beside, predicted, timed),
-            style="bold" if is_chosen else None,
+    table.add_column("", width=1)
+    for column in columns:
+        table.add_column(
+            Text(column.header),
+            justify="left" if column.header == KEPT else "right",
+            no_wrap=not column.folds,
+            min_width=column.least_width,
         )
+    *points, full = zip(*(column.cells for column in columns), strict=True)
+    for point, cells in zip(front.points, points, strict=True):
+        is_chosen = chosen is not None and point.trial == chosen.trial
+        table.add_row("*" if is_chosen else "", *cells, style="bold" if is_chosen else None)
     table.add_section()
-    table.add_row("", *_cells(front.full, "full length", beside, predicted, timed))
+    table.add_row("", *full)
     return table
+
+
+def _columns(front: Front, beside: Sequence[str], flops: bool, shares_per_line: int) -> list[_Column]:
+    """What the table has, with these metrics beside the one that is searched, and with FLOPs or without."""
+    rows = (*front.points, front.full)
+    kept = [percents(point.shares, point.skipped, shares_per_line) for point in front.points]
+    columns = [
+        _Column("trial", [str(point.trial) for point in rows]),
+        _Column(KEPT, [*kept, "full length"]),
+        _Column(_spaced(f"{front.metric}\nsearch"), [f"{point.metric:.4f}" for point in rows], folds=True),
+        _Column(_spaced(f"{front.metric}\nreport"), [_quality(point.report_metric) for point in rows], folds=True),
+    ]
+    for name in beside:
+        cells = [_quality(point.report_metrics.get(name)) for point in rows]
+        columns.append(_Column(_spaced(f"{name}\nreport"), cells, folds=True))
+    columns.append(_Column("share\nof full", [f"{point.relative_macs:.1%}" for point in rows]))
+    if front.predicted_for is not None:
+        columns.append(_Column("ms, pre-\ndicted", [predicted_text(point) for point in rows]))
+    if flops:
+        columns.append(_Column(FLOPS, [flops_text(point.macs) for point in rows]))
+    if front.latency is not None:
+        columns.append(_Column("ms", [latency_text(point) for point in rows]))
+    return columns
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _quality(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def constant_rate(params: Mapping[str, Any]) -> float | None:
@@ -407,11 +464,11 @@ def config_of(parameters: Mapping[str, Any]) -> LengthConfig:
     return LengthConfig.from_retention([parameters[f"{RETENTION}{layer}"] for layer in layers], skipped)
 
 
-def percents(shares: Sequence[float], skipped: Collection[int] | None = None) -> str:
-    """Shares in whole percent, six to a line and aligned: `(0.9, 0.81)` -> `' 90  81'`; skipped layers are hyphens."""
+def percents(shares: Sequence[float], skipped: Collection[int] | None = None, per_line: int = SHARES_PER_LINE) -> str:
+    """Shares in whole percent, aligned: `(0.9, 0.81)` -> `' 90  81'`; skipped layers are hyphens."""
     numbers = [f"{share:.0%}".rstrip("%") if share >= 0.005 else "<1" for share in shares]
     numbers = ["-" if layer in (skipped or ()) else number for layer, number in enumerate(numbers)]
-    lines = [numbers[start : start + SHARES_PER_LINE] for start in range(0, len(numbers), SHARES_PER_LINE)]
+    lines = [numbers[start : start + per_line] for start in range(0, len(numbers), per_line)]
     return "\n".join(" ".join(f"{number:>3}" for number in line) for line in lines)
 
 
@@ -433,15 +490,6 @@ def latency_text(point: FrontPoint) -> str:
 def predicted_text(point: FrontPoint) -> str:
     """Predicted milliseconds per sequence, or a hyphen."""
     return "-" if point.predicted_ms is None else f"{point.predicted_ms:.3g}"
-
-
-def _cells(point: FrontPoint, kept: str, beside: Sequence[str], predicted: bool, timed: bool) -> tuple[str, ...]:
-    reported = (point.report_metric, *(point.report_metrics.get(name) for name in beside))
-    qualities = ("-" if value is None else f"{value:.4f}" for value in reported)
-    share = f"{point.relative_macs:.1%}"
-    time = (latency_text(point),) if timed else ()
-    cost = predicted_text(point) if predicted else flops_text(point.macs)
-    return str(point.trial), kept, f"{point.metric:.4f}", *qualities, share, cost, *time
 
 
 def _check_objectives(study: optuna.Study) -> None:

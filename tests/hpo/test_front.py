@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from hpo.errors import EmptyFront, HpoError
 from hpo.front import (
     Front,
     FrontPoint,
+    LatencySource,
     NothingFits,
     NotLengthStudy,
     choose,
@@ -498,7 +500,7 @@ def test_json_without_a_choice_says_null(study):
 def rendered(front, chosen, width):
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(front_table(front, chosen))
+        console.print(front_table(front, chosen, width))
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -531,6 +533,44 @@ def test_table_of_twelve_layers_fits_eighty_columns_uncut():
     shares = [f"{100 * 0.95**layer:.0f}" for layer in range(1, 13)]
     assert first == ["*", "1", *shares[:6], "0.8987", "0.8876", "68.3%", "1.02", "GFLOPs"]
     assert second == shares[6:]
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("metric", ["f1", "subset_accuracy", "pearson"])
+def test_whatever_the_table_shows_is_whole(metric, width):
+    front = busy_front(metric)
+    lines = rendered(front, front.points[0], width)
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert "…" not in text
+    first, full = (next(line for line in lines if mark in line) for mark in ("1479", "full length"))
+    assert [first.split()[index] for index in (0, 1, -1)] == ["*", "1479", "10.3"]
+    assert full.split()[-1] == "123"
+    assert "-0.1234" in first and "-0.0567" in first and "68.3%" in first  # noqa: PT018
+    caption = " ".join(" ".join(lines).split())
+    for name, shown in (("FLOPs", "1.02 GFLOPs" in first), ("exact_match", "0.7777" in first)):
+        assert shown != bool(re.search(rf"No room here for [^.]*{name}", caption))
+    if width == 140:
+        assert "No room" not in caption
+
+
+def busy_front(metric):
+    """Two points of an encoder of twelve layers, with another metric beside, both timed."""
+    shares = tuple(0.95**layer for layer in range(1, 13))
+    source = LatencySource(processor="a processor", threads=2, precision="fp32", batch_size=1)
+    point = FrontPoint(
+        trial=1479,
+        shares=shares,
+        metric=-0.1234,
+        report_metric=-0.0567,
+        macs=5.12e8,
+        relative_macs=0.683,
+        latency_ms=10.3,
+        metrics={metric: -0.1234, "exact_match": 0.7},
+        report_metrics={metric: -0.0567, "exact_match": 0.7777},
+    )
+    full = dataclasses.replace(point, trial=0, shares=(1.0,) * 12, relative_macs=1.0, macs=7.5e8, latency_ms=123.0)
+    return dataclasses.replace(make_front([]), metric=metric, full=full, points=(point, full), latency=source)
 
 
 def test_table_shows_a_study_name_as_it_stands():
