@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from model.length_config import LengthConfig, counts_of_shares
 
+COUNTS_TOGETHER = 2**16
+"""Counts of tokens that are worked on at once; thousands of configs over a split would take gigabytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderShape:
@@ -110,9 +113,13 @@ def mean_macs_of_shares(
         skipped_CL: Which layers each config skips.
     """
     lengths, repeats = np.unique(num_tokens_N, return_counts=True)
-    counts_CNL = counts_of_shares(shares_CL[:, None, :], lengths[:, None])
-    macs_CN = _macs_of_counts(shape, lengths, counts_CNL, ~skipped_CL[:, None, :])
-    means_C: NDArray[np.float64] = (macs_CN * repeats).sum(axis=1) / repeats.sum()
+    together = max(1, COUNTS_TOGETHER // max(1, len(lengths) * shape.num_layers))
+    means_C: NDArray[np.float64] = np.empty(len(shares_CL))
+    for first in range(0, len(shares_CL), together):
+        part = slice(first, first + together)
+        counts_CNL = counts_of_shares(shares_CL[part, None, :], lengths[:, None])
+        macs_CN = _macs_of_counts(shape, lengths, counts_CNL, ~skipped_CL[part, None, :])
+        means_C[part] = (macs_CN * repeats).sum(axis=1) / repeats.sum()
     return means_C
 
 

@@ -128,6 +128,16 @@ def test_a_skipped_layer_costs_nothing(layers, last):
     assert many.tolist() == pytest.approx([expected.mean(), mean_macs(TINY, LENGTHS)])
 
 
+def test_many_configs_are_counted_a_few_at_a_time(monkeypatch):
+    shares_CL = np.cumprod(np.random.default_rng(0).uniform(0.5, 1.0, (7, 3)), axis=1)
+    nothing_skipped = np.zeros((7, 3), dtype=bool)
+    at_once = mean_macs_of_shares(TINY, LENGTHS, shares_CL, nothing_skipped)
+    monkeypatch.setattr("model.macs.COUNTS_TOGETHER", 2 * 3 * len(np.unique(LENGTHS)))
+    np.testing.assert_array_equal(mean_macs_of_shares(TINY, LENGTHS, shares_CL, nothing_skipped), at_once)
+    alone = [mean_macs(TINY, LENGTHS, LengthConfig.from_shares(shares)) for shares in shares_CL.tolist()]
+    np.testing.assert_allclose(at_once, alone)
+
+
 def test_no_config_costs_the_full_length():
     np.testing.assert_array_equal(sequence_macs(TINY, LENGTHS), sequence_macs(TINY, LENGTHS, LengthConfig.full(3)))
 
