@@ -84,11 +84,11 @@ def draw_front(front: Front, chosen: FrontPoint | None = None, cost: str | None 
         marker = {"color": GREEN, "size": 18, "symbol": "circle-open", "line": {"color": GREEN, "width": 3}}
         figure.add_trace(_search_trace(front, cost, [chosen], "chosen", mode="markers", marker=marker))
     absolute = f"{flops_text(front.full.macs)} per sequence of the search split"
-    against, quantity = "compute", "FLOPs"
+    quantity = "FLOPs"
     if cost == MS:
         absolute = f"{predicted_text(front.full)} ms per sequence, for {_text(str(front.predicted_for))}"
-        against, quantity = "predicted time", "predicted time"
-    lay_out(figure, f"{_text(front.metric)} against {against}", f"100% is {BASELINE},<br>{absolute}")
+        quantity = "predicted time"
+    lay_out(figure, f"{_text(front.metric)} against {_against(cost)}", f"100% is {BASELINE},<br>{absolute}")
     title = f"{quantity} per sequence, share of full length"
     figure.update_xaxes(title_text=title, tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text=_text(front.metric))
@@ -151,8 +151,10 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
             [*((figure, 600) for figure in fronts), (draw_hypervolume(history), 360)]
         )
     )
+    against = " and ".join(map(_against, front.costs))
     page = _PAGE.substitute(
-        title=escape(f"{front.study}: {front.metric} against compute"),
+        title=escape(f"{front.study}: {front.metric} against {against}"),
+        against=against,
         study=escape(front.study),
         facts=_facts(front, chosen),
         front='</div>\n<div class="figure">'.join(front_divs),
@@ -282,6 +284,11 @@ def _report_trace(front: Front, cost: str, points: Sequence[FrontPoint]) -> go.S
     )
 
 
+def _against(cost: str) -> str:
+    """What a quality is drawn against where this is the cost."""
+    return "predicted time" if cost == MS else "compute"
+
+
 def _hover(front: Front, point: FrontPoint) -> str:
     shares = "<br>".join(_text(" ".join(line.split())) for line in percents(point.shares, point.skipped).splitlines())
     lines = [
@@ -293,7 +300,7 @@ def _hover(front: Front, point: FrontPoint) -> str:
     if point.predicted_ms is not None and point.relative_ms is not None:
         lines.insert(3, f"predicted time: {predicted_text(point)} ms per sequence, {point.relative_ms:.1%}")
     if point.latency_ms is not None and front.latency is not None:
-        lines.insert(3, f"time: {point.latency_ms:.3g} ms per sequence, {_text(str(front.latency))}")
+        lines.insert(3, f"time: {point.latency_ms:.3g} ms per sequence,<br>{_text(str(front.latency))}")
     if point.report_metric is not None:
         share = "" if point.report_relative_macs is None else f" at {point.report_relative_macs:.1%} of FLOPs"
         lines.insert(2, f"{_text(front.metric)}, report split: {point.report_metric:.4f}{share}")
@@ -433,7 +440,7 @@ p.note { color: #555; font-size: 14px; max-width: 75ch; overflow-wrap: anywhere;
 </style>
 </head>
 <body>
-<h1>Study $study: $metric against compute</h1>
+<h1>Study $study: $metric against $against</h1>
 <dl>
 $facts
 </dl>

@@ -337,6 +337,7 @@ def test_table_json_and_page_show_predictions(run, command, tmp_path):
     page = next((tmp_path / "runs").rglob("front.html")).read_text()
     assert "predicted time per sequence, share of full length" in page
     assert "Predicted time" in page
+    assert "<h1>Study lengths: accuracy against predicted time</h1>" in page
 
 
 def test_both_costs_are_drawn_and_told(run, command, tmp_path):
