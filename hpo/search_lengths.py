@@ -48,6 +48,7 @@ from hpo.workload import (
     Workload,
     library_versions,
     load_encoder,
+    load_trained_encoder,
     load_workload,
     require_trials,
 )
@@ -182,7 +183,7 @@ def search_loaded(
     An `evaluator` over the search split, in the blocks that the definition asks for, lets several searches share what
     it remembers; without one, the search has its own.
     """
-    model = load_encoder(checkpoint, loaded.corpus).eval()
+    model = load_trained_encoder(checkpoint, loaded.corpus).eval()
     space = search_space(definition, model.num_layers)
     if definition.skippable and not model.layer_drop:
         logger.warning(NEVER_DROPPED, checkpoint)

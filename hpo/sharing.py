@@ -22,6 +22,7 @@ from hpo.interrupts import uninterrupted
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.outage import DATABASE_ERRORS, database_reason
 from hpo.spool import ResultsKept
+from model.data import SEED_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def part_of(size: int, workers: int) -> int:
 def worker_seed(study: optuna.Study, seed: int, workers: int) -> int:
     """A seed of the sampler: one that goes on where the study stands, and for one of several workers one of its own."""
     own = 0 if workers == 1 else random.SystemRandom().getrandbits(31)
-    return seed + len(study.get_trials(deepcopy=False)) + own
+    return (seed + len(study.get_trials(deepcopy=False)) + own) % SEED_LIMIT
 
 
 def _ask(mirror: MirroredStudy, plan: Plan, trials: int) -> list[AskedTrial]:

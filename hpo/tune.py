@@ -33,6 +33,7 @@ from hpo.workload import (
     load_workload,
     require_trials,
 )
+from model.data import SEED_LIMIT
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
 from model.hardware import is_out_of_memory
@@ -299,7 +300,7 @@ class _Trainings:
         loaded, name = self.recipe.loaded, f"trial-{trial.number}"
         if self._stages(name) != trial.user_attrs.get(STAGES_DONE, 0):
             self.mirror.count_anew(trial, {STAGES_DONE: self._stages(name)})
-        seed = self.seed + trial.number
+        seed = (self.seed + trial.number) % SEED_LIMIT
         values: list[float] = []
         attributes: dict[str, Any] = {"seed": seed}
 

@@ -77,10 +77,10 @@ class SearchJob:
         Where time is a cost, this process's machine is timed, before any worker computes beside it.
         """
         from hpo.search_lengths import fitted_table, open_search
-        from hpo.workload import load_encoder, load_workload
+        from hpo.workload import load_trained_encoder, load_workload
 
         loaded = load_workload(self.workload, self.checkpoint)
-        model = load_encoder(self.checkpoint, loaded.corpus).eval()
+        model = load_trained_encoder(self.checkpoint, loaded.corpus).eval()
         study = open_search(self.definition, loaded, self.checkpoint, model, rdb, self.seed)
         fitted_table(study, rdb, self.definition, model, loaded, self.trials, on_progress)
         return study

@@ -1,6 +1,7 @@
 """What a study works on: an encoder, a dataset and a metric, and the same loaded and tokenised."""
 
 import dataclasses
+import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,15 @@ from model.rows import DataError
 from model.tasks import Metric, choose_metric
 from model.tokenizer import load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MAX_LENGTH = 512
 SHARED_PART = 3
 """Windows share a part in so many of their tokens at most, unless a user says how many."""
+RANDOM_HEAD = (
+    "%s has no trained head for %s. A random one is searched, another each time it is loaded, so that its answers mean "
+    "nothing and the study cannot be gone on with; train the encoder with `hpo tune` first."
+)
 
 ProgressHook = Callable[[float, int, str], None]
 """Called with the trials done (running ones count in part), the trials in all, and a remark."""
@@ -173,6 +180,14 @@ def load_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveModel:
         label_names=names or None,
         multi_label=corpus.kind == "multi-label",
     )
+
+
+def load_trained_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveModel:
+    """`load_encoder` for what is not trained any further; a head that it has not learned is warned of."""
+    model = load_encoder(source, corpus)
+    if model.has_new_head:
+        logger.warning(RANDOM_HEAD, source, model.task)
+    return model
 
 
 def library_versions() -> dict[str, str]:

@@ -23,6 +23,8 @@ from model.token_classification import TagData
 
 logger = logging.getLogger(__name__)
 
+SEED_LIMIT = 2**32
+"""Seeds are below, as numpy takes them."""
 CARVED = "carved from train"
 MAX_CARVED_ROWS = 2_000
 CARVED_PART = 10  # one row in ten, where that is fewer
@@ -43,7 +45,7 @@ class DataSpec:
         label_column: None finds it by its feature.
         train_limit: Most rows of the train split; the search and report splits never depend on it.
         search_size: Rows of the search split; None takes a tenth of the dataset's train rows, at most 2,000.
-        seed: Decides which rows are carved out, 0..2**32 - 1.
+        seed: Decides which rows are carved out, 0..SEED_LIMIT - 1.
     Raises:
         DataError: A value is out of its range.
     """
@@ -70,8 +72,8 @@ class DataSpec:
             raise DataError(f"train_limit={self.train_limit}; choose 2 rows or more, or leave it out.")
         if self.search_size is not None and self.search_size < 1:
             raise DataError(f"search_size={self.search_size}; choose 1 row or more, or leave it out.")
-        if not 0 <= self.seed < 2**32:
-            raise DataError(f"seed={self.seed}; choose 0..{2**32 - 1}.")
+        if not 0 <= self.seed < SEED_LIMIT:
+            raise DataError(f"seed={self.seed}; choose 0..{SEED_LIMIT - 1}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as values that JSON can hold; `from_dict` is the inverse."""

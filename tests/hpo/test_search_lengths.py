@@ -10,6 +10,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 import hpo.mirror
 import hpo.search_lengths
@@ -20,6 +21,7 @@ from hpo.samplers import RetentionSpace
 from hpo.search_lengths import config_of, constant_rates, open_search, search_lengths, shallow_networks
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
+from model.data import SEED_LIMIT
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import Evaluator, predict, score, stratified_blocks
 from model.length_config import LengthConfig
@@ -466,6 +468,25 @@ def test_depth_over_an_encoder_that_never_dropped_a_layer_is_warned_of(run, deep
 def test_depth_over_an_encoder_trained_with_layer_drop_is_not(run, deep, decided_encoder, caplog):
     run(3, definition=deep, checkpoint=decided_encoder)
     assert "LayerDrop" not in caplog.text
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_largest_seed_searches_and_goes_on(run, workload, workers):
+    data = dataclasses.replace(workload.data, seed=SEED_LIMIT - 1)
+    changes = {"workload": dataclasses.replace(workload, data=data), "seed": SEED_LIMIT - 1, "workers": workers}
+    run(4, **changes)
+    assert len(run(6, **changes).study.trials) == 6
+
+
+def test_a_head_that_nobody_trained_is_warned_of(run, tiny_encoder, tmp_path, caplog):
+    run(2)
+    assert "head" not in caplog.text
+    headless = tmp_path / "headless"
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(headless)
+    BertForSequenceClassification.from_pretrained(tiny_encoder).bert.save_pretrained(headless)
+    caplog.clear()
+    run(2, checkpoint=headless, storage=f"sqlite:///{tmp_path / 'other.db'}")
+    assert f"{headless} has no trained head for classification" in caplog.text
 
 
 # Seeds of another method

@@ -22,6 +22,7 @@ from hpo.runs import SPOOL
 from hpo.storage import open_storage
 from hpo.tune import _Trainings, best_checkpoint, best_trial, check_settings, tune
 from hpo.workload import load_encoder, load_workload
+from model.data import SEED_LIMIT
 from model.evaluate import score
 from model.macs import constant_rate_config
 from model.training import TrainingDiverged
@@ -92,6 +93,12 @@ def test_same_seed_gives_the_same_study(run, tmp_path):
     second = run(2, storage=f"sqlite:///{tmp_path}/second.db")
     assert [trial.value for trial in first.trials] == [trial.value for trial in second.trials]
     assert [trial.params for trial in first.trials] == [trial.params for trial in second.trials]
+
+
+def test_trials_of_the_largest_seed_have_seeds_too(run, workload):
+    data = dataclasses.replace(workload.data, seed=SEED_LIMIT - 1)
+    study = run(2, workload=dataclasses.replace(workload, data=data), seed=SEED_LIMIT - 1)
+    assert [trial.user_attrs["seed"] for trial in study.trials] == [SEED_LIMIT - 1, 0]
 
 
 def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeypatch):
