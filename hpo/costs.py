@@ -27,7 +27,7 @@ from model.encoder import LengthAdaptiveModel
 from model.hardware import computes_in_bf16, processor_name
 from model.latency import Hook, LatencyTable, calibrate, lengths_of
 from model.length_config import LengthConfig
-from model.macs import EncoderShape, mean_macs, mean_macs_of_shares
+from model.macs import EncoderShape, mean_macs, mean_macs_of_shares, tokens_left
 from model.timing import sample
 from studies.loader import LengthsStudy
 
@@ -100,8 +100,12 @@ class Costs:
         return self.table.ms(self.lengths_MB, configs.shares_CN, configs.skipped_CN)
 
     def macs_of(self, configs: Configs) -> Array:
-        """Mean MACs of a sequence under each of many configs, which tell apart what keeps other counts."""
+        """Mean MACs of a sequence under each of many configs."""
         return mean_macs_of_shares(self.shape, self.num_tokens_N, configs.shares_CN, configs.skipped_CN)
+
+    def tokens_left(self, configs: Configs) -> NDArray[np.int64]:
+        """Tokens of all sequences left after each layer, (C, N), which tell apart what keeps other counts."""
+        return tokens_left(self.num_tokens_N, configs.shares_CN)
 
 
 def cost_table(

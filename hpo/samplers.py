@@ -33,10 +33,12 @@ from studies.loader import LengthsStudy
 if TYPE_CHECKING:
     from hpo.surrogate import Surrogate
 
-Key = tuple[float, bytes]
-"""What configs have in common that keep the same counts: their cost, and the layers they skip."""
+Key = tuple[bytes, bytes]
+"""What configs have in common that keep the same counts: what tells them apart, and the layers they skip."""
 CostOf = Callable[["Configs"], Array]
 """The cost of each config as a share of full length's, (C,), or its two costs, (C, 2)."""
+Identify = Callable[["Configs"], NDArray[Any]]
+"""Numbers that are equal for configs that keep the same counts, (C, ..)."""
 
 CROSSOVERS: dict[str, Callable[[], nsgaii.BaseCrossover]] = {
     "uniform": nsgaii.UniformCrossover,
@@ -66,7 +68,7 @@ def make_sampler(
     reads_first: bool,
     alone: bool = True,
     full_cost: Sequence[float] | None = None,
-    identify: CostOf | None = None,
+    identify: Identify | None = None,
 ) -> BaseSampler:
     """The sampler that a study file names.
 
@@ -80,7 +82,7 @@ def make_sampler(
         alone: Whether one worker asks for all trials; where several do, the surrogate chooses a generation's children
             together as ever, though other trials are finished while they are asked one part after the other.
         full_cost: What full length costs, by each measure; None where there is one and nothing costs more.
-        identify: Numbers that tell configs apart; None where their costs do.
+        identify: What tells configs apart that keep other counts; None where their costs do.
     """
     retentions = RetentionSpace.of(space)
     with warnings.catch_warnings():
@@ -310,7 +312,7 @@ class SurrogateScreening:
         waiting: Children chosen and not yet asked for.
         known: How many trials were finished when they were chosen.
         full_cost: What full length costs, by each measure; None where there is one and nothing costs more.
-        identify: Numbers that tell configs apart; None where their costs do.
+        identify: What tells configs apart that keep other counts; None where their costs do.
     """
 
     retentions: RetentionSpace
@@ -325,7 +327,7 @@ class SurrogateScreening:
     waiting: list[dict[str, Any]] = field(default_factory=list)
     known: int = -1
     full_cost: Sequence[float] | None = None
-    identify: CostOf | None = None
+    identify: Identify | None = None
 
     def __call__(
         self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
@@ -401,7 +403,10 @@ class SurrogateScreening:
         return retention_CN[new], bred[new], cost_C[new]
 
     def _keys(self, configs: Configs, cost_C: Array) -> list[Key]:
-        return _keys(configs, cost_C if self.identify is None or not len(configs) else self.identify(configs))
+        """Equal for configs that skip the same layers and keep the same counts: whoever tried one tried the other."""
+        told_C = np.round(cost_C, 12) if self.identify is None else self.identify(configs)
+        pairs = zip(told_C, configs.skipped_CN, strict=True)
+        return [(told.tobytes(), skipped_N.tobytes()) for told, skipped_N in pairs]
 
     def _inputs(self, configs: Configs) -> Array:
         """What quality depends on: shares that decide something, and which layers are skipped."""
@@ -473,15 +478,6 @@ class _Stopped:
 
 def _sign(study: optuna.Study) -> float:
     return 1.0 if study.directions[0] == StudyDirection.MAXIMIZE else -1.0
-
-
-def _keys(configs: Configs, cost_C: Array) -> list[Key]:
-    """Equal for configs that skip the same layers and whose MACs are equal but for rounding.
-
-    Those keep the same counts, as good as always: whoever tried one has tried the other.
-    """
-    costs: list[float] = np.round(cost_C, 12).tolist()
-    return [(cost, skipped_N.tobytes()) for cost, skipped_N in zip(costs, configs.skipped_CN, strict=True)]
 
 
 def mutate_between_neighbours(configs: Configs, probability_C: Array, generator: np.random.Generator) -> Configs:

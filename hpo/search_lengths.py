@@ -205,7 +205,7 @@ def search_loaded(
             reads_first=model.reads_first,
             alone=workers == 1,
             full_cost=None if table is None else costs.full,
-            identify=None if table is None else costs.macs_of,
+            identify=costs.tokens_left,
         )
         mirror = MirroredStudy(study, rdb, sampler, space, heartbeats=heartbeats, spool=spool)
         if evaluator is None:

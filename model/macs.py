@@ -5,7 +5,7 @@ of the head, and one MAC per element of each LayerNorm. Not counted: the embeddi
 residual additions and the sums that score tokens, none of which is a matrix product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,14 +113,37 @@ def mean_macs_of_shares(
         skipped_CL: Which layers each config skips.
     """
     lengths, repeats = np.unique(num_tokens_N, return_counts=True)
-    together = max(1, COUNTS_TOGETHER // max(1, len(lengths) * shape.num_layers))
     means_C: NDArray[np.float64] = np.empty(len(shares_CL))
-    for first in range(0, len(shares_CL), together):
-        part = slice(first, first + together)
-        counts_CNL = counts_of_shares(shares_CL[part, None, :], lengths[:, None])
+    for part, counts_CNL in _counts_in_parts(lengths, shares_CL):
         macs_CN = _macs_of_counts(shape, lengths, counts_CNL, ~skipped_CL[part, None, :])
         means_C[part] = (macs_CN * repeats).sum(axis=1) / repeats.sum()
     return means_C
+
+
+def tokens_left(num_tokens_N: NDArray[np.int64], shares_CL: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    """Tokens of a whole split left after each layer of many configs, (C, L).
+
+    A greater share leaves no sequence fewer tokens, so that equal sums mean equal counts of every sequence.
+
+    Args:
+        num_tokens_N: Real tokens of each sequence.
+        shares_CL: Shares left after the layers of each config; at a skipped layer, those that arrive.
+    """
+    lengths, repeats = np.unique(num_tokens_N, return_counts=True)
+    left_CL = np.empty(shares_CL.shape, dtype=np.int64)
+    for part, counts_CNL in _counts_in_parts(lengths, shares_CL):
+        left_CL[part] = (counts_CNL * repeats[:, None]).sum(axis=1)
+    return left_CL
+
+
+def _counts_in_parts(
+    lengths: NDArray[np.int64], shares_CL: NDArray[np.floating[Any]]
+) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Tokens left of sequences of each length, (C, N, L), of a few configs at a time, and which configs those are."""
+    together = max(1, COUNTS_TOGETHER // max(1, len(lengths) * shares_CL.shape[1]))
+    for first in range(0, len(shares_CL), together):
+        part = slice(first, first + together)
+        yield part, counts_of_shares(shares_CL[part, None, :], lengths[:, None])
 
 
 def constant_rate_config(shape: EncoderShape, num_tokens_N: NDArray[np.int64], relative_macs: float) -> LengthConfig:

@@ -308,6 +308,22 @@ def test_the_surrogate_asks_for_no_two_configs_of_one_cost():
     assert not set(bred) & set(first)
 
 
+def test_the_surrogate_asks_for_configs_of_one_cost_that_keep_other_counts():
+    screening = SurrogateScreening(
+        retentions=GRID,
+        cost_of=lambda configs: np.full(len(configs), 0.5),
+        generation=20,
+        brood=40,
+        reads_first=False,
+        generator=np.random.default_rng(0),
+        identify=lambda configs: np.round(configs.shares_CN * 100),
+    )
+    study = search("random", 40, seed=0)
+    bred = screening._breed(_Scored.of(study, GRID), set(), GRID.configs_of(study.trials))[1]
+    kept = {shares.tobytes() for shares in np.round(bred.shares_CN * 100)}
+    assert len(bred) == len(kept) > 100
+
+
 def test_what_a_stopped_trial_has_shown_tells_the_surrogate_as_much_as_its_error_allows():
     def predicted(*errors):
         """Quality predicted at a config that trials with these errors say is 0.3."""

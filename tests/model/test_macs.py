@@ -1,5 +1,6 @@
 """MACs against published totals, against torch's own counter and against every product written out."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.encoder import LengthAdaptiveModel
 from model.length_config import LengthConfig
-from model.macs import EncoderShape, constant_rate_config, mean_macs, mean_macs_of_shares, sequence_macs
+from model.macs import EncoderShape, constant_rate_config, mean_macs, mean_macs_of_shares, sequence_macs, tokens_left
 
 TINY = EncoderShape(num_layers=3, hidden_size=8, feed_forward_size=20, head_macs_per_sequence=88)
 LENGTHS = np.array([3, 5, 5, 9, 14, 14, 14, 22, 31, 60])
@@ -136,6 +137,20 @@ def test_many_configs_are_counted_a_few_at_a_time(monkeypatch):
     np.testing.assert_array_equal(mean_macs_of_shares(TINY, LENGTHS, shares_CL, nothing_skipped), at_once)
     alone = [mean_macs(TINY, LENGTHS, LengthConfig.from_shares(shares)) for shares in shares_CL.tolist()]
     np.testing.assert_allclose(at_once, alone)
+
+
+def test_configs_of_equal_cost_are_told_apart_by_what_they_keep():
+    shape = EncoderShape(num_layers=3, hidden_size=4, feed_forward_size=8)
+    alike = np.arange(1, 25)[:, None] / 24
+    shares_CL = np.array(
+        [shares for shares in itertools.product(alike[:, 0], repeat=3) if list(shares) == sorted(shares)[::-1]]
+    )
+    one_length = np.full(5, 24)
+    costs = mean_macs_of_shares(shape, one_length, shares_CL, np.zeros(shares_CL.shape, dtype=bool))
+    kept = [LengthConfig.from_shares(shares).lengths(24) for shares in shares_CL.tolist()]
+    left_CL = tokens_left(one_length, shares_CL)
+    assert len(np.unique(costs)) < len(set(kept))
+    assert left_CL.tolist() == [[5 * count for count in counts] for counts in kept]
 
 
 def test_no_config_costs_the_full_length():
