@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import optuna
 
 from hpo.errors import HpoError
+from studies.loader import STAGES
 
 if TYPE_CHECKING:  # listing and drawing studies needs no torch
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +34,10 @@ SPOOL = "spool"
 """Results that the database has not been told yet, in a study's folder."""
 STAGE_MARK = ".after-"
 """In the names of checkpoints of trials that are not through."""
-TRIAL_FOLDER = re.compile(r"\.?(?P<name>trial-(?P<number>\d+))(?!\d)")
-"""A trial's checkpoint, its stages, or one of them that is being written."""
+TRIAL_FOLDER = re.compile(
+    rf"(?P<hidden>\.)?(?P<name>trial-(?P<number>\d+))({re.escape(STAGE_MARK)}({'|'.join(STAGES)}))?(?(hidden)\.partial)"
+)
+"""A trial's checkpoint, one of its stages, or one of them that is being written; whatever else is there is a user's."""
 FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Folder names read from a database, which others may write to, become paths that are deleted."""
 
@@ -143,7 +146,7 @@ class StudyRuns:
         return self.write_checkpoint(name, write)
 
     def keep_only(self, place: str | None, begun: Collection[str] = (), newer: int | None = None) -> None:
-        """Remove every checkpoint of this study but the one at `place` (relative to the runs folder).
+        """Remove every checkpoint of this study's trials but the one at `place` (relative to the runs folder).
 
         Args:
             place: Of the checkpoint that stays; None where none does.
@@ -153,11 +156,10 @@ class StudyRuns:
         """
         kept = None if place is None else (self.root / place).name
         for folder in self.folder.glob("*/"):
-            trial = TRIAL_FOLDER.match(folder.name)
-            stays = trial is not None and (
-                trial["name"] in begun or (newer is not None and int(trial["number"]) >= newer)
-            )
-            if folder.name not in (kept, CACHE, SPOOL) and not stays:
+            trial = TRIAL_FOLDER.fullmatch(folder.name)
+            if trial is None or folder.name == kept or trial["name"] in begun:
+                continue
+            if newer is None or int(trial["number"]) < newer:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def stage_place(self, trial: str, stage: str) -> Path:

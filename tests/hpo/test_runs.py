@@ -229,6 +229,16 @@ def test_what_other_workers_have_under_way_stays(filled):
     ]
 
 
+def test_folders_that_a_user_made_stay(filled):
+    own = [".trial-0", "my-export", "trial-0-backup", "trial-0.after-lunch", "trial-0.partial", "trial-x"]
+    for name in own:
+        (filled.folder / name).mkdir()
+    for name in ("trial-0.after-intermediate", ".trial-0.after-logits.partial"):
+        (filled.folder / name).mkdir()
+    filled.keep_only(f"{filled.folder.name}/trial-1")
+    assert visible(filled) == sorted(["front.html", "trial-1", *own])
+
+
 def test_other_studies_checkpoints_stay(root, filled):
     other = StudyRuns(root, make_study())
     other.write_checkpoint("trial-0", writer("other"))
