@@ -21,7 +21,7 @@ from model.processes import check_processes, train_in_processes
 from model.students import cut_student
 from model.tokenizer import load_tokenizer
 from model.train import TrainingSettings, train
-from model.training import TrainingReport
+from model.training import Precision, TrainingReport
 from studies.loader import STAGES, Choices, FinetuneStudy, StudyFileError
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Recipe:
         teacher_source: Its folder or hub id.
         student_layers: Layers of the workload's encoder that the student is made of; None for all.
         processes: How many train one model together.
+        precision: What "auto" stands for in the settings; "auto" leaves it to each process.
     """
 
     definition: FinetuneStudy
@@ -54,6 +55,7 @@ class Recipe:
     teacher_source: str | None
     student_layers: tuple[int, ...] | None
     processes: int = 1
+    precision: Precision = "auto"
 
     @classmethod
     def of(
@@ -105,6 +107,14 @@ class Recipe:
     def attributes(self) -> dict[str, Any]:
         """What is recorded with the study."""
         return {} if self.teacher is None else {"teacher": self.teacher_source}
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the precision of any training is left open."""
+        declared = {**self.definition.fixed, **self.definition.space}
+        keys = ["precision"] if self.definition.kind == "finetune" else [f"{stage}.precision" for stage in STAGES]
+        values = [declared.get(key, "auto") for key in keys]
+        return any("auto" in value if isinstance(value, Choices) else value == "auto" for value in values)
 
     def new_student(self) -> LengthAdaptiveModel:
         """The encoder as training begins, its head drawn anew from torch's random state.
@@ -165,6 +175,7 @@ class Recipe:
             transformers.set_seed(seed)
             model = self.new_student()
             settings = TrainingSettings(**{**self.definition.fixed, **parameters, "seed": seed})
+            settings = settings.with_precision_settled(self.precision)
             return model, self._drop_lengths(model, settings, on_epoch, on_progress)
         model, begun = self._last_stage(runs, name, seed)
         steps = 0
@@ -177,10 +188,11 @@ class Recipe:
                 on_progress((number + share) / len(STAGES))
 
             values = {**self.definition.settings_of(stage, parameters), "seed": seed}
-            if stage == STAGES[-1]:
-                report = self._drop_lengths(model, TrainingSettings(**values), on_epoch, report_share)
+            stage_settings = SETTINGS_OF[stage](**values).with_precision_settled(self.precision)
+            if isinstance(stage_settings, TrainingSettings):
+                report = self._drop_lengths(model, stage_settings, on_epoch, report_share)
             else:
-                report = self._imitate(model, DistillSettings(**values), runs, report_share)
+                report = self._imitate(model, stage_settings, runs, report_share)
                 runs.write_model(runs.stage_place(name, stage).name, model, self.loaded.tokenizer)
                 logger.info("Stage %s of %s is done.", stage, name)
             steps += report.steps

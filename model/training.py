@@ -59,7 +59,7 @@ class Schedule:
         warmup_ratio: Share of all steps over which the learning rate rises.
         weight_decay: AdamW's decay, not on biases and LayerNorms.
         max_grad_norm: Clipping of the gradient's norm.
-        precision: "auto" takes bf16 autocast where the processor or GPU is quicker in it.
+        precision: "auto" takes bf16 autocast where the processor or GPU is quicker in it; a study chooses once.
         dropout: Probability in all of the encoder's dropout; None leaves it as the checkpoint has it. Without any, a
             processor trains faster.
         seed: Of dropout, batch order and whatever else is drawn.
@@ -81,9 +81,10 @@ class Schedule:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
 
-    def with_precision_settled(self) -> Self:
-        """The same with "bf16" or "fp32" for "auto", as this process decides."""
-        return dataclasses.replace(self, precision="bf16" if uses_bf16(self.precision) else "fp32")
+    def with_precision_settled(self, settled: Precision = "auto") -> Self:
+        """The same with "bf16" or "fp32" for "auto": what was settled before, else what this process decides."""
+        precision = settled if self.precision == "auto" else self.precision
+        return dataclasses.replace(self, precision="bf16" if uses_bf16(precision) else "fp32")
 
     def ranges(self) -> Ranges:
         """Of each setting, whether its value is possible, and in words what is."""

@@ -247,3 +247,27 @@ def test_an_interrupted_run_goes_on_after_the_last_stage_it_kept(command, argume
     assert "run the same command again" in " ".join(err.split()).lower()
     assert command("distill", *arguments)[0] == 0
     assert len(calls) == 3, "the first stage is not run again"
+
+
+def test_a_distillation_that_goes_on_computes_in_what_it_began_with(command, arguments, distill_file, monkeypatch):
+    Path(distill_file).write_text(DISTILL.replace('precision = "fp32"\n', ""))
+    monkeypatch.setattr("hpo.tune.computes_in_bf16", lambda: True)
+    taken, gains = [], True
+
+    def recorded(training):
+        def run(*given, **named):
+            nonlocal gains
+            gains = not gains
+            taken.append(given[-1].precision)
+            if len(taken) == 2:
+                raise KeyboardInterrupt
+            return training(*given, **named)
+
+        return run
+
+    monkeypatch.setattr("model.training.gains_from_bf16", lambda: gains)
+    for name in ("distil", "train"):
+        monkeypatch.setattr(hpo.recipe, name, recorded(getattr(hpo.recipe, name)))
+    assert command("distill", *arguments)[0] == 130
+    assert command("distill", *arguments)[0] == 0
+    assert taken == ["bf16"] * 4

@@ -109,6 +109,43 @@ def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeyp
     assert "nan at step 3" in study.trials[0].user_attrs["failure"]
 
 
+@pytest.fixture
+def undecided(finetune):
+    """The study without a precision, which the machine chooses."""
+    fixed = {name: value for name, value in finetune.fixed.items() if name != "precision"}
+    return dataclasses.replace(finetune, fixed=fixed)
+
+
+def precisions(study: optuna.Study) -> list[str]:
+    return [trial.user_attrs["precision"] for trial in study.trials]
+
+
+def test_precision_is_chosen_once_for_all_trials_of_a_study(run, undecided, monkeypatch):
+    monkeypatch.setattr("hpo.tune.computes_in_bf16", lambda: True)
+    for trials, gains in ((1, True), (2, False)):
+        monkeypatch.setattr("model.training.gains_from_bf16", lambda gains=gains: gains)
+        study = run(trials, definition=undecided)
+    assert precisions(study) == ["bf16", "bf16"]
+    assert study.user_attrs["precision"] == "bf16"
+
+
+def test_worker_without_bf16_trains_its_trials_in_float32(run, undecided, monkeypatch, caplog):
+    for trials, has_bf16 in ((1, True), (2, False)):
+        monkeypatch.setattr("hpo.tune.computes_in_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr("model.training.gains_from_bf16", lambda has_bf16=has_bf16: has_bf16)
+        study = run(trials, definition=undecided)
+    assert precisions(study) == ["bf16", "fp32"]
+    assert study.user_attrs["precision"] == "bf16"
+    assert "computes in bf16, which this machine lacks" in caplog.text
+
+
+def test_study_whose_file_names_the_precision_leaves_nothing_to_be_chosen(run, monkeypatch):
+    monkeypatch.setattr("model.training.gains_from_bf16", lambda: pytest.fail("timed"))
+    study = run(1)
+    assert precisions(study) == ["fp32"]
+    assert "precision" not in study.user_attrs
+
+
 def test_workers_that_start_together_try_known_good_settings_once(storage, monkeypatch):
     monkeypatch.setattr(_Trainings, "_train_and_score", lambda _, trial, *__: Told(trial=trial, values=[0.5]))
     database = open_storage(storage)
