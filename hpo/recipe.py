@@ -22,7 +22,7 @@ from model.students import cut_student
 from model.tokenizer import load_tokenizer
 from model.train import TrainingSettings, train
 from model.training import Precision, TrainingReport
-from studies.loader import STAGES, Choices, FinetuneStudy, StudyFileError
+from studies.loader import STAGES, Choices, FinetuneStudy, Range, StudyFileError
 
 logger = logging.getLogger(__name__)
 
@@ -307,9 +307,15 @@ def _check_part(
             f"have; choose from {', '.join(sorted(known))}."
         )
     for name, declared in space.items():
-        for value in declared.choices if isinstance(declared, Choices) else (declared.low, declared.high):
+        for value in declared.choices if isinstance(declared, Choices) else _outermost(declared):
             check({name: value})
     check({})
+
+
+def _outermost(declared: Range) -> list[int | float]:
+    """The bounds of a range, and the second value where it has steps, which may be no whole number."""
+    second = [] if declared.step is None else [min(declared.low + declared.step, declared.high)]
+    return [declared.low, declared.high, *second]
 
 
 def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:

@@ -4,9 +4,10 @@ import dataclasses
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 import datasets
@@ -39,6 +40,12 @@ MakeTrainer = Callable[..., Trainer]
 Ranges = dict[str, tuple[bool, str]]
 
 LOGGED_STEPS = 10
+NUMBERS: Mapping[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    float | None: (Real | None, "a number"),
+}
+"""What a setting declared so may be, and in words; True and False, which Python takes for numbers, are none."""
 NO_LABEL = -100
 """What labels call a token that has none."""
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
@@ -64,7 +71,7 @@ class Schedule:
             processor trains faster.
         seed: Of dropout, batch order and whatever else is drawn.
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of its range, or no number where one is needed.
     """
 
     learning_rate: float = 5e-5
@@ -77,6 +84,11 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            if setting.type in NUMBERS:
+                value, (kind, wanted) = getattr(self, setting.name), NUMBERS[setting.type]
+                if isinstance(value, bool) or not isinstance(value, kind):
+                    raise ValueError(f"{setting.name}={value!r}; choose {wanted}.")
         for name, (holds, wanted) in self.ranges().items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")

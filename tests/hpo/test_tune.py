@@ -25,7 +25,7 @@ from hpo.workload import load_encoder, load_workload
 from model.evaluate import score
 from model.macs import constant_rate_config
 from model.training import TrainingDiverged
-from studies.loader import Range, StudyFileError
+from studies.loader import Choices, Range, StudyFileError
 
 
 @pytest.fixture
@@ -322,6 +322,14 @@ def test_best_checkpoint_elsewhere_says_where_it_looked(run, tmp_path):
         ({"space": {"length_drop": Range(low=0.1, high=1.5)}}, "length_drop=1.5"),
         ({"fixed": {"batch_size": 0}}, "batch_size=0"),
         ({"fixed": {"seed": 3}}, "seed"),
+        ({"fixed": {"sandwich_size": 1.5}}, "sandwich_size=1.5; choose a whole number"),
+        ({"fixed": {"batch_size": 16.0}}, "batch_size=16.0; choose a whole number"),
+        ({"fixed": {"batch_size": True}}, "batch_size=True; choose a whole number"),
+        ({"fixed": {"dropout": "a"}}, "dropout='a'; choose a number"),
+        ({"fixed": {"weight_decay": False}}, "weight_decay=False; choose a number"),
+        ({"space": {"sandwich_size": Choices(choices=(1, 1.5))}}, "sandwich_size=1.5; choose a whole number"),
+        ({"space": {"sandwich_size": Range(low=1, high=2.5)}}, "sandwich_size=2.5; choose a whole number"),
+        ({"space": {"sandwich_size": Range(low=1, high=3, step=0.5)}}, "sandwich_size=1.5; choose a whole number"),
     ],
 )
 def test_impossible_definition_is_refused_before_any_training(finetune, changes, word):
