@@ -148,6 +148,14 @@ class Recipe:
             except ValueError as error:
                 raise self._cannot_distil(error) from error
 
+    def last_settings(self, parameters: Mapping[str, Any], seed: int) -> TrainingSettings:
+        """How a trial learns to drop tokens: all of a fine-tuning, the last stage of a distillation."""
+        if self.definition.kind == "finetune":
+            values = {**self.definition.fixed, **parameters}
+        else:
+            values = self.definition.settings_of(STAGES[-1], parameters)
+        return TrainingSettings(**values, seed=seed).with_precision_settled(self.precision)
+
     def train(
         self,
         parameters: Mapping[str, Any],
@@ -174,9 +182,7 @@ class Recipe:
         if self.definition.kind == "finetune":
             transformers.set_seed(seed)
             model = self.new_student()
-            settings = TrainingSettings(**{**self.definition.fixed, **parameters, "seed": seed})
-            settings = settings.with_precision_settled(self.precision)
-            return model, self._drop_lengths(model, settings, on_epoch, on_progress)
+            return model, self._drop_lengths(model, self.last_settings(parameters, seed), on_epoch, on_progress)
         model, begun = self._last_stage(runs, name, seed)
         steps = 0
         report = None
@@ -187,12 +193,12 @@ class Recipe:
             def report_share(share: float, number: int = number) -> None:
                 on_progress((number + share) / len(STAGES))
 
-            values = {**self.definition.settings_of(stage, parameters), "seed": seed}
-            stage_settings = SETTINGS_OF[stage](**values).with_precision_settled(self.precision)
-            if isinstance(stage_settings, TrainingSettings):
-                report = self._drop_lengths(model, stage_settings, on_epoch, report_share)
+            if stage == STAGES[-1]:
+                report = self._drop_lengths(model, self.last_settings(parameters, seed), on_epoch, report_share)
             else:
-                report = self._imitate(model, stage_settings, runs, report_share)
+                settings = DistillSettings(**self.definition.settings_of(stage, parameters), seed=seed)
+                settings = settings.with_precision_settled(self.precision)
+                report = self._imitate(model, settings, runs, report_share)
                 runs.write_model(runs.stage_place(name, stage).name, model, self.loaded.tokenizer)
                 logger.info("Stage %s of %s is done.", stage, name)
             steps += report.steps

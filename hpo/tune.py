@@ -318,6 +318,7 @@ class _Trainings:
         if self._stages(name) != trial.user_attrs.get(STAGES_DONE, 0):
             self.mirror.count_anew(trial, {STAGES_DONE: self._stages(name)})
         seed = self.seed + trial.number
+        last_epoch = self.recipe.last_settings(trial.params, seed).all_epochs
         values: list[float] = []
         attributes: dict[str, Any] = {"seed": seed}
 
@@ -326,7 +327,7 @@ class _Trainings:
             scores = score(model, loaded.search, configs, loaded.metric)
             values.append(sum(scores) / len(scores))
             attributes["metric_at_full_length"] = scores[0]
-            if self.mirror.report(trial, values[-1], epoch):
+            if self.mirror.report(trial, values[-1], epoch) and epoch < last_epoch:
                 raise optuna.TrialPruned
 
         try:

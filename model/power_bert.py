@@ -303,7 +303,7 @@ def retrain(
         ValueError: The split is empty, or the config has another number of layers.
     Source: Goyal et al. 2020, re-training.
     """
-    plain = replace(settings, plain_epochs=settings.plain_epochs + settings.epochs, epochs=0)
+    plain = replace(settings, plain_epochs=settings.all_epochs, epochs=0)
     shortened = _AtOneConfig(model, length_config)
     return train(shortened, split, tokenizer, plain, on_epoch=on_epoch, on_progress=on_progress)
 

@@ -279,6 +279,23 @@ def test_hopeless_trial_is_pruned_and_leaves_no_checkpoint(run, finetune, tmp_pa
     assert checkpoints(tmp_path / "runs") == ["trial-0"]
 
 
+def test_trial_is_not_stopped_at_its_last_epoch(run, finetune, monkeypatch):
+    values = iter([0.1, 0.1, 0.9] * 2 + [0.1, 0.1, 0.2])
+    monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [next(values)])
+    definition = dataclasses.replace(
+        finetune,
+        objective="metric",
+        space={**finetune.space, "epochs": Range(low=2, high=2)},
+        fixed={name: value for name, value in finetune.fixed.items() if name != "epochs"},
+        first=(),
+        pruner_startup_trials=2,
+        pruner_warmup_epochs=0,
+    )
+    study = run(3, definition=definition)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert study.trials[2].value == 0.2
+
+
 def test_changed_study_is_refused_by_name(run, finetune, workload):
     run(1)
     with pytest.raises(StudyChanged, match=r"another --objective \(area\), so"):
