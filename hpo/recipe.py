@@ -338,8 +338,14 @@ def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:
 def _check_labels(loaded: LoadedWorkload, teacher_source: str) -> None:
     names = loaded.corpus.label_names
     theirs = labels_of(read_config(teacher_source))
-    if names and theirs and not theirs[0].startswith(DEFAULT_NAME) and theirs != names:
+    if not names or not theirs or theirs[0].startswith(DEFAULT_NAME):
+        return
+    if [name.casefold() for name in names] == [name.casefold() for name in theirs]:
+        return
+    known, found = ", ".join(theirs[:8]), ", ".join(names[:8])
+    if names != tuple(str(number) for number in range(len(theirs))):
         raise HpoError(
-            f"The teacher {teacher_source} knows the labels {', '.join(theirs[:8])}, the dataset has "
-            f"{', '.join(names[:8])}; choose a teacher that was fine-tuned on this dataset."
+            f"The teacher {teacher_source} knows the labels {known}, the dataset has {found}; choose a teacher that "
+            "was fine-tuned on this dataset."
         )
+    logger.warning("The study takes %s for the teacher's labels %s, in this order.", found, known)
