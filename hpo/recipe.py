@@ -183,8 +183,7 @@ class Recipe:
             transformers.set_seed(seed)
             model = self.new_student()
             return model, self._drop_lengths(model, self.last_settings(parameters, seed), on_epoch, on_progress)
-        model, begun = self._last_stage(runs, name, seed)
-        steps = 0
+        model, begun, steps = self._last_stage(runs, name, seed)
         report = None
         for number, stage in enumerate(STAGES):
             if number < begun:
@@ -198,12 +197,11 @@ class Recipe:
             else:
                 settings = DistillSettings(**self.definition.settings_of(stage, parameters), seed=seed)
                 settings = settings.with_precision_settled(self.precision)
-                report = self._imitate(model, settings, runs, report_share)
-                runs.write_model(runs.stage_place(name, stage).name, model, self.loaded.tokenizer)
+                steps += self._imitate(model, settings, runs, report_share).steps
+                runs.write_model(runs.stage_place(name, stage).name, model, self.loaded.tokenizer, steps)
                 logger.info("Stage %s of %s is done.", stage, name)
-            steps += report.steps
         assert report is not None
-        return model, dataclasses.replace(report, steps=steps)
+        return model, dataclasses.replace(report, steps=steps + report.steps)
 
     def _drop_lengths(
         self,
@@ -253,15 +251,16 @@ class Recipe:
         """The same training, in as many processes as the recipe has."""
         return training if self.processes == 1 else partial(train_in_processes, training, self.processes)
 
-    def _last_stage(self, runs: StudyRuns, name: str, seed: int) -> tuple[LengthAdaptiveModel, int]:
-        """The model after the last stage that is kept, and the number of stages done."""
+    def _last_stage(self, runs: StudyRuns, name: str, seed: int) -> tuple[LengthAdaptiveModel, int, int]:
+        """The model after the last stage that is kept, and the numbers of stages and steps done."""
         for number in reversed(range(len(STAGES) - 1)):
-            place = runs.stage_place(name, STAGES[number])
+            stage = STAGES[number]
+            place = runs.stage_place(name, stage)
             if place.is_dir():
-                logger.info("Going on after stage %s of %s.", STAGES[number], name)
-                return load_encoder(place, self.loaded.corpus), number + 1
+                logger.info("Going on after stage %s of %s.", stage, name)
+                return load_encoder(place, self.loaded.corpus), number + 1, runs.steps_after(name, stage)
         transformers.set_seed(seed)
-        return self.new_student(), 0
+        return self.new_student(), 0, 0
 
     def score_teacher(self, teacher: LengthAdaptiveModel) -> float:
         """The teacher's quality on the search split, with a warning where it knows nothing."""

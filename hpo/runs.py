@@ -34,6 +34,8 @@ SPOOL = "spool"
 """Results that the database has not been told yet, in a study's folder."""
 STAGE_MARK = ".after-"
 """In the names of checkpoints of trials that are not through."""
+STEPS_FILE = "steps.txt"
+"""In the checkpoint of a stage: the optimizer steps of it and those before."""
 TRIAL_FOLDER = re.compile(
     rf"(?P<hidden>\.)?(?P<name>trial-(?P<number>\d+))({re.escape(STAGE_MARK)}({'|'.join(STAGES)}))?(?(hidden)\.partial)"
 )
@@ -136,12 +138,16 @@ class StudyRuns:
             ) from error
         return f"{self.folder.name}/{name}"
 
-    def write_model(self, name: str, model: "LengthAdaptiveModel", tokenizer: "PreTrainedTokenizerBase") -> str:
-        """`write_checkpoint` for a model and its tokenizer."""
+    def write_model(
+        self, name: str, model: "LengthAdaptiveModel", tokenizer: "PreTrainedTokenizerBase", steps: int | None = None
+    ) -> str:
+        """`write_checkpoint` for a model and its tokenizer, and the steps that made it where they are given."""
 
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if steps is not None:
+                (folder / STEPS_FILE).write_text(str(steps), encoding="utf-8")
 
         return self.write_checkpoint(name, write)
 
@@ -165,3 +171,8 @@ class StudyRuns:
     def stage_place(self, trial: str, stage: str) -> Path:
         """Where the checkpoint lies that a trial has after one of its stages."""
         return self.folder / f"{trial}{STAGE_MARK}{stage}"
+
+    def steps_after(self, trial: str, stage: str) -> int:
+        """The steps that a trial has made when a stage that is kept is done; 0 where an earlier version kept it."""
+        file = self.stage_place(trial, stage) / STEPS_FILE
+        return int(file.read_text(encoding="utf-8")) if file.is_file() else 0

@@ -1,6 +1,7 @@
 """Distillation as a study: stages that outlive the process, and teachers that do not suit."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -288,6 +289,8 @@ def test_an_interrupted_run_goes_on_after_the_last_stage_it_kept(command, argume
     assert "run the same command again" in " ".join(err.split()).lower()
     assert command("distill", *arguments)[0] == 0
     assert len(calls) == 3, "the first stage is not run again"
+    study = optuna.load_study(study_name="distill", storage=os.environ["HPO_STORAGE"])
+    assert study.best_trial.user_attrs["steps"] == len(STAGES) * math.ceil(180 / 32)
 
 
 def test_a_distillation_that_goes_on_computes_in_what_it_began_with(command, arguments, distill_file, monkeypatch):
