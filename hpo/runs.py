@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,10 @@ STAGE_MARK = ".after-"
 STEPS_FILE = "steps.txt"
 """In the checkpoint of a stage: the optimizer steps of it and those before."""
 TRIAL_FOLDER = re.compile(
-    rf"(?P<hidden>\.)?(?P<name>trial-(?P<number>\d+))({re.escape(STAGE_MARK)}({'|'.join(STAGES)}))?(?(hidden)\.partial)"
+    rf"(?P<hidden>\.)?(?P<name>trial-(?P<number>\d+))({re.escape(STAGE_MARK)}({'|'.join(STAGES)}))?"
+    r"(?(hidden)\.(partial|former))"
 )
-"""A trial's checkpoint, one of its stages, or one of them that is being written; whatever else is there is a user's."""
+"""A trial's checkpoint or stage, also while it is written or replaced; whatever else is there is a user's."""
 FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Folder names read from a database, which others may write to, become paths that are deleted."""
 
@@ -55,7 +57,7 @@ def new_folder_name(study_name: str) -> str:
 
 
 def write_folder(place: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its place and rename it into it, in place of one that is there.
+    """Write a folder beside its place and rename it into it; one that is there is moved aside until then.
 
     Args:
         place: Where it shall be.
@@ -63,12 +65,14 @@ def write_folder(place: Path, write: Callable[[Path], None]) -> None:
     Raises:
         HpoError: The disk is full or the folder cannot be written; the message is the reason alone.
     """
-    temporary = place.with_name(f".{place.name}.partial")
+    temporary, former = (place.with_name(f".{place.name}.{what}") for what in ("partial", "former"))
     shutil.rmtree(temporary, ignore_errors=True)
+    _put_back(former, place)  # who wrote here before may have been killed
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        shutil.rmtree(place, ignore_errors=True)
+        if place.is_dir() and not place.is_symlink():
+            place.rename(former)
         temporary.rename(place)
     except Exception as error:
         reason = str((isinstance(error, OSError) and error.strerror) or error)
@@ -77,7 +81,17 @@ def write_folder(place: Path, write: Callable[[Path], None]) -> None:
         # safetensors and tokenizers give a full disk as their own exceptions, ending in "(os error 28)"
         raise HpoError(reason) from error
     finally:
+        _put_back(former, place)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_back(former: Path, place: Path) -> None:
+    """Remove what was moved aside for another folder, or put it back where that did not come."""
+    with suppress(OSError):
+        if place.exists():
+            shutil.rmtree(former)
+        else:
+            former.rename(place)
 
 
 class StudyRuns:
