@@ -21,8 +21,8 @@ from model.processes import check_processes, train_in_processes
 from model.students import cut_student
 from model.tokenizer import load_tokenizer
 from model.train import TrainingSettings, train
-from model.training import TrainingReport
-from studies.loader import STAGES, Choices, FinetuneStudy, StudyFileError
+from model.training import Precision, TrainingReport
+from studies.loader import STAGES, Choices, FinetuneStudy, Range, StudyFileError
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Recipe:
         teacher_source: Its folder or hub id.
         student_layers: Layers of the workload's encoder that the student is made of; None for all.
         processes: How many train one model together.
+        precision: What "auto" stands for in the settings; "auto" leaves it to each process.
     """
 
     definition: FinetuneStudy
@@ -54,6 +55,7 @@ class Recipe:
     teacher_source: str | None
     student_layers: tuple[int, ...] | None
     processes: int = 1
+    precision: Precision = "auto"
 
     @classmethod
     def of(
@@ -106,6 +108,14 @@ class Recipe:
         """What is recorded with the study."""
         return {} if self.teacher is None else {"teacher": self.teacher_source}
 
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the precision of any training is left open."""
+        declared = {**self.definition.fixed, **self.definition.space}
+        keys = ["precision"] if self.definition.kind == "finetune" else [f"{stage}.precision" for stage in STAGES]
+        values = [declared.get(key, "auto") for key in keys]
+        return any("auto" in value if isinstance(value, Choices) else value == "auto" for value in values)
+
     def new_student(self) -> LengthAdaptiveModel:
         """The encoder as training begins, its head drawn anew from torch's random state.
 
@@ -138,6 +148,14 @@ class Recipe:
             except ValueError as error:
                 raise self._cannot_distil(error) from error
 
+    def last_settings(self, parameters: Mapping[str, Any], seed: int) -> TrainingSettings:
+        """How a trial learns to drop tokens: all of a fine-tuning, the last stage of a distillation."""
+        if self.definition.kind == "finetune":
+            values = {**self.definition.fixed, **parameters}
+        else:
+            values = self.definition.settings_of(STAGES[-1], parameters)
+        return TrainingSettings(**values, seed=seed).with_precision_settled(self.precision)
+
     def train(
         self,
         parameters: Mapping[str, Any],
@@ -164,10 +182,8 @@ class Recipe:
         if self.definition.kind == "finetune":
             transformers.set_seed(seed)
             model = self.new_student()
-            settings = TrainingSettings(**{**self.definition.fixed, **parameters, "seed": seed})
-            return model, self._drop_lengths(model, settings, on_epoch, on_progress)
-        model, begun = self._last_stage(runs, name, seed)
-        steps = 0
+            return model, self._drop_lengths(model, self.last_settings(parameters, seed), on_epoch, on_progress)
+        model, begun, steps = self._last_stage(runs, name, seed)
         report = None
         for number, stage in enumerate(STAGES):
             if number < begun:
@@ -176,16 +192,16 @@ class Recipe:
             def report_share(share: float, number: int = number) -> None:
                 on_progress((number + share) / len(STAGES))
 
-            values = {**self.definition.settings_of(stage, parameters), "seed": seed}
             if stage == STAGES[-1]:
-                report = self._drop_lengths(model, TrainingSettings(**values), on_epoch, report_share)
+                report = self._drop_lengths(model, self.last_settings(parameters, seed), on_epoch, report_share)
             else:
-                report = self._imitate(model, DistillSettings(**values), runs, report_share)
-                runs.write_model(runs.stage_place(name, stage).name, model, self.loaded.tokenizer)
+                settings = DistillSettings(**self.definition.settings_of(stage, parameters), seed=seed)
+                settings = settings.with_precision_settled(self.precision)
+                steps += self._imitate(model, settings, runs, report_share).steps
+                runs.write_model(runs.stage_place(name, stage).name, model, self.loaded.tokenizer, steps)
                 logger.info("Stage %s of %s is done.", stage, name)
-            steps += report.steps
         assert report is not None
-        return model, dataclasses.replace(report, steps=steps)
+        return model, dataclasses.replace(report, steps=steps + report.steps)
 
     def _drop_lengths(
         self,
@@ -235,15 +251,16 @@ class Recipe:
         """The same training, in as many processes as the recipe has."""
         return training if self.processes == 1 else partial(train_in_processes, training, self.processes)
 
-    def _last_stage(self, runs: StudyRuns, name: str, seed: int) -> tuple[LengthAdaptiveModel, int]:
-        """The model after the last stage that is kept, and the number of stages done."""
+    def _last_stage(self, runs: StudyRuns, name: str, seed: int) -> tuple[LengthAdaptiveModel, int, int]:
+        """The model after the last stage that is kept, and the numbers of stages and steps done."""
         for number in reversed(range(len(STAGES) - 1)):
-            place = runs.stage_place(name, STAGES[number])
+            stage = STAGES[number]
+            place = runs.stage_place(name, stage)
             if place.is_dir():
-                logger.info("Going on after stage %s of %s.", STAGES[number], name)
-                return load_encoder(place, self.loaded.corpus), number + 1
+                logger.info("Going on after stage %s of %s.", stage, name)
+                return load_encoder(place, self.loaded.corpus), number + 1, runs.steps_after(name, stage)
         transformers.set_seed(seed)
-        return self.new_student(), 0
+        return self.new_student(), 0, 0
 
     def score_teacher(self, teacher: LengthAdaptiveModel) -> float:
         """The teacher's quality on the search split, with a warning where it knows nothing."""
@@ -295,9 +312,15 @@ def _check_part(
             f"have; choose from {', '.join(sorted(known))}."
         )
     for name, declared in space.items():
-        for value in declared.choices if isinstance(declared, Choices) else (declared.low, declared.high):
+        for value in declared.choices if isinstance(declared, Choices) else _outermost(declared):
             check({name: value})
     check({})
+
+
+def _outermost(declared: Range) -> list[int | float]:
+    """The bounds of a range, and the second value where it has steps, which may be no whole number."""
+    second = [] if declared.step is None else [min(declared.low + declared.step, declared.high)]
+    return [declared.low, declared.high, *second]
 
 
 def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:
@@ -314,8 +337,14 @@ def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:
 def _check_labels(loaded: LoadedWorkload, teacher_source: str) -> None:
     names = loaded.corpus.label_names
     theirs = labels_of(read_config(teacher_source))
-    if names and theirs and not theirs[0].startswith(DEFAULT_NAME) and theirs != names:
+    if not names or not theirs or theirs[0].startswith(DEFAULT_NAME):
+        return
+    if [name.casefold() for name in names] == [name.casefold() for name in theirs]:
+        return
+    known, found = ", ".join(theirs[:8]), ", ".join(names[:8])
+    if names != tuple(str(number) for number in range(len(theirs))):
         raise HpoError(
-            f"The teacher {teacher_source} knows the labels {', '.join(theirs[:8])}, the dataset has "
-            f"{', '.join(names[:8])}; choose a teacher that was fine-tuned on this dataset."
+            f"The teacher {teacher_source} knows the labels {known}, the dataset has {found}; choose a teacher that "
+            "was fine-tuned on this dataset."
         )
+    logger.warning("The study takes %s for the teacher's labels %s, in this order.", found, known)

@@ -11,12 +11,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
 
 from hpo.errors import HpoError
+from studies.loader import STAGES
 
 if TYPE_CHECKING:  # listing and drawing studies needs no torch
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +35,13 @@ SPOOL = "spool"
 """Results that the database has not been told yet, in a study's folder."""
 STAGE_MARK = ".after-"
 """In the names of checkpoints of trials that are not through."""
-TRIAL_FOLDER = re.compile(r"\.?(?P<name>trial-(?P<number>\d+))(?!\d)")
-"""A trial's checkpoint, its stages, or one of them that is being written."""
+STEPS_FILE = "steps.txt"
+"""In the checkpoint of a stage: the optimizer steps of it and those before."""
+TRIAL_FOLDER = re.compile(
+    rf"(?P<hidden>\.)?(?P<name>trial-(?P<number>\d+))({re.escape(STAGE_MARK)}({'|'.join(STAGES)}))?"
+    r"(?(hidden)\.(partial|former))"
+)
+"""A trial's checkpoint or stage, also while it is written or replaced; whatever else is there is a user's."""
 FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Folder names read from a database, which others may write to, become paths that are deleted."""
 
@@ -50,7 +57,7 @@ def new_folder_name(study_name: str) -> str:
 
 
 def write_folder(place: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside its place and rename it into it, in place of one that is there.
+    """Write a folder beside its place and rename it into it; one that is there is moved aside until then.
 
     Args:
         place: Where it shall be.
@@ -58,12 +65,14 @@ def write_folder(place: Path, write: Callable[[Path], None]) -> None:
     Raises:
         HpoError: The disk is full or the folder cannot be written; the message is the reason alone.
     """
-    temporary = place.with_name(f".{place.name}.partial")
+    temporary, former = (place.with_name(f".{place.name}.{what}") for what in ("partial", "former"))
     shutil.rmtree(temporary, ignore_errors=True)
+    _put_back(former, place)  # who wrote here before may have been killed
     try:
         temporary.mkdir(parents=True)
         write(temporary)
-        shutil.rmtree(place, ignore_errors=True)
+        if place.is_dir() and not place.is_symlink():
+            place.rename(former)
         temporary.rename(place)
     except Exception as error:
         reason = str((isinstance(error, OSError) and error.strerror) or error)
@@ -72,7 +81,17 @@ def write_folder(place: Path, write: Callable[[Path], None]) -> None:
         # safetensors and tokenizers give a full disk as their own exceptions, ending in "(os error 28)"
         raise HpoError(reason) from error
     finally:
+        _put_back(former, place)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_back(former: Path, place: Path) -> None:
+    """Remove what was moved aside for another folder, or put it back where that did not come."""
+    with suppress(OSError):
+        if place.exists():
+            shutil.rmtree(former)
+        else:
+            former.rename(place)
 
 
 class StudyRuns:
@@ -133,17 +152,21 @@ class StudyRuns:
             ) from error
         return f"{self.folder.name}/{name}"
 
-    def write_model(self, name: str, model: "LengthAdaptiveModel", tokenizer: "PreTrainedTokenizerBase") -> str:
-        """`write_checkpoint` for a model and its tokenizer."""
+    def write_model(
+        self, name: str, model: "LengthAdaptiveModel", tokenizer: "PreTrainedTokenizerBase", steps: int | None = None
+    ) -> str:
+        """`write_checkpoint` for a model and its tokenizer, and the steps that made it where they are given."""
 
         def write(folder: Path) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if steps is not None:
+                (folder / STEPS_FILE).write_text(str(steps), encoding="utf-8")
 
         return self.write_checkpoint(name, write)
 
     def keep_only(self, place: str | None, begun: Collection[str] = (), newer: int | None = None) -> None:
-        """Remove every checkpoint of this study but the one at `place` (relative to the runs folder).
+        """Remove every checkpoint of this study's trials but the one at `place` (relative to the runs folder).
 
         Args:
             place: Of the checkpoint that stays; None where none does.
@@ -153,13 +176,17 @@ class StudyRuns:
         """
         kept = None if place is None else (self.root / place).name
         for folder in self.folder.glob("*/"):
-            trial = TRIAL_FOLDER.match(folder.name)
-            stays = trial is not None and (
-                trial["name"] in begun or (newer is not None and int(trial["number"]) >= newer)
-            )
-            if folder.name not in (kept, CACHE, SPOOL) and not stays:
+            trial = TRIAL_FOLDER.fullmatch(folder.name)
+            if trial is None or folder.name == kept or trial["name"] in begun:
+                continue
+            if newer is None or int(trial["number"]) < newer:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def stage_place(self, trial: str, stage: str) -> Path:
         """Where the checkpoint lies that a trial has after one of its stages."""
         return self.folder / f"{trial}{STAGE_MARK}{stage}"
+
+    def steps_after(self, trial: str, stage: str) -> int:
+        """The steps that a trial has made when a stage that is kept is done; 0 where an earlier version kept it."""
+        file = self.stage_place(trial, stage) / STEPS_FILE
+        return int(file.read_text(encoding="utf-8")) if file.is_file() else 0

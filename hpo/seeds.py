@@ -1,6 +1,7 @@
 """Length configs that another method found, for the first generation of a search."""
 
 import logging
+import math
 from pathlib import Path
 
 from hpo.errors import HpoError
@@ -51,9 +52,9 @@ def learn_seeds(
         return load_encoder(checkpoint, loaded.corpus)
 
     batch_size = PowerBertSettings().batch_size
-    steps_per_epoch = -(-len(loaded.train) // batch_size)
+    steps_per_epoch = math.ceil(len(loaded.train) / batch_size)
     settings = PowerBertSettings(
-        epochs=max(1, round(UPDATES / steps_per_epoch)), mask_learning_rate=MASK_LEARNING_RATE, seed=seed
+        epochs=math.ceil(UPDATES / steps_per_epoch), mask_learning_rate=MASK_LEARNING_RATE, seed=seed
     )
     try:
         configs = learn_family(another, loaded.train, loaded.tokenizer, settings, PENALTIES)

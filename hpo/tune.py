@@ -1,5 +1,6 @@
 """`hpo tune`: a TPE study over training hyperparameters, whose best model is kept."""
 
+import dataclasses
 import json
 import logging
 import warnings
@@ -36,11 +37,11 @@ from hpo.workload import (
 from model.data import SEED_LIMIT
 from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
-from model.hardware import is_out_of_memory
+from model.hardware import computes_in_bf16, is_out_of_memory
 from model.length_config import LengthConfig
 from model.macs import constant_rate_config
 from model.processes import TrainingProcessDied
-from model.training import TrainingDiverged
+from model.training import Precision, TrainingDiverged, uses_bf16
 from studies.loader import STAGES, Choices, FinetuneStudy, Range
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ TEACHER_METRIC = "teacher_metric"
 """Attribute of a study: its teacher's quality on the search split."""
 CHECKPOINT = "checkpoint"
 """Attribute of a trial that was the best when it ended: its model's place in the runs folder."""
+PRECISION = "precision"
+"""Attribute of a study: what its trainings compute in where their settings leave it open; of a trial: what it did."""
 STAGES_DONE = "stages"
 """Attribute of a trial that was begun again: stages of its distillation that were there already."""
 
@@ -109,6 +112,8 @@ def tune(
     spool.replay(rdb, study)
     if recipe.teacher is not None and TEACHER_METRIC not in study.user_attrs:
         record_once(rdb, study._study_id, {TEACHER_METRIC: recipe.score_teacher(recipe.teacher)})
+    if recipe.chooses_precision:
+        recipe = dataclasses.replace(recipe, precision=settle_precision(study, rdb))
     with while_it_is_there(study, rdb), Heartbeats(rdb) as heartbeats:
         mirror = MirroredStudy(
             study,
@@ -155,6 +160,19 @@ def open_tuning(recipe: Recipe, rdb: Storage, seed: int = 0) -> optuna.Study:
             FOLDER_ATTRIBUTE: new_folder_name(definition.name),
         },
     )
+
+
+def settle_precision(study: optuna.Study, rdb: Storage) -> Precision:
+    """What the study's trainings compute in here: what its first worker chose, or float32 where that cannot be had."""
+    precision = study.user_attrs.get(PRECISION) or ("bf16" if uses_bf16("auto") else "fp32")
+    settled: Precision = record_once(rdb, study._study_id, {PRECISION: precision})[PRECISION]
+    if settled == "bf16" and not computes_in_bf16():
+        logger.warning(
+            "Study %r computes in bf16, which this machine lacks; its trials are trained in float32 here.",
+            study.study_name,
+        )
+        return "fp32"
+    return settled
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial:
@@ -301,6 +319,7 @@ class _Trainings:
         if self._stages(name) != trial.user_attrs.get(STAGES_DONE, 0):
             self.mirror.count_anew(trial, {STAGES_DONE: self._stages(name)})
         seed = (self.seed + trial.number) % SEED_LIMIT
+        last_epoch = self.recipe.last_settings(trial.params, seed).all_epochs
         values: list[float] = []
         attributes: dict[str, Any] = {"seed": seed}
 
@@ -309,7 +328,7 @@ class _Trainings:
             scores = score(model, loaded.search, configs, loaded.metric)
             values.append(sum(scores) / len(scores))
             attributes["metric_at_full_length"] = scores[0]
-            if self.mirror.report(trial, values[-1], epoch):
+            if self.mirror.report(trial, values[-1], epoch) and epoch < last_epoch:
                 raise optuna.TrialPruned
 
         try:
@@ -318,7 +337,7 @@ class _Trainings:
             )
         except optuna.TrialPruned:
             return Told(trial=trial, values=values[-1:], attributes=attributes, stopped=True)
-        attributes |= {"steps": report.steps, "precision": report.precision}
+        attributes |= {"steps": report.steps, PRECISION: report.precision}
         return Told(
             trial=trial, values=values[-1:], attributes=attributes | self._keep_if_best(trial, values[-1], model)
         )

@@ -137,8 +137,9 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
     """
     corpus = load_corpus(workload.data, workload.task)
     data = KINDS[corpus.kind]
+    metrics = [metric.over(len(corpus.label_names)) for metric in data.metrics]
     try:
-        metric = choose_metric(data.metrics, workload.metric)
+        metric = choose_metric(metrics, workload.metric)
     except ValueError as error:
         raise DataError(f"The dataset is for {corpus.kind}: {error}") from error
     tokenizer = load_tokenizer(encoder)
@@ -155,7 +156,7 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         search=search,
         report=report,
         metric=metric,
-        metrics=(metric, *(other for other in data.metrics if other.name in data.shown and other is not metric)),
+        metrics=(metric, *(other for other in metrics if other.name in data.shown and other is not metric)),
     )
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import time
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """How glibc's `mallopt` calls them."""
-PRODUCT_SHAPE, PRODUCT_ROUNDS = (512, 384, 1536), 5
-"""Rows, inputs and outputs of the product that is timed to choose a type, and how often in each."""
+PRODUCT_SHAPE = (512, 384, 1536)
+"""Rows, inputs and outputs of the product that is timed to choose a type."""
+SETTLED_ROUNDS, MOST_ROUNDS, QUICKER = 16, 100, 0.99
+"""Rounds without a lower time after which the least times stand, rounds in all, and the share that counts as lower."""
 WORTH_ROUNDING = 1.2
 """How much quicker than float32 a product in bf16 must be for its rounding to be worth while."""
 FREED_BYTES_KEPT, BYTES_FROM_HEAP = 512 * 2**20, 32 * 2**20
@@ -58,16 +61,27 @@ def gains_from_bf16() -> bool:
 
 
 def _product_seconds(types: tuple[torch.dtype, ...]) -> list[float]:
-    """The least time of a feed-forward half's product in each type, taking turns, after an untimed round."""
+    """The least time of a feed-forward half's product in each type, taking turns, after an untimed round.
+
+    Other work may keep the cores for a while, so rounds are added until the least times have settled.
+    """
     rows, inputs, outputs = PRODUCT_SHAPE
     factors = [(torch.ones(rows, inputs, dtype=kind), torch.ones(outputs, inputs, dtype=kind)) for kind in types]
-    seconds = []
-    for _ in range(1 + PRODUCT_ROUNDS):
+    least_s, settled = [math.inf] * len(types), 0
+    for done in range(1 + MOST_ROUNDS):
+        seconds = []
         for hidden_RD, weight_FD in factors:
             start = time.perf_counter()
             F.linear(hidden_RD, weight_FD)
             seconds.append(time.perf_counter() - start)
-    return [min(seconds[number :: len(types)][1:]) for number in range(len(types))]
+        if done == 0:
+            continue
+        fell = any(new_s < QUICKER * old_s for new_s, old_s in zip(seconds, least_s, strict=True))
+        least_s = list(map(min, seconds, least_s))
+        settled = 0 if fell else settled + 1
+        if settled == SETTLED_ROUNDS:
+            break
+    return least_s
 
 
 @functools.cache

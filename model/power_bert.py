@@ -31,6 +31,7 @@ from model.training import (
     Schedule,
     TrainingReport,
     fit,
+    halving_batches,
     require_finite,
     unwrapped,
     with_dropout,
@@ -303,7 +304,7 @@ def retrain(
         ValueError: The split is empty, or the config has another number of layers.
     Source: Goyal et al. 2020, re-training.
     """
-    plain = replace(settings, plain_epochs=settings.plain_epochs + settings.epochs, epochs=0)
+    plain = replace(settings, plain_epochs=settings.all_epochs, epochs=0)
     shortened = _AtOneConfig(model, length_config)
     return train(shortened, split, tokenizer, plain, on_epoch=on_epoch, on_progress=on_progress)
 
@@ -346,18 +347,16 @@ class _RetentionTrainer(Trainer):
             optimizer.add_param_group({"params": factors, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The task's loss and the penalty."""
-        outputs = model(**inputs)
-        loss = outputs.loss.mean() + self.settings.penalty * _unwrapped(model).extract.penalty()
+    @halving_batches
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], share: float) -> Tensor:
+        """One batch: the task's loss and the penalty."""
+        model.train()
+        with self.compute_loss_context_manager():
+            loss: Tensor = model(**inputs).loss + self.settings.penalty * _unwrapped(model).extract.penalty()
         require_finite(loss, self.state.global_step)
-        return (loss, outputs) if return_outputs else loss
+        loss = share * loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
 
 
 class _Clamp(TrainerCallback):

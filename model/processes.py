@@ -30,6 +30,8 @@ from model.training import EpochHook, ProgressHook, TrainingReport
 
 GRACE_S = 1.0
 """How long a death is waited for after a failure: who loses a partner fails too, and may be heard first."""
+RECORDED = ("token_score", "layer_drop")
+"""What a training may write into the model's config."""
 PATIENCE = timedelta(hours=12)
 """How long processes wait for each other: an epoch's end may take long, and who ends is noticed by the caller."""
 
@@ -220,7 +222,8 @@ def _follow(
 def _take_over(weights: Path, model: LengthAdaptiveModel) -> None:
     """Give the caller's model what the first process has learned, on the device that training leaves a model on."""
     learned = torch.load(weights, weights_only=True, map_location="cpu")
-    model.token_score = learned["token_score"]
+    for name, value in learned["recorded"].items():
+        setattr(model, name, value)
     model.load_state_dict(learned["model"])
     model.to(compute_device())
 
@@ -243,7 +246,9 @@ def _train(team: _Team, process: int, caller: Connection) -> TrainingReport:
     training, model, arguments, options = torch.load(io.BytesIO(team.job), weights_only=False, map_location="cpu")
 
     def write() -> None:
-        torch.save({"token_score": model.token_score, "model": model.state_dict()}, team.weights)
+        config = model.network.config
+        recorded = {name: getattr(config, name) for name in RECORDED if hasattr(config, name)}
+        torch.save({"recorded": recorded, "model": model.state_dict()}, team.weights)
 
     def stop_at_epoch(done: int) -> None:
         write()

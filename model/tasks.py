@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +23,20 @@ class Metric:
             two differ in length or hold nothing.
         per_example: Whether the metric is the share of examples whose answer equals the label, so that a part of a
             split tells of the whole.
+        compute_many: What is computed in its place where there are more than two classes; None where nothing else is.
     """
 
     name: str
     direction: Literal["maximize", "minimize"] = "maximize"
     compute: Callable[[Any, Any], float]
     per_example: bool = False
+    compute_many: Callable[[Any, Any], float] | None = None
+
+    def over(self, classes: int) -> "Metric":
+        """The metric of a dataset with so many classes, which need not all occur where it is computed."""
+        if classes <= 2 or self.compute_many is None:
+            return self
+        return replace(self, compute=self.compute_many)
 
 
 def accuracy(predictions: Labels, labels: Labels) -> float:
@@ -38,16 +46,25 @@ def accuracy(predictions: Labels, labels: Labels) -> float:
 
 
 def f1(predictions: Labels, labels: Labels) -> float:
-    """F1 of class 1 where only the classes 0 and 1 occur, else the unweighted mean over classes; in [0, 1].
-
-    A class that is never predicted, or never right, has an F1 of 0.
+    """F1 of class 1 of two, in [0, 1]; 0 where it is never predicted, or never right.
 
     Source: Wang et al. 2018 (GLUE) score MRPC and QQP by the F1 of the positive class.
     """
+    return _f1_of_classes(predictions, labels, [1])
+
+
+def mean_f1(predictions: Labels, labels: Labels) -> float:
+    """Unweighted mean of the F1 of each class that is predicted or right anywhere, in [0, 1].
+
+    A class that is never predicted, or never right, has an F1 of 0.
+    """
+    return _f1_of_classes(predictions, labels, None)
+
+
+def _f1_of_classes(predictions: Labels, labels: Labels, classes: list[int] | None) -> float:
     _check_aligned(predictions, labels)
-    two_classes = max(predictions.max(), labels.max()) <= 1
-    average = "binary" if two_classes else "macro"
-    return float(_scikit_learn().f1_score(labels, predictions, average=average, zero_division=0.0))
+    mean = _scikit_learn().f1_score(labels, predictions, labels=classes, average="macro", zero_division=0.0)
+    return float(mean)
 
 
 def matthews_correlation(predictions: Labels, labels: Labels) -> float:
@@ -104,7 +121,7 @@ def spearman(predictions: Values, labels: Values) -> float:
 
 CLASS_METRICS = (
     Metric(name="accuracy", compute=accuracy, per_example=True),
-    Metric(name="f1", compute=f1),
+    Metric(name="f1", compute=f1, compute_many=mean_f1),
     Metric(name="matthews_correlation", compute=matthews_correlation),
 )
 LABEL_SET_METRICS = (

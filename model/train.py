@@ -71,11 +71,16 @@ class TrainingSettings(Schedule):
     teacher_weight: float = 0.9
     token_score: str = "value_norm"
 
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of both kinds."""
+        return self.plain_epochs + self.epochs
+
     def ranges(self) -> Ranges:
         return {
             **super().ranges(),
             "plain_epochs": (self.plain_epochs >= 0, "at least 0"),
-            "epochs": (self.epochs >= 0 and self.epochs + self.plain_epochs >= 1, "at least 0, and one epoch in all"),
+            "epochs": (self.epochs >= 0 and self.all_epochs >= 1, "at least 0, and one epoch in all"),
             "length_drop": (0 <= self.length_drop < 1, "in [0, 1)"),
             "layer_drop": (0 <= self.layer_drop < 1, "in [0, 1)"),
             "sandwich_size": (self.sandwich_size >= 0, "at least 0"),
@@ -119,7 +124,7 @@ def train(
             split,
             tokenizer,
             model.task,
-            epochs=settings.plain_epochs + settings.epochs,
+            epochs=settings.all_epochs,
             on_epoch=on_epoch,
             on_progress=on_progress,
         )

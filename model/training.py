@@ -4,9 +4,10 @@ import dataclasses
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 import datasets
@@ -39,6 +40,12 @@ MakeTrainer = Callable[..., Trainer]
 Ranges = dict[str, tuple[bool, str]]
 
 LOGGED_STEPS = 10
+NUMBERS: Mapping[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    float | None: (Real | None, "a number"),
+}
+"""What a setting declared so may be, and in words; True and False, which Python takes for numbers, are none."""
 NO_LABEL = -100
 """What labels call a token that has none."""
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
@@ -59,12 +66,12 @@ class Schedule:
         warmup_ratio: Share of all steps over which the learning rate rises.
         weight_decay: AdamW's decay, not on biases and LayerNorms.
         max_grad_norm: Clipping of the gradient's norm.
-        precision: "auto" takes bf16 autocast where the processor or GPU is quicker in it.
+        precision: "auto" takes bf16 autocast where the processor or GPU is quicker in it; a study chooses once.
         dropout: Probability in all of the encoder's dropout; None leaves it as the checkpoint has it. Without any, a
             processor trains faster.
         seed: Of dropout, batch order and whatever else is drawn.
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of its range, or no number where one is needed.
     """
 
     learning_rate: float = 5e-5
@@ -77,13 +84,19 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            if setting.type in NUMBERS:
+                value, (kind, wanted) = getattr(self, setting.name), NUMBERS[setting.type]
+                if isinstance(value, bool) or not isinstance(value, kind):
+                    raise ValueError(f"{setting.name}={value!r}; choose {wanted}.")
         for name, (holds, wanted) in self.ranges().items():
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}; choose a value {wanted}.")
 
-    def with_precision_settled(self) -> Self:
-        """The same with "bf16" or "fp32" for "auto", as this process decides."""
-        return dataclasses.replace(self, precision="bf16" if uses_bf16(self.precision) else "fp32")
+    def with_precision_settled(self, settled: Precision = "auto") -> Self:
+        """The same with "bf16" or "fp32" for "auto": what was settled before, else what this process decides."""
+        precision = settled if self.precision == "auto" else self.precision
+        return dataclasses.replace(self, precision="bf16" if uses_bf16(precision) else "fp32")
 
     def ranges(self) -> Ranges:
         """Of each setting, whether its value is possible, and in words what is."""

@@ -122,7 +122,7 @@ class FinetuneStudy:
         multivariate: Whether TPE models parameters jointly.
         startup_trials: Random trials before TPE learns.
         pruner_startup_trials: Trials that are never stopped early.
-        pruner_warmup_epochs: Epochs before a trial may be stopped.
+        pruner_warmup_epochs: The first epoch after which a trial may be stopped; after its last it never is.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """Distillation as a study: stages that outlive the process, and teachers that do not suit."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,8 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import hpo.recipe
+from hpo.errors import HpoError
+from hpo.recipe import Recipe
 from hpo.storage import open_storage
-from studies.loader import STAGES
+from hpo.workload import Workload, load_workload
+from model.data import DataSpec
+from studies.loader import STAGES, load_finetune
 
 DISTILL = """
 kind = "distill"
@@ -151,10 +156,15 @@ def another_vocabulary(tiny_encoder, folder):
     BertForSequenceClassification(config).save_pretrained(folder)
 
 
-def other_labels(tiny_encoder, folder):
-    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
-    config = BertConfig.from_pretrained(tiny_encoder, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
-    BertForSequenceClassification(config).save_pretrained(folder)
+def knowing(*names):
+    """Makes a teacher whose labels are called so."""
+
+    def make(tiny_encoder, folder):
+        AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
+        config = BertConfig.from_pretrained(tiny_encoder, id2label=dict(enumerate(names)))
+        BertForSequenceClassification(config).save_pretrained(folder)
+
+    return make
 
 
 def more_labels(tiny_encoder, folder):
@@ -172,7 +182,6 @@ def no_head(tiny_encoder, folder):
     ("make", "message"),
     [
         (another_vocabulary, "different vocabularies of 25 and 24 tokens.*'unheard'"),
-        (other_labels, "knows the labels cat, dog, the dataset has 0, 1"),
         (more_labels, "classifies into 5 classes, not 2"),
         (no_head, "has no head for classification.*fine-tuned"),
     ],
@@ -185,6 +194,39 @@ def test_a_teacher_that_does_not_suit_is_refused(
     code, _, err = command("distill", "--study", distill_file, "--teacher", str(tmp_path / "teacher"), *data)
     assert code == 1
     assert re.search(message, " ".join(err.split())), err
+
+
+@pytest.fixture
+def recipe_of(distill_file, tiny_encoder, tmp_path):
+    """The recipe of a dataset and a teacher whose labels are called so."""
+
+    def make(ours, theirs):
+        rows = [f"good film {row},{label}" for row, label in enumerate([*ours] * 20)]
+        (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
+        workload = Workload(model=str(tiny_encoder), data=DataSpec(dataset=f"{tmp_path}/train.csv"))
+        knowing(*theirs)(tiny_encoder, tmp_path / "teacher")
+        loaded = load_workload(workload, tiny_encoder)
+        return Recipe.of(load_finetune(distill_file), loaded, str(tmp_path / "teacher"), None)
+
+    return make
+
+
+def test_a_teachers_labels_may_differ_in_case(recipe_of, caplog):
+    assert recipe_of(("neg", "pos"), ("NEG", "POS")).teacher is not None
+    assert "labels" not in caplog.text
+
+
+def test_numbers_of_a_dataset_are_taken_for_a_teachers_labels_in_their_order_with_a_warning(recipe_of, caplog):
+    assert recipe_of((0, 1), ("negative", "positive")).teacher is not None
+    assert "takes 0, 1 for the teacher's labels negative, positive" in " ".join(caplog.text.split())
+
+
+@pytest.mark.parametrize("ours", [("neg", "pos"), (1, 2)])
+@pytest.mark.parametrize("theirs", [("cat", "dog"), ("POS", "NEG")])
+def test_a_teacher_of_other_labels_is_refused(recipe_of, ours, theirs):
+    known, found = ", ".join(theirs), ", ".join(map(str, ours))
+    with pytest.raises(HpoError, match=f"knows the labels {known}, the dataset has {found}"):
+        recipe_of(ours, theirs)
 
 
 def test_a_teacher_no_better_than_chance_is_warned_of(command, arguments):
@@ -247,3 +289,29 @@ def test_an_interrupted_run_goes_on_after_the_last_stage_it_kept(command, argume
     assert "run the same command again" in " ".join(err.split()).lower()
     assert command("distill", *arguments)[0] == 0
     assert len(calls) == 3, "the first stage is not run again"
+    study = optuna.load_study(study_name="distill", storage=os.environ["HPO_STORAGE"])
+    assert study.best_trial.user_attrs["steps"] == len(STAGES) * math.ceil(180 / 32)
+
+
+def test_a_distillation_that_goes_on_computes_in_what_it_began_with(command, arguments, distill_file, monkeypatch):
+    Path(distill_file).write_text(DISTILL.replace('precision = "fp32"\n', ""))
+    monkeypatch.setattr("hpo.tune.computes_in_bf16", lambda: True)
+    taken, gains = [], True
+
+    def recorded(training):
+        def run(*given, **named):
+            nonlocal gains
+            gains = not gains
+            taken.append(given[-1].precision)
+            if len(taken) == 2:
+                raise KeyboardInterrupt
+            return training(*given, **named)
+
+        return run
+
+    monkeypatch.setattr("model.training.gains_from_bf16", lambda: gains)
+    for name in ("distil", "train"):
+        monkeypatch.setattr(hpo.recipe, name, recorded(getattr(hpo.recipe, name)))
+    assert command("distill", *arguments)[0] == 130
+    assert command("distill", *arguments)[0] == 0
+    assert taken == ["bf16"] * 4

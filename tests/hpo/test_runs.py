@@ -135,6 +135,35 @@ def test_what_a_killed_writer_left_does_not_get_into_the_next_checkpoint(runs):
     assert visible(runs) == ["trial-3"]
 
 
+def test_an_older_checkpoint_is_there_until_the_newer_one_is(runs, monkeypatch):
+    runs.write_checkpoint("trial-3", writer("old"))
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if path.name == ".trial-3.partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_checkpoint("trial-3", writer("new"))
+    assert contents(runs.folder / "trial-3") == {"weights": "old", "config": "old"}
+    assert visible(runs) == ["trial-3"]
+
+
+def test_a_checkpoint_that_a_killed_writer_had_moved_aside_is_put_back(runs):
+    runs.write_checkpoint("trial-3", writer("old"))
+    (runs.folder / "trial-3").rename(runs.folder / ".trial-3.former")
+
+    def write(folder):
+        raise ValueError("our own bug")
+
+    with pytest.raises(ValueError, match="our own bug"):
+        runs.write_checkpoint("trial-3", write)
+    assert contents(runs.folder / "trial-3") == {"weights": "old", "config": "old"}
+    assert visible(runs) == ["trial-3"]
+
+
 @pytest.mark.parametrize("error", [ValueError("our own bug"), KeyboardInterrupt()])
 def test_a_writer_that_raises_leaves_nothing_and_the_older_checkpoint_whole(runs, error):
     runs.write_checkpoint("trial-3", writer("old"))
@@ -227,6 +256,16 @@ def test_what_other_workers_have_under_way_stays(filled):
         "trial-2.after-logits",
         "trial-41",
     ]
+
+
+def test_folders_that_a_user_made_stay(filled):
+    own = [".trial-0", "my-export", "trial-0-backup", "trial-0.after-lunch", "trial-0.partial", "trial-x"]
+    for name in own:
+        (filled.folder / name).mkdir()
+    for name in ("trial-0.after-intermediate", ".trial-0.after-logits.partial", ".trial-2.former"):
+        (filled.folder / name).mkdir()
+    filled.keep_only(f"{filled.folder.name}/trial-1")
+    assert visible(filled) == sorted(["front.html", "trial-1", *own])
 
 
 def test_other_studies_checkpoints_stay(root, filled):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -526,6 +527,14 @@ def test_seeds_are_learned_from_the_train_split_alone(run, workload, tiny_encode
     monkeypatch.setattr("hpo.seeds.learn_family", lambda another, split, *rest: given.append(split) or [])
     run(3, seed_with="power-bert")
     assert given[0].input_ids == loaded.train.input_ids
+
+
+def test_seeds_are_learned_for_no_fewer_steps_than_it_takes(seeded, workload, tiny_encoder, monkeypatch):
+    calls, search = seeded
+    monkeypatch.setattr("hpo.seeds.UPDATES", 38)
+    search(3)
+    per_epoch = math.ceil(len(load_workload(workload, tiny_encoder).train) / calls[0].batch_size)
+    assert per_epoch * (calls[0].epochs - 1) < 38 <= per_epoch * calls[0].epochs
 
 
 def test_power_bert_seeds_a_search_for_real(run, monkeypatch):

@@ -26,7 +26,7 @@ from model.data import SEED_LIMIT
 from model.evaluate import score
 from model.macs import constant_rate_config
 from model.training import TrainingDiverged
-from studies.loader import Range, StudyFileError
+from studies.loader import Choices, Range, StudyFileError
 
 
 @pytest.fixture
@@ -114,6 +114,43 @@ def test_diverged_trial_fails_with_its_reason_and_the_study_goes_on(run, monkeyp
     study = run(2)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert "nan at step 3" in study.trials[0].user_attrs["failure"]
+
+
+@pytest.fixture
+def undecided(finetune):
+    """The study without a precision, which the machine chooses."""
+    fixed = {name: value for name, value in finetune.fixed.items() if name != "precision"}
+    return dataclasses.replace(finetune, fixed=fixed)
+
+
+def precisions(study: optuna.Study) -> list[str]:
+    return [trial.user_attrs["precision"] for trial in study.trials]
+
+
+def test_precision_is_chosen_once_for_all_trials_of_a_study(run, undecided, monkeypatch):
+    monkeypatch.setattr("hpo.tune.computes_in_bf16", lambda: True)
+    for trials, gains in ((1, True), (2, False)):
+        monkeypatch.setattr("model.training.gains_from_bf16", lambda gains=gains: gains)
+        study = run(trials, definition=undecided)
+    assert precisions(study) == ["bf16", "bf16"]
+    assert study.user_attrs["precision"] == "bf16"
+
+
+def test_worker_without_bf16_trains_its_trials_in_float32(run, undecided, monkeypatch, caplog):
+    for trials, has_bf16 in ((1, True), (2, False)):
+        monkeypatch.setattr("hpo.tune.computes_in_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr("model.training.gains_from_bf16", lambda has_bf16=has_bf16: has_bf16)
+        study = run(trials, definition=undecided)
+    assert precisions(study) == ["bf16", "fp32"]
+    assert study.user_attrs["precision"] == "bf16"
+    assert "computes in bf16, which this machine lacks" in caplog.text
+
+
+def test_study_whose_file_names_the_precision_leaves_nothing_to_be_chosen(run, monkeypatch):
+    monkeypatch.setattr("model.training.gains_from_bf16", lambda: pytest.fail("timed"))
+    study = run(1)
+    assert precisions(study) == ["fp32"]
+    assert "precision" not in study.user_attrs
 
 
 def test_workers_that_start_together_try_known_good_settings_once(storage, monkeypatch):
@@ -249,6 +286,23 @@ def test_hopeless_trial_is_pruned_and_leaves_no_checkpoint(run, finetune, tmp_pa
     assert checkpoints(tmp_path / "runs") == ["trial-0"]
 
 
+def test_trial_is_not_stopped_at_its_last_epoch(run, finetune, monkeypatch):
+    values = iter([0.1, 0.1, 0.9] * 2 + [0.1, 0.1, 0.2])
+    monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [next(values)])
+    definition = dataclasses.replace(
+        finetune,
+        objective="metric",
+        space={**finetune.space, "epochs": Range(low=2, high=2)},
+        fixed={name: value for name, value in finetune.fixed.items() if name != "epochs"},
+        first=(),
+        pruner_startup_trials=2,
+        pruner_warmup_epochs=0,
+    )
+    study = run(3, definition=definition)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    assert study.trials[2].value == 0.2
+
+
 def test_changed_study_is_refused_by_name(run, finetune, workload):
     run(1)
     with pytest.raises(StudyChanged, match=r"another --objective \(area\), so"):
@@ -292,6 +346,14 @@ def test_best_checkpoint_elsewhere_says_where_it_looked(run, tmp_path):
         ({"space": {"length_drop": Range(low=0.1, high=1.5)}}, "length_drop=1.5"),
         ({"fixed": {"batch_size": 0}}, "batch_size=0"),
         ({"fixed": {"seed": 3}}, "seed"),
+        ({"fixed": {"sandwich_size": 1.5}}, "sandwich_size=1.5; choose a whole number"),
+        ({"fixed": {"batch_size": 16.0}}, "batch_size=16.0; choose a whole number"),
+        ({"fixed": {"batch_size": True}}, "batch_size=True; choose a whole number"),
+        ({"fixed": {"dropout": "a"}}, "dropout='a'; choose a number"),
+        ({"fixed": {"weight_decay": False}}, "weight_decay=False; choose a number"),
+        ({"space": {"sandwich_size": Choices(choices=(1, 1.5))}}, "sandwich_size=1.5; choose a whole number"),
+        ({"space": {"sandwich_size": Range(low=1, high=2.5)}}, "sandwich_size=2.5; choose a whole number"),
+        ({"space": {"sandwich_size": Range(low=1, high=3, step=0.5)}}, "sandwich_size=1.5; choose a whole number"),
     ],
 )
 def test_impossible_definition_is_refused_before_any_training(finetune, changes, word):

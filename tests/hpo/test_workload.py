@@ -1,6 +1,7 @@
 import json
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -108,6 +109,18 @@ def test_the_datasets_identity_depends_on_its_texts_and_on_where_they_are_cut(wo
     identities = [identity(), identity(max_length=5), identity(data={"seed": 1}), identity(data={"train_limit": 20})]
     assert len(set(identities)) == 4
     assert identity() == identities[0]
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(2, 0.8), (3, (0.8 + 2 / 3) / 2)])
+def test_f1_is_chosen_by_the_classes_of_the_dataset_not_of_a_split(tiny_encoder, tmp_path, classes, expected):
+    for split, labels in (("train", range(classes)), ("validation", range(2))):
+        rows = [f"good film {row},{label}" for row, label in enumerate([*labels] * 20)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *rows]))
+    dataset = f"train={tmp_path}/train.csv,validation={tmp_path}/validation.csv"
+    declared = Workload(model=str(tiny_encoder), data=DataSpec(dataset=dataset), metric="f1")
+    metric = load_workload(declared, tiny_encoder).metric
+    assert metric.name == "f1"
+    assert metric.compute(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])) == pytest.approx(expected)
 
 
 def test_the_encoders_head_has_the_datasets_classes(workload, tiny_encoder):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import chain, repeat
 
 import pytest
 import torch
@@ -109,8 +110,12 @@ def test_a_gpu_that_has_bf16_gains_from_it(monkeypatch):
 
 
 def test_the_quicker_of_two_types_is_told_apart(monkeypatch):
-    """On a clock of its own, whose first product of each type is the slowest and the others wander."""
-    now, calls = [0.0], {torch.float64: iter([90, 7, 5, 8, 4, 6]), torch.float32: iter([80, 3, 9, 2, 5, 7])}
+    """On a clock of its own, on which other work slows the first products, the quicker type's for longer."""
+    now = [0.0]
+    calls = {
+        torch.float64: chain([90, 7, 5, 8, 4, 6], repeat(4.01)),
+        torch.float32: chain([80, 40, 35, 30, 25, 20, 12, 6, 3], repeat(2)),
+    }
 
     def take_time(hidden, weight):
         assert hidden.dtype == weight.dtype

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -436,6 +437,27 @@ def test_hooks_see_every_step_and_epoch(tuned_copy, split, tokenizer):
     learn_retention(tuned_copy, split, tokenizer, settings, **hooks)
     assert epochs == [1, 2]
     assert seen == [(step, 16) for step in range(1, 17)]
+
+
+def test_memory_that_runs_out_halves_the_batch_and_leaves_the_result(tuned, split, tokenizer, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, epochs=2)
+    whole, halved = copy.deepcopy(tuned), copy.deepcopy(tuned)
+    expected = learn_retention(whole, split, tokenizer, settings)
+    forward, rows = SoftExtractModel.forward, []
+
+    @functools.wraps(forward)
+    def small(self, input_ids, *args, **kwargs):
+        if len(input_ids) > 5:
+            raise MemoryError
+        rows.append(len(input_ids))
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(SoftExtractModel, "forward", small)
+    config = learn_retention(halved, split, tokenizer, settings)
+    assert max(rows) == 4
+    assert config.shares == pytest.approx(expected.shares, abs=1e-3)
+    for (name, ours), theirs in zip(halved.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4, msg=name)
 
 
 def test_loss_that_is_not_finite_ends_the_training(tuned_copy, split, tokenizer):

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +65,12 @@ def difference(ours: LengthAdaptiveModel, theirs: LengthAdaptiveModel, before: L
     return (apart / moved) ** 0.5
 
 
-def test_length_drop_in_two_processes_gives_the_weights_of_one(model, split, tokenizer):
+def saved_config(model: LengthAdaptiveModel, folder: Path) -> dict[str, Any]:
+    model.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_length_drop_in_two_processes_gives_the_weights_of_one(model, split, tokenizer, tmp_path):
     alone, shared, teacher = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
     expected_steps, steps, epochs = [], [], []
     expected = train(
@@ -77,7 +85,7 @@ def test_length_drop_in_two_processes_gives_the_weights_of_one(model, split, tok
         on_progress=lambda *step: steps.append(step),
     )  # fmt: skip
     assert difference(shared, alone, model) < 1e-3
-    assert shared.token_score == alone.token_score
+    assert saved_config(shared, tmp_path / "shared") == saved_config(alone, tmp_path / "alone")
     assert (report.steps, report.precision) == (expected.steps, expected.precision)
     assert report.final_loss == pytest.approx(expected.final_loss, rel=1e-4)
     assert steps == expected_steps

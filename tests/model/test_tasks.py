@@ -43,7 +43,17 @@ def test_f1_of_two_classes_is_that_of_class_one_and_else_the_mean_over_classes(p
     classes = sorted(set(labels.tolist()))
     per_class = [counted_f1(predictions.tolist(), labels.tolist(), positive) for positive in classes]
     expected = per_class[1] if classes == [0, 1] else sum(per_class) / len(classes)
-    assert get_metric("f1").compute(predictions, labels) == pytest.approx(expected)
+    assert get_metric("f1").over(len(classes)).compute(predictions, labels) == pytest.approx(expected)
+
+
+def test_f1_of_three_classes_is_the_mean_over_classes_whichever_of_them_occur():
+    predictions, labels = np.array([0, 1, 1, 1]), np.array([0, 0, 0, 1])
+    per_class = [counted_f1(predictions.tolist(), labels.tolist(), positive) for positive in (0, 1)]
+    assert per_class[0] == per_class[1] == 0.5
+    f1 = get_metric("f1").over(3)
+    assert f1.compute(predictions, labels) == pytest.approx(0.5)
+    assert f1.compute(np.array([0, 1, 1, 2]), labels) == pytest.approx((0.5 + 0.0 + 0.0) / 3)
+    assert f1.compute(labels[:3], labels[:3]) == 1.0
 
 
 def test_matthews_correlation_of_two_classes_is_pearsons():

@@ -105,6 +105,14 @@ def test_the_built_in_finetune_study_first_tries_a_value_for_every_parameter():
     assert [set(parameters) for parameters in study.first] == [set(study.space)]
 
 
+@pytest.mark.parametrize("name", ["finetune", "finetune-demo", "distill"])
+def test_trials_of_a_built_in_study_may_be_stopped_before_their_last_epoch(name):
+    study = load_finetune(name)
+    last = study.settings_of("lengthdrop", study.space) if study.kind == "distill" else {**study.fixed, **study.space}
+    epochs = last["epochs"].low if isinstance(last["epochs"], Range) else last["epochs"]
+    assert study.pruner_warmup_epochs < last["plain_epochs"] + epochs
+
+
 def test_a_study_that_names_no_objective_searches_the_area(tmp_path):
     (tmp_path / "mine.toml").write_text('kind = "finetune"\n[space]\nepochs = { low = 1, high = 2 }')
     assert load_finetune(str(tmp_path / "mine.toml")).objective == "area"
