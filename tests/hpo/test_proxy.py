@@ -2,9 +2,11 @@
 
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime, timedelta
 
 import optuna
@@ -438,6 +440,60 @@ def test_a_deleted_study_is_forgotten_since_its_id_may_come_back(remote):
     optuna.delete_study(study_name="s", storage=remote)
     again = optuna.create_study(storage=remote, study_name="t", directions=["maximize", "minimize"])
     assert look(remote, again._study_id, Known(), {}) == ([], [])
+
+
+@pytest.mark.parametrize("made_with", ["server", "database"])
+def test_a_study_that_was_deleted_beside_the_server_is_forgotten_since_its_id_may_come_back(
+    remote, direct, server, made_with
+):
+    directions = {"directions": ["maximize", "minimize"]}
+    study = optuna.create_study(storage=remote, study_name="s", **directions)
+    ended = Outcome(trial_id=enter_trials(remote, study._study_id, [running()])[0][1], state=TrialState.FAIL)
+    finish_trials(remote, [ended])
+    assert len(look(remote, study._study_id, Known(), {})[0]) == len(study.trials) == 1
+    optuna.delete_study(study_name="s", storage=direct)
+    again = optuna.create_study(storage=remote if made_with == "server" else direct, study_name="t", **directions)
+    ((_, trial_id),) = enter_trials(direct, again._study_id, [running(3)])
+    assert (again._study_id, trial_id) == (study._study_id, ended.trial_id)
+    time.sleep(1.1 * STALE_S)
+    ((_, _, state),), (trial,) = look(remote, again._study_id, Known(), {})
+    assert (state, trial.params) == (TrialState.RUNNING, running(3).params)
+    other = open_storage(server[0])
+    (trial,) = optuna.load_study(study_name="t", storage=other).trials
+    assert (trial.state, trial.params) == (TrialState.RUNNING, running(3).params)
+    assert other.get_study_name_from_id(study._study_id) == "t"
+    close(other)
+
+
+def test_a_study_that_is_gone_has_no_trials(remote, direct):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    enter_trials(remote, study._study_id, [running()])
+    assert len(look(remote, study._study_id, Known(), {})[0]) == 1
+    optuna.delete_study(study_name="s", storage=direct)
+    time.sleep(1.1 * STALE_S)
+    assert look(remote, study._study_id, Known(), {}) == ([], [])
+
+
+@pytest.mark.parametrize("entered_since", [False, True])
+def test_trials_are_as_a_restored_backup_has_them(remote, direct, storage, tmp_path, entered_since):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    (_, first), (_, second) = enter_trials(remote, study._study_id, [running(0), running(1)])
+    finish_trials(remote, [Outcome(trial_id=first, state=TrialState.COMPLETE, values=(0.0, 0.5))])
+    file = storage.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(file)) as live, closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
+        live.backup(backup)
+        if entered_since:
+            enter_trials(remote, study._study_id, [running(2)])
+        else:
+            finish_trials(remote, [Outcome(trial_id=second, state=TrialState.COMPLETE, values=(0.1, 0.5))])
+        assert len(look(remote, study._study_id, Known(), {})[0]) == len(study.trials)
+        backup.backup(live)
+    if entered_since:
+        enter_trials(direct, study._study_id, [running(3)])
+    time.sleep(1.1 * STALE_S)
+    there = [(trial._trial_id, trial.state, trial.params) for trial in load_trials(direct, range(9))]
+    _, seen = look(remote, study._study_id, Known(), {})
+    assert [(trial._trial_id, trial.state, trial.params) for trial in seen] == there
 
 
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
