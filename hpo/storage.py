@@ -58,6 +58,11 @@ CONNECT_OPTIONS: dict[str, dict[str, int]] = {
     "pymysql": {"connect_timeout": CONNECT_TIMEOUT_S},
 }
 """By driver: so that a server whose machine vanished is found to be away. A URL's own options come first."""
+STATEMENT_OPTIONS: dict[str, dict[str, str | int]] = {
+    "psycopg": {"options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"},
+    "pymysql": {"read_timeout": 120, "write_timeout": 120},  # more than MySQL waits for a lock
+}
+"""By driver: so that a statement that hangs is given up, and who stands still in one holds others up for a minute."""
 RACE_WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 MADE_MEANWHILE = re.compile(r"already exists|unique constraint|duplicate", re.IGNORECASE)
 """What SQLite, PostgreSQL and MySQL say where Optuna's tables appear between its look and its CREATE TABLE."""
@@ -222,9 +227,17 @@ def open_database(
     timeout_s: float = 0.0,
     on_state: Callable[[str], None] | None = None,
     connections: int = 5,
+    gives_up: bool = True,
 ) -> PatientStorage:
-    """`open_storage` for what needs the SQL database itself, over as many connections to a server as threads need.
+    """`open_storage` for what needs the SQL database itself.
 
+    Args:
+        url: An SQLAlchemy URL.
+        create: As `open_storage`, and so are the next two.
+        timeout_s: See there.
+        on_state: See there.
+        connections: To a server, as many as threads need.
+        gives_up: Whether a statement that takes minutes counts as one that hangs.
     Raises:
         StorageError: As `open_storage`, or the URL is that of a server of `hpo storage serve`.
     """
@@ -238,7 +251,7 @@ def open_database(
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite:
         _check_sqlite_file(parsed, shown, create)
-    engine_kwargs = _engine_options(parsed, is_sqlite, timeout_s, connections)
+    engine_kwargs = _engine_options(parsed, is_sqlite, timeout_s, connections, gives_up)
     try:
         _refuse_foreign_tables(parsed, shown, engine_kwargs)
         if is_sqlite:
@@ -276,11 +289,12 @@ def _test_rested_connections(engine: sqlalchemy.Engine) -> None:
     sqlalchemy.event.listen(engine, "checkout", test)
 
 
-def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: int) -> dict[str, Any]:
+def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: int, gives_up: bool) -> dict[str, Any]:
     if is_sqlite:
         timeout = PATIENT_BUSY_TIMEOUT_S if timeout_s else BUSY_TIMEOUT_S
         return {"pool_size": connections, "connect_args": {"timeout": timeout}}
-    ours = CONNECT_OPTIONS.get(url.get_driver_name(), {})
+    driver = url.get_driver_name()
+    ours = {**CONNECT_OPTIONS.get(driver, {}), **(STATEMENT_OPTIONS.get(driver, {}) if gives_up else {})}
     return {
         "pool_size": connections,
         "pool_pre_ping": False,  # which Optuna would choose for MySQL
