@@ -24,6 +24,7 @@ from hpo.bulk import (
     Known,
     Outcome,
     Stale,
+    beat,
     claim_trials,
     enter_trials,
     finish_trials,
@@ -188,6 +189,22 @@ def test_a_call_waits_while_its_server_is_away(storage):
             ((number, _),) = entering.result(30)
             assert number == 0
             assert len(study.trials) == 1
+    close(remote)
+
+
+def test_a_server_that_hangs_is_waited_for_no_longer_than_the_timeout(server, monkeypatch):
+    answers = threading.Event()
+    remote = open_storage(server[0], timeout_s=0.2)
+    monkeypatch.setitem(FUNCTIONS, "beat", lambda session, trial_ids: answers.wait(8))
+    monkeypatch.setattr("hpo.proxy.CONNECT_TIMEOUT_S", 0.4)
+    monkeypatch.setattr("hpo.proxy.GIVEN_UP_TIMEOUT_S", 0.1)
+    started = time.monotonic()
+    for _ in range(4):
+        with pytest.raises(DatabaseAway):
+            beat(remote, [1])
+    assert time.monotonic() - started < 5
+    answers.set()
+    beat(remote, [1])
     close(remote)
 
 
