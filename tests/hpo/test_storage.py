@@ -641,8 +641,7 @@ def test_ctrl_c_within_a_storage_call_comes_after_it(tmp_path):
     def interrupt(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", interrupt)
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", interrupt, once=True)
     with pytest.raises(KeyboardInterrupt):
         study.set_user_attr("note", "written")
-    sqlalchemy.event.remove(storage.engine, "before_cursor_execute", interrupt)
     assert study.user_attrs["note"] == "written"
