@@ -1029,13 +1029,13 @@ def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
         with _database(url):
             yield
     except KeyboardInterrupt:
-        done = count_finished(url, study)
-        err.print(
-            f"\nInterrupted: {done} of {trials} trials of study {study!r} are in {display_url(url)}. "
-            "Run the same command again to continue.",
-            markup=False,
-            soft_wrap=True,
-        )
+        done, shown = count_finished(url, study), display_url(url)
+        if done is None:
+            safe = f"the database {shown} does not answer; trials of study {study!r} that are finished are safe in it."
+            safe += " Put it right, and run"
+        else:
+            safe = f"{done} of {trials} trials of study {study!r} are in {shown}. Run"
+        err.print(f"\nInterrupted: {safe} the same command again to continue.", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
 

@@ -545,15 +545,15 @@ def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
     return f"Cannot use the storage {shown}: {reason}; {remedy} with --storage."
 
 
-def count_finished(url: str, name: str) -> int:
-    """Finished trials of a study; 0 where there is none or the database does not answer."""
+def count_finished(url: str, name: str) -> int | None:
+    """Finished trials of a study; 0 where there is none, and None where the database does not answer."""
     try:
         storage = open_storage(url, create=False)
-    except StorageError:
-        return 0
+    except StorageError as error:
+        return None if is_passing(error) else 0
     try:
         return len(finished_trials(find_study(storage, name, start_with="hpo tune")))
-    except (StudyNotFound, *DATABASE_ERRORS):
+    except StudyNotFound:
         return 0
     finally:
         close(storage)
@@ -564,6 +564,8 @@ def describe_studies(storage: Storage) -> list[dict[str, Any]]:
     return [
         _describe(optuna.load_study(study_name=summary.study_name, storage=storage))
         for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
+    except DATABASE_ERRORS:
+        return None
     ]
 
 

@@ -199,6 +199,24 @@ def test_interrupt_says_how_to_go_on_and_exits_130(tuned, files, monkeypatch):
     assert "same command again" in err
 
 
+def test_interrupt_while_the_database_is_away_does_not_say_that_trials_are_lost(
+    command, files, tiny_encoder, tiny_dataset, monkeypatch
+):
+    pytest.importorskip("psycopg")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpo.workers.complete", interrupt)
+    model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset))
+    nowhere = "postgresql+psycopg://postgres@127.0.0.1:1/hpo"
+    code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "20", "--storage", nowhere)
+    assert code == 130
+    assert f"the database {nowhere} does not answer" in err
+    assert "trials of study 'finetune' that are finished are safe in it" in err
+    assert "0 of 20" not in err
+
+
 def test_full_database_disk_is_a_sentence(tuned, files, monkeypatch):
     def full(*args, **kwargs):
         from sqlalchemy.exc import OperationalError

@@ -464,6 +464,7 @@ def test_counting_where_there_is_nothing_to_count_gives_zero_and_makes_no_file(t
     assert count_finished(url, "lengths") == 0
     assert count_finished(f"sqlite:///{tmp_path}/absent.db", "lengths") == 0
     assert count_finished("nonsense", "lengths") == 0
+    assert count_finished("grpc://127.0.0.1:1", "lengths") is None
     assert not (tmp_path / "absent.db").exists()
 
 
