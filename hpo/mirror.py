@@ -308,7 +308,13 @@ class MirroredStudy:
             ResultsKept: The database did not take them.
         """
         results = [
-            Result(number=one.trial.number, state=one.state, values=one.values, attributes=one.attributes)
+            Result(
+                number=one.trial.number,
+                state=one.state,
+                values=one.values,
+                attributes=one.attributes,
+                params=one.trial.params,
+            )
             for one in told
         ]
         lost: set[int] = set()
