@@ -325,9 +325,15 @@ def open_study(
         attributes: Further facts, written once when the study is made. Of those that decide the identity, the message
             below names the ones that differ.
     Raises:
-        StudyChanged: A study of that name has another identity; the message names what differs.
+        StudyChanged: A study of that name has another identity, and the message names what differs; or the database
+            has one of a name that it does not tell from this one.
     """
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    if study.study_name != name:
+        raise StudyChanged(
+            f"{display_url(storage.url)} takes the name {name!r} for that of its study {study.study_name!r}; choose "
+            "another name."
+        )
     if IDENTITY not in study.user_attrs:
         if study.get_trials(deepcopy=False) and IDENTITY not in study.user_attrs:  # nobody else made it meanwhile
             raise StudyChanged(f"Study {name!r} holds trials that this tool did not make; choose another name.")
@@ -386,7 +392,10 @@ def find_study(storage: Storage, name: str, start_with: str) -> optuna.Study:
         StudyNotFound: There is none; the message lists those that are.
     """
     try:
-        return optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=storage)
+        if storage.get_study_name_from_id(study._study_id) != name:  # MySQL finds others too, such as in lower case
+            raise KeyError(name)
+        return study
     except (KeyError, UnicodeError) as error:  # what is no text is no study's name
         there = ", ".join(repr(summary.study_name) for summary in optuna.get_all_study_summaries(storage)) or "none"
         raise StudyNotFound(
@@ -555,6 +564,8 @@ def count_finished(url: str, name: str) -> int | None:
         return len(finished_trials(find_study(storage, name, start_with="hpo tune")))
     except StudyNotFound:
         return 0
+    except DATABASE_ERRORS:
+        return None
     finally:
         close(storage)
 
@@ -564,8 +575,6 @@ def describe_studies(storage: Storage) -> list[dict[str, Any]]:
     return [
         _describe(optuna.load_study(study_name=summary.study_name, storage=storage))
         for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
-    except DATABASE_ERRORS:
-        return None
     ]
 
 

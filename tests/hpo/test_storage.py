@@ -646,3 +646,16 @@ def test_ctrl_c_within_a_storage_call_comes_after_it(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         study.set_user_attr("note", "written")
     assert study.user_attrs["note"] == "written"
+
+
+def test_a_study_whose_name_differs_by_case_is_another(any_url):
+    opened = open_storage(any_url)
+    make_study(opened)
+    with pytest.raises(StudyNotFound, match=r"No study 'Lengths' in .*studies there: 'lengths'"):
+        find_study(opened, "Lengths", start_with="hpo tune")
+    if opened.engine.dialect.name == "mysql":
+        with pytest.raises(StudyChanged, match=r"takes the name 'Lengths' for that of its study 'lengths'; choose"):
+            make_study(opened, name="Lengths")
+    else:
+        assert make_study(opened, name="Lengths").study_name == "Lengths"
+    close(opened)
