@@ -829,6 +829,7 @@ def storage_serve_command(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 13000,
 ) -> None:
     """Let many workers reach a database through one server, as --storage grpc://host:port."""
+    from hpo.proxy import address
     from hpo.storage import display_url, storage_url
 
     try:
@@ -842,11 +843,10 @@ def storage_serve_command(
     url = storage_url(storage)
     _check_address(host, port)
     with served(url, host, port) as bound, _ended_by_signals():
+        place = address(host, bound)
         if host not in LOOPBACK:
-            err.print(f"Whoever reaches {host}:{bound} may read and change every study.", markup=False, soft_wrap=True)
-        err.print(
-            f"Serving {display_url(url)} on grpc://{host}:{bound} (Ctrl-C ends it).", markup=False, soft_wrap=True
-        )
+            err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
+        err.print(f"Serving {display_url(url)} on grpc://{place} (Ctrl-C ends it).", markup=False, soft_wrap=True)
         # A wait without end would miss a signal that comes just before it, or that another thread hears.
         while not threading.Event().wait(SIGNALS_HEARD_AFTER_S):
             pass
@@ -897,6 +897,7 @@ def dashboard_command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
 ) -> None:
     """Open optuna-dashboard on the database."""
+    from hpo.proxy import address
     from hpo.storage import display_url, open_database, storage_url
 
     _quieten_libraries()
@@ -905,7 +906,7 @@ def dashboard_command(
     _check_address(host, port)
     from optuna_dashboard import run_server
 
-    err.print(f"Studies of {display_url(url)} on http://{host}:{port}/ (Ctrl-C ends it).", markup=False)
+    err.print(f"Studies of {display_url(url)} on http://{address(host, port)}/ (Ctrl-C ends it).", markup=False)
     run_server(opened, host=host, port=port)
 
 

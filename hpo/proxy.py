@@ -185,6 +185,11 @@ def parse_address(url: str) -> tuple[str, int]:
     return match["host"], port
 
 
+def address(host: str, port: int) -> str:
+    """A host, or an IPv6 address with or without brackets, and a port, as URLs have them."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
 def description() -> dict[str, Any]:
     """What a server says of itself, and a client compares with its own."""
     return {"protocol": PROTOCOL, "hpo": version("hpo"), "optuna": optuna.__version__}

@@ -42,7 +42,7 @@ from hpo.bulk import (
 )
 from hpo.errors import HpoError, StorageError
 from hpo.outage import DatabaseAway, database_reason, is_passing
-from hpo.proxy import FRESH_S, MOST_BYTES, SERVICE, description
+from hpo.proxy import FRESH_S, MOST_BYTES, SERVICE, address, description
 from hpo.runs import FOLDER_ATTRIBUTE
 from hpo.storage import PatientStorage, close, open_database
 from hpo.transactions import FUNCTIONS, READERS, in_one_transaction, reading
@@ -93,9 +93,9 @@ def served(url: str, host: str, port: int) -> Iterator[int]:
         api_pb2_grpc.add_StorageServiceServicer_to_server(optunas, server)  # type: ignore[no-untyped-call]
         server.add_generic_rpc_handlers((_Ours(storage, changes).handler(),))
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_insecure_port(address(host, port))
         except RuntimeError as error:
-            raise StorageError(f"Cannot listen on {host}:{port}; choose another --host or --port.") from error
+            raise StorageError(f"Cannot listen on {address(host, port)}; choose another --host or --port.") from error
         server.start()
         try:
             yield bound

@@ -35,7 +35,7 @@ from hpo.errors import StorageError
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import MirroredStudy, Told
 from hpo.outage import DatabaseAway
-from hpo.proxy import RemoteStorage, connect, parse_address
+from hpo.proxy import RemoteStorage, address, connect, parse_address
 from hpo.proxy_server import STALE_S, Together, run_joined, served
 from hpo.sharing import complete_study
 from hpo.spool import Replayed, ResultsKept, Spool
@@ -564,7 +564,7 @@ def test_what_no_waiting_mends_is_told_at_once(remote):
 
 
 @pytest.mark.parametrize(
-    ("url", "address"),
+    ("url", "host_and_port"),
     [
         ("grpc://127.0.0.1:13000", ("127.0.0.1", 13000)),
         ("grpc://db.example.org", ("db.example.org", 13000)),
@@ -572,8 +572,8 @@ def test_what_no_waiting_mends_is_told_at_once(remote):
         ("grpc://[::1]:9", ("[::1]", 9)),
     ],
 )
-def test_an_address_is_read(url, address):
-    assert parse_address(url) == address
+def test_an_address_is_read(url, host_and_port):
+    assert parse_address(url) == host_and_port
 
 
 @pytest.mark.parametrize(
@@ -633,6 +633,20 @@ def test_a_server_of_another_version_is_refused(server, monkeypatch, entry, what
     monkeypatch.setattr("hpo.proxy_server.description", lambda: {**here, **entry})
     with pytest.raises(StorageError, match=rf"runs {what} {entry[what]}, this is {what} .*install the same"):
         connect(server[0])
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_a_database_is_served_over_ipv6(storage, host):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here ({error})")
+    with served(storage, host, 0) as port:
+        remote = open_storage(f"grpc://{address(host, port)}")
+        assert remote.get_all_studies() == []
+        close(remote)
+    assert address(host, port) == f"[::1]:{port}"
+    assert address("127.0.0.1", port) == f"127.0.0.1:{port}"
 
 
 def test_a_port_is_served_once(server):
