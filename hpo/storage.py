@@ -68,6 +68,8 @@ MADE_MEANWHILE = re.compile(r"already exists|unique constraint|duplicate", re.IG
 """What SQLite, PostgreSQL and MySQL say where Optuna's tables appear between its look and its CREATE TABLE."""
 TOO_MANY_CONNECTIONS = re.compile(r"too many (clients|connections)|connection slots|max_user_connections", re.I)
 """What PostgreSQL and MySQL say where they take no more connections, of anyone or of this user."""
+NOT_WRITABLE = re.compile(r"unable to open|readonly", re.IGNORECASE)
+"""What SQLite says where it cannot make its files or write to them."""
 
 FINISHED = ENDED
 IDENTITY = "identity"
@@ -549,6 +551,11 @@ def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
         return (
             f"Cannot use the storage {shown}: {reason}; let it take more, or have workers share those of one "
             "`hpo storage serve`."
+        )
+    if is_sqlite and NOT_WRITABLE.search(reason):
+        return (
+            f"Cannot use the storage {shown}: {reason}; SQLite writes files beside a database even to read it, so copy "
+            "it to a folder that can be written, or name another file with --storage."
         )
     remedy = "name another file" if is_sqlite else "check the URL and that its server answers, or name another database"
     return f"Cannot use the storage {shown}: {reason}; {remedy} with --storage."

@@ -648,6 +648,15 @@ def test_ctrl_c_within_a_storage_call_comes_after_it(tmp_path):
     assert study.user_attrs["note"] == "written"
 
 
+def test_a_database_in_a_folder_that_cannot_be_written_is_to_be_copied(tmp_path):
+    place = f"sqlite:///{tmp_path}/hpo.db"
+    close(open_storage(place))
+    (tmp_path / "hpo.db-wal").mkdir()  # what SQLite cannot make there
+    sentence = refusal(place, create=False)
+    assert "unable to open database file; SQLite writes files beside a database even to read it" in sentence
+    assert "copy it to a folder that can be written, or name another file with --storage" in sentence
+
+
 def test_a_study_whose_name_differs_by_case_is_another(any_url):
     opened = open_storage(any_url)
     make_study(opened)
