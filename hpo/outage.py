@@ -173,7 +173,8 @@ class Patience:
             self._away_since, self._said = None, False
             self._gave_up.clear()
         if said and since is not None:
-            logger.warning("The database %s is back, after %d s.", self.shown, (datetime.now() - since).seconds)
+            away_s = (datetime.now() - since).total_seconds()
+            logger.warning("The database %s is back, after %d s.", self.shown, away_s)
             if self.on_state is not None:
                 self.on_state("")
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import optuna
@@ -150,6 +151,16 @@ def test_a_call_is_repeated_until_the_database_answers_and_both_are_said_once(sa
     assert states[0].startswith("the database is away since ")
     assert states[1:] == [""]
     assert not patience.is_away
+
+
+def test_a_database_that_was_away_for_days_says_so(said):
+    patience, database = Patience("db", 60), Database(1)
+
+    def probe():
+        patience._away_since -= timedelta(days=2)
+
+    patience.through(database, probe)
+    assert said.messages[-1].startswith("The database db is back, after 1728")
 
 
 def test_a_deadlock_is_repeated_without_a_word(caplog, monkeypatch):
