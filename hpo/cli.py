@@ -1023,11 +1023,12 @@ def _database(url: str) -> Iterator[None]:
 
 @contextmanager
 def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
-    """On Ctrl-C say what is safe and how to go on, and exit 130."""
+    """On Ctrl-C or SIGTERM say what is safe and how to go on, and exit 130."""
+    from hpo.interrupts import pressed_by_sigterm
     from hpo.storage import count_finished, display_url
 
     try:
-        with _database(url):
+        with pressed_by_sigterm(), _database(url):
             yield
     except KeyboardInterrupt:
         done, shown = count_finished(url, study), display_url(url)

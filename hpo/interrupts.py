@@ -46,6 +46,19 @@ def heard() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def pressed_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM, by which schedulers end a process, does what a Ctrl-C does, where one is heard."""
+    if not _is_heard_here():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Waiting:
     """A handler for Ctrl-C that only remembers it for the one before, but for waits in between and a second one."""
 

@@ -302,7 +302,8 @@ def _wait_for_new_trial(database: Path, process: subprocess.Popen, after: int) -
     raise AssertionError("no trial was finished in two minutes")
 
 
-def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path, start_process):
+@pytest.mark.parametrize("pressed", [signal.SIGINT, signal.SIGTERM])
+def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path, start_process, pressed):
     environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs")}
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "2000"]
     process = start_process(
@@ -311,7 +312,7 @@ def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage
         stderr=subprocess.PIPE,
     )
     _wait_for_new_trial(Path(storage.removeprefix("sqlite:///")), process, after=0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(pressed)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Interrupted: " in err
