@@ -362,18 +362,16 @@ def _tune(
     )
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         finished = complete(job, on_progress=on_progress, prepare=_quieten_libraries, cluster=cluster)
-    folder = best_checkpoint(finished, root)
-    best = best_trial(finished)
+    with _database(url):
+        folder, best, done = best_checkpoint(finished, root), best_trial(finished), _finished_count(finished)
+        name, direction = (finished.metric_names or ["value"])[0], finished.direction.name.lower()
     if as_json:
         _print_json(
             {
                 "study": finished.study_name,
                 "storage": display_url(url),
-                "trials": _finished_count(finished),
-                "objective": {
-                    "name": (finished.metric_names or ["value"])[0],
-                    "direction": finished.direction.name.lower(),
-                },
+                "trials": done,
+                "objective": {"name": name, "direction": direction},
                 "best": {
                     "trial": best.number,
                     "value": best.value,
@@ -383,10 +381,7 @@ def _tune(
             }
         )
         return
-    name = (finished.metric_names or ["value"])[0]
-    out.print(
-        f"{_finished_count(finished)} trials in study {finished.study_name!r} of {display_url(url)}.", markup=False
-    )
+    out.print(f"{done} trials in study {finished.study_name!r} of {display_url(url)}.", markup=False)
     out.print(f"Best: trial {best.number}, {name} {best.value:.4f} on the search split.", markup=False)
     for key, value in sorted(best.params.items()):
         out.print(f"  {key} = {value:.4g}" if isinstance(value, float) else f"  {key} = {value}", markup=False)
@@ -475,7 +470,8 @@ def search_lengths_command(
         workload = _workload(str(checkpoint), flags, workload_flags)
     else:
         trained, workload = _trained_by(finetune_study, url, flags, workload_flags)
-        checkpoint = checkpoint or best_checkpoint(trained, root)
+        with _database(url):
+            checkpoint = checkpoint or best_checkpoint(trained, root)
     job = SearchJob(
         definition=definition,
         workload=workload,
@@ -1177,10 +1173,11 @@ def _trained_by(
 
     with _database(url):
         found = find_study(open_storage(url, create=False), finetune_study, start_with="hpo tune")
-    recorded = found.user_attrs.get("workload")
+        attributes = found.user_attrs
+    recorded = attributes.get("workload")
     if recorded is None:
         raise HpoError(f"Study {finetune_study!r} does not say what it used; pass --checkpoint and --dataset.")
-    if found.user_attrs.get("kind") not in TRAINING_KINDS:
+    if attributes.get("kind") not in TRAINING_KINDS:
         raise HpoError(
             f"Study {finetune_study!r} searches lengths and trains no model; pass one of `hpo tune` as "
             "--finetune-study, or --checkpoint and --dataset."

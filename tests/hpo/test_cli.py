@@ -321,6 +321,21 @@ def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage
     assert not [trial for trial in study.trials if trial.state == TrialState.RUNNING]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("tune", "--study", "finetune", "--model", "m", "--dataset", "d"), ("search-lengths", "--study", "lengths")],
+)
+def test_database_that_fails_while_the_best_model_is_looked_up_is_named(tuned, files, monkeypatch, storage, arguments):
+    def fail(*args, **kwargs):
+        raise optuna.exceptions.StorageInternalError from sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr("hpo.tune.best_trial", fail)
+    monkeypatch.setattr("hpo.workers.complete", lambda *_, **__: optuna.create_study())
+    code, _, err = tuned(*(files.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert f"{storage} failed (disk I/O error)" in err
+
+
 def test_database_that_fails_in_mid_run_is_named_without_its_password(tuned, files, monkeypatch, storage):
     def fail(*args, **kwargs):
         raise optuna.exceptions.StorageInternalError from sqlite3.OperationalError("database or disk is full")
