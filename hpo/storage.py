@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -70,6 +71,10 @@ TOO_MANY_CONNECTIONS = re.compile(r"too many (clients|connections)|connection sl
 """What PostgreSQL and MySQL say where they take no more connections, of anyone or of this user."""
 NOT_WRITABLE = re.compile(r"unable to open|readonly", re.IGNORECASE)
 """What SQLite says where it cannot make its files or write to them."""
+
+# MySQL's own text is of 64 KiB, which is less than what 400,000 examples say of a trial; this is how tables are made.
+LONG_TEXT = sqlalchemy.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+models.TrialUserAttributeModel.__table__.c.value_json.type = LONG_TEXT
 
 FINISHED = ENDED
 IDENTITY = "identity"

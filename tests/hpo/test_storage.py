@@ -9,11 +9,13 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
 from optuna.trial import TrialState, create_trial
 
+from hpo.early_stopping import bits_to_text
 from hpo.errors import StorageError, StudyChanged, StudyNotFound
 from hpo.interrupts import uninterrupted
 from hpo.storage import (
@@ -667,4 +669,14 @@ def test_a_study_whose_name_differs_by_case_is_another(any_url):
             make_study(opened, name="Lengths")
     else:
         assert make_study(opened, name="Lengths").study_name == "Lengths"
+    close(opened)
+
+
+def test_a_trial_holds_what_a_split_of_half_a_million_examples_says_of_it(any_url):
+    opened = open_storage(any_url)
+    study = optuna.create_study(storage=opened)
+    trial = study.ask()
+    correct = bits_to_text(np.zeros(500_000, dtype=bool))
+    trial.set_user_attr("correct", correct)
+    assert study.trials[0].user_attrs["correct"] == correct
     close(opened)
