@@ -362,18 +362,16 @@ def _tune(
     )
     with _resumable(definition.name, url, trials), _progress("trials") as on_progress:
         finished = complete(job, on_progress=on_progress, prepare=_quieten_libraries, cluster=cluster)
-    folder = best_checkpoint(finished, root)
-    best = best_trial(finished)
+    with _database(url):
+        folder, best, done = best_checkpoint(finished, root), best_trial(finished), _finished_count(finished)
+        name, direction = (finished.metric_names or ["value"])[0], finished.direction.name.lower()
     if as_json:
         _print_json(
             {
                 "study": finished.study_name,
                 "storage": display_url(url),
-                "trials": _finished_count(finished),
-                "objective": {
-                    "name": (finished.metric_names or ["value"])[0],
-                    "direction": finished.direction.name.lower(),
-                },
+                "trials": done,
+                "objective": {"name": name, "direction": direction},
                 "best": {
                     "trial": best.number,
                     "value": best.value,
@@ -383,10 +381,7 @@ def _tune(
             }
         )
         return
-    name = (finished.metric_names or ["value"])[0]
-    out.print(
-        f"{_finished_count(finished)} trials in study {finished.study_name!r} of {display_url(url)}.", markup=False
-    )
+    out.print(f"{done} trials in study {finished.study_name!r} of {display_url(url)}.", markup=False)
     out.print(f"Best: trial {best.number}, {name} {best.value:.4f} on the search split.", markup=False)
     for key, value in sorted(best.params.items()):
         out.print(f"  {key} = {value:.4g}" if isinstance(value, float) else f"  {key} = {value}", markup=False)
@@ -475,7 +470,8 @@ def search_lengths_command(
         workload = _workload(str(checkpoint), flags, workload_flags)
     else:
         trained, workload = _trained_by(finetune_study, url, flags, workload_flags)
-        checkpoint = checkpoint or best_checkpoint(trained, root)
+        with _database(url):
+            checkpoint = checkpoint or best_checkpoint(trained, root)
     job = SearchJob(
         definition=definition,
         workload=workload,
@@ -829,6 +825,7 @@ def storage_serve_command(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 13000,
 ) -> None:
     """Let many workers reach a database through one server, as --storage grpc://host:port."""
+    from hpo.proxy import address
     from hpo.storage import display_url, storage_url
 
     try:
@@ -842,11 +839,10 @@ def storage_serve_command(
     url = storage_url(storage)
     _check_address(host, port)
     with served(url, host, port) as bound, _ended_by_signals():
+        place = address(host, bound)
         if host not in LOOPBACK:
-            err.print(f"Whoever reaches {host}:{bound} may read and change every study.", markup=False, soft_wrap=True)
-        err.print(
-            f"Serving {display_url(url)} on grpc://{host}:{bound} (Ctrl-C ends it).", markup=False, soft_wrap=True
-        )
+            err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
+        err.print(f"Serving {display_url(url)} on grpc://{place} (Ctrl-C ends it).", markup=False, soft_wrap=True)
         # A wait without end would miss a signal that comes just before it, or that another thread hears.
         while not threading.Event().wait(SIGNALS_HEARD_AFTER_S):
             pass
@@ -897,6 +893,7 @@ def dashboard_command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
 ) -> None:
     """Open optuna-dashboard on the database."""
+    from hpo.proxy import address
     from hpo.storage import display_url, open_database, storage_url
 
     _quieten_libraries()
@@ -905,7 +902,7 @@ def dashboard_command(
     _check_address(host, port)
     from optuna_dashboard import run_server
 
-    err.print(f"Studies of {display_url(url)} on http://{host}:{port}/ (Ctrl-C ends it).", markup=False)
+    err.print(f"Studies of {display_url(url)} on http://{address(host, port)}/ (Ctrl-C ends it).", markup=False)
     run_server(opened, host=host, port=port)
 
 
@@ -1022,20 +1019,21 @@ def _database(url: str) -> Iterator[None]:
 
 @contextmanager
 def _resumable(study: str, url: str, trials: int) -> Iterator[None]:
-    """On Ctrl-C say what is safe and how to go on, and exit 130."""
+    """On Ctrl-C or SIGTERM say what is safe and how to go on, and exit 130."""
+    from hpo.interrupts import pressed_by_sigterm
     from hpo.storage import count_finished, display_url
 
     try:
-        with _database(url):
+        with pressed_by_sigterm(), _database(url):
             yield
     except KeyboardInterrupt:
-        done = count_finished(url, study)
-        err.print(
-            f"\nInterrupted: {done} of {trials} trials of study {study!r} are in {display_url(url)}. "
-            "Run the same command again to continue.",
-            markup=False,
-            soft_wrap=True,
-        )
+        done, shown = count_finished(url, study), display_url(url)
+        if done is None:
+            safe = f"the database {shown} does not answer; trials of study {study!r} that are finished are safe in it."
+            safe += " Put it right, and run"
+        else:
+            safe = f"{done} of {trials} trials of study {study!r} are in {shown}. Run"
+        err.print(f"\nInterrupted: {safe} the same command again to continue.", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -1175,10 +1173,11 @@ def _trained_by(
 
     with _database(url):
         found = find_study(open_storage(url, create=False), finetune_study, start_with="hpo tune")
-    recorded = found.user_attrs.get("workload")
+        attributes = found.user_attrs
+    recorded = attributes.get("workload")
     if recorded is None:
         raise HpoError(f"Study {finetune_study!r} does not say what it used; pass --checkpoint and --dataset.")
-    if found.user_attrs.get("kind") not in TRAINING_KINDS:
+    if attributes.get("kind") not in TRAINING_KINDS:
         raise HpoError(
             f"Study {finetune_study!r} searches lengths and trains no model; pass one of `hpo tune` as "
             "--finetune-study, or --checkpoint and --dataset."

@@ -33,6 +33,9 @@ INTERVAL_S = 10.0
 GRACE_S = 60.0
 """How long a heartbeat stands still until its worker counts as dead; longer than the database may take to answer."""
 
+ENDING_S = 5.0
+"""How long a heartbeat that is being recorded is waited for at the end."""
+
 _alive: set[str] = set()
 """Names of this process's workers that are at work."""
 
@@ -120,7 +123,7 @@ class Heartbeats:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(ENDING_S)  # what it waits for may hang
         _alive.discard(self.worker)
 
     def watch(self, own: Collection[int], others: dict[int, str]) -> None:

@@ -46,8 +46,21 @@ def heard() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def pressed_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM, by which schedulers end a process, does what a Ctrl-C does, where one is heard."""
+    if not _is_heard_here():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Waiting:
-    """A handler for Ctrl-C that only remembers it for the one before, but for waits in between."""
+    """A handler for Ctrl-C that only remembers it for the one before, but for waits in between and a second one."""
 
     def __init__(self) -> None:
         self.before = signal.getsignal(signal.SIGINT)
@@ -55,8 +68,8 @@ class _Waiting:
         self.at_once = False
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        self.pressed = True
-        if self.at_once:
+        again, self.pressed = self.pressed, True
+        if self.at_once or again:
             self.hand_on()
 
     def hand_on(self) -> None:
@@ -71,8 +84,9 @@ class _Waiting:
 def uninterrupted() -> Iterator[None]:
     """Let a Ctrl-C wait until the block, a few transactions, is through; a driver cut short leaves a broken connection.
 
-    Blocks may be nested: it is raised at the end of the outermost. Outside the main thread, which alone receives
-    signals, and where Ctrl-C is ignored, as in a job that a shell put into the background, this does nothing.
+    Blocks may be nested: it is raised at the end of the outermost. A second one is raised at once: what is waited for
+    may hang. Outside the main thread, which alone receives signals, and where Ctrl-C is ignored, as in a job that a
+    shell put into the background, this does nothing.
     """
     if not _is_heard_here() or isinstance(signal.getsignal(signal.SIGINT), _Waiting):
         yield

@@ -126,6 +126,7 @@ class MirroredStudy:
         copy: The study that the sampler sees: all trials of a short study, and of a long one those that matter to it.
         heartbeats: This worker's; None where the process is the only one.
         newest_number: The greatest number of a trial that it knows; -1 where there is none.
+        lost: Numbers of trials of this worker that others have finished, as far as the database was told of them.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class MirroredStudy:
         self._kept: set[int] = set()
         self._make_copy(sampler, pruner or optuna.pruners.NopPruner())
         self.newest_number = -1
+        self.lost: set[int] = set()
         self._newest = 0
         self._last_number = -1
         self._ended = 0
@@ -306,7 +308,13 @@ class MirroredStudy:
             ResultsKept: The database did not take them.
         """
         results = [
-            Result(number=one.trial.number, state=one.state, values=one.values, attributes=one.attributes)
+            Result(
+                number=one.trial.number,
+                state=one.state,
+                values=one.values,
+                attributes=one.attributes,
+                params=one.trial.params,
+            )
             for one in told
         ]
         lost: set[int] = set()
@@ -354,6 +362,7 @@ class MirroredStudy:
     def _lose(self, trial: AskedTrial) -> None:
         """A trial that somebody else has finished; what became of it is read with the next `sync`."""
         logger.warning("Trial %d was finished by another worker.", trial.number)
+        self.lost.add(trial.number)
         self._elsewhere[trial.trial_id] = _Elsewhere(trial.number, None, None, trial.params)
 
     @contextmanager

@@ -82,6 +82,15 @@ class Patience:
         """Whether the last call found the database away."""
         return self._away_since is not None
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether a call has waited in vain or `stop` was called, and none has succeeded since."""
+        return self._gave_up.is_set()
+
+    def stop(self) -> None:
+        """Have calls be tried once, until one succeeds."""
+        self._gave_up.set()
+
     def through(self, call: Callable[[], Result], probe: Callable[[], object] | None = None) -> Result:
         """Call, again and again while the database is away.
 
@@ -124,7 +133,7 @@ class Patience:
                             probe()
                     break
                 except KeyboardInterrupt:
-                    self._gave_up.set()
+                    self.stop()
                     raise
                 except Exception as error:
                     if not is_passing(error):
@@ -164,12 +173,13 @@ class Patience:
             self._away_since, self._said = None, False
             self._gave_up.clear()
         if said and since is not None:
-            logger.warning("The database %s is back, after %d s.", self.shown, (datetime.now() - since).seconds)
+            away_s = (datetime.now() - since).total_seconds()
+            logger.warning("The database %s is back, after %d s.", self.shown, away_s)
             if self.on_state is not None:
                 self.on_state("")
 
     def _give_up(self, error: Exception) -> DatabaseAway:
-        self._gave_up.set()
+        self.stop()
         since = self._away_since or datetime.now()
         return DatabaseAway(
             f"The database {self.shown} is away since {since:%H:%M:%S} ({database_reason(error)}), longer than "

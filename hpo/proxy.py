@@ -36,8 +36,10 @@ FRESH_S = 0.05
 """How old a server's memory of a study may be, at least, that answers what others did; whatever hangs on it is checked
 again in the transaction that enters trials."""
 ANSWER_TIMEOUT_S = 120.0
-"""How long a server may take to answer; then it counts as away."""
+"""How long a server may take to answer; then it counts as away. Less where it is waited for less long."""
 CONNECT_TIMEOUT_S = 10.0
+GIVEN_UP_TIMEOUT_S = 5.0
+"""The same for one that was waited for in vain already."""
 
 
 class ServedError(StorageError):
@@ -58,11 +60,11 @@ class RemoteStorage(GrpcStorageProxy):
     fresh_s = FRESH_S
 
     def __init__(self, url: str, host: str, port: int, patience: Patience) -> None:
+        self.url = url
+        self.patience = patience
         with catch_warnings():
             simplefilter("ignore", ExperimentalWarning)
             super().__init__(host=host, port=port)
-        self.url = url
-        self.patience = patience
 
     def _setup(self) -> None:
         """Optuna's own, with a limit to how long a message may be and an answer may take."""
@@ -73,10 +75,16 @@ class RemoteStorage(GrpcStorageProxy):
         options = [("grpc.max_receive_message_length", MOST_BYTES), ("grpc.max_send_message_length", MOST_BYTES)]
         options += [("grpc.max_reconnect_backoff_ms", 2000), ("grpc.enable_http_proxy", 0)]
         channel = grpc.insecure_channel(f"{self._host}:{self._port}", options=options)
-        self._channel = grpc.intercept_channel(channel, _deadline())
+        self._channel = grpc.intercept_channel(channel, _deadline(self._answer_timeout_s))
         self._stub = api_pb2_grpc.StorageServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._cache = client.GrpcClientCache(self._stub)
-        self._run = functools.partial(channel.unary_unary(f"/{SERVICE}/Run"), timeout=ANSWER_TIMEOUT_S)
+        self._run = self._channel.unary_unary(f"/{SERVICE}/Run")
+
+    def _answer_timeout_s(self) -> float:
+        if self.patience.has_given_up:
+            return GIVEN_UP_TIMEOUT_S
+        waits_s = self.patience.timeout_s
+        return min(ANSWER_TIMEOUT_S, max(CONNECT_TIMEOUT_S, waits_s)) if waits_s else ANSWER_TIMEOUT_S
 
     def through(self, call: Callable[[], Result]) -> Result:
         """Run what may be repeated: again while the server is away, and to its end where Ctrl-C is pressed."""
@@ -177,6 +185,11 @@ def parse_address(url: str) -> tuple[str, int]:
     return match["host"], port
 
 
+def address(host: str, port: int) -> str:
+    """A host, or an IPv6 address with or without brackets, and a port, as URLs have them."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
 def description() -> dict[str, Any]:
     """What a server says of itself, and a client compares with its own."""
     return {"protocol": PROTOCOL, "hpo": version("hpo"), "optuna": optuna.__version__}
@@ -208,14 +221,14 @@ def _raising(call: Callable[[], Result]) -> Result:
         raise ServedError(f"its server says: {database_reason(error)}") from error
 
 
-def _deadline() -> Any:
+def _deadline(answer_timeout_s: Callable[[], float]) -> Any:
     """An interceptor that lets no call wait for ever: a machine that vanished never says so."""
     import grpc
 
     class Deadline(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
         def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
             if details.timeout is None:
-                details = details._replace(timeout=ANSWER_TIMEOUT_S)
+                details = details._replace(timeout=answer_timeout_s())
             return continuation(details, request)
 
     return Deadline()

@@ -8,23 +8,27 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import grpc
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import _CachedStorage
+from optuna.storages._cached_storage import _CachedStorage, _StudyInfo
 from optuna.storages._grpc.auto_generated import api_pb2_grpc
 from optuna.storages._grpc.servicer import OptunaStorageProxyService
 from optuna.storages._rdb import models
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from hpo.bulk import (
+    TRIALS,
     UNSEEN,
     Entry,
     Known,
@@ -38,7 +42,8 @@ from hpo.bulk import (
 )
 from hpo.errors import HpoError, StorageError
 from hpo.outage import DatabaseAway, database_reason, is_passing
-from hpo.proxy import FRESH_S, MOST_BYTES, SERVICE, description
+from hpo.proxy import FRESH_S, MOST_BYTES, SERVICE, address, description
+from hpo.runs import FOLDER_ATTRIBUTE
 from hpo.storage import PatientStorage, close, open_database
 from hpo.transactions import FUNCTIONS, READERS, in_one_transaction, reading
 from hpo.wire import Encoded, decode, encode
@@ -84,13 +89,13 @@ def served(url: str, host: str, port: int) -> Iterator[int]:
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error
             ],
         )
-        optunas = OptunaStorageProxyService(LearningStorage(storage))
+        optunas = OptunaStorageProxyService(TrialCache(storage))
         api_pb2_grpc.add_StorageServiceServicer_to_server(optunas, server)  # type: ignore[no-untyped-call]
         server.add_generic_rpc_handlers((_Ours(storage, changes).handler(),))
         try:
-            bound = server.add_insecure_port(f"{host}:{port}")
+            bound = server.add_insecure_port(address(host, port))
         except RuntimeError as error:
-            raise StorageError(f"Cannot listen on {host}:{port}; choose another --host or --port.") from error
+            raise StorageError(f"Cannot listen on {address(host, port)}; choose another --host or --port.") from error
         server.start()
         try:
             yield bound
@@ -100,24 +105,100 @@ def served(url: str, host: str, port: int) -> Iterator[int]:
         close(storage)
 
 
-class LearningStorage(_CachedStorage):
-    """Optuna's cache, which also takes parameters of trials that were entered before this server began."""
+class Landmarks:
+    """What tells a study that was read from what the database has under its id by now.
+
+    Studies are deleted, and databases restored from backups, beside a server too; SQLite gives their ids anew.
+    """
+
+    def __init__(self, storage: PatientStorage, study_id: int) -> None:
+        self._storage = storage
+        self._study_id = study_id
+        self._seen: dict[int | None, dict[str, Any]] = {}
+
+    def stand(self, trial_ids: Collection[int]) -> bool:
+        """Whether what was seen before is still there; what is seen from now on are these trials.
+
+        Args:
+            trial_ids: The newest trial and the last that was finished: of those that are gone, one is among them.
+        """
+        asked = [*trial_ids, *(trial_id for trial_id in self._seen if trial_id is not None)]
+        there = landmarks(self._storage, self._study_id, asked)
+        stood = all(mark.items() <= there.get(key, {}).items() for key, mark in self._seen.items())
+        self._seen = {key: mark for key, mark in there.items() if key is None or key in trial_ids}
+        return stood
+
+
+@reading
+def landmarks(session: Session, study_id: int, trial_ids: Collection[int]) -> dict[int | None, dict[str, Any]]:
+    """What is known of some trials and does not change any more, by their ids, and by None of their study."""
+    folder = models.StudyUserAttributeModel
+    is_folder = (folder.study_id == models.StudyModel.study_id) & (folder.key == FOLDER_ATTRIBUTE)
+    query = select(models.StudyModel.study_name, folder.value_json).outerjoin(folder, is_folder)
+    marks: dict[int | None, dict[str, Any]] = {}
+    for name, value in session.execute(query.where(models.StudyModel.study_id == study_id)):
+        marks[None] = {"name": name} | ({} if value is None else {"folder": value})
+    trial, param = TRIALS.c, models.TrialParamModel
+    columns = (trial.trial_id, trial.number, trial.state, trial.datetime_complete, param.param_name, param.param_value)
+    rows = select(*columns).outerjoin(param, param.trial_id == trial.trial_id).where(trial.study_id == study_id)
+    for trial_id, number, state, ended, name, value in session.execute(rows.where(trial.trial_id.in_(trial_ids))):
+        mark = marks.setdefault(trial_id, {"number": number})
+        mark |= {"ended": (state, ended)} if state.is_finished() else {}
+        mark |= {} if name is None else {f"param {name}": value}
+    return marks
+
+
+class TrialCache(_CachedStorage):
+    """Optuna's cache, of trials alone, and only as long as the database has them."""
 
     _backend: PatientStorage
+
+    def __init__(self, backend: PatientStorage) -> None:
+        super().__init__(backend)
+        self._landmarks: dict[int, Landmarks] = {}
+
+    def get_study_name_from_id(self, study_id: int) -> str:
+        """As Optuna's."""
+        return self._backend.get_study_name_from_id(study_id)
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        """As Optuna's."""
+        return self._backend.get_study_directions(study_id)
+
+    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
+        """As Optuna's."""
+        return self._backend.get_trial_id_from_study_id_trial_number(study_id, trial_number)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """As Optuna's."""
+        return self._backend.get_trial(trial_id)
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
         """As Optuna's."""
-        if trial_id not in self._trial_id_to_study_id_and_number:
-            self._read_trials_from_remote_storage(study_of(self._backend, trial_id))
-        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+        self._backend.set_trial_param(trial_id, param_name, param_value_internal, distribution)
+
+    def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        super()._read_trials_from_remote_storage(study_id)
+        if self._stands(study_id):
+            return
+        with self._lock:
+            self._studies[study_id] = _StudyInfo()
+        super()._read_trials_from_remote_storage(study_id)
+        self._stands(study_id)
+
+    def _stands(self, study_id: int) -> bool:
+        with self._lock:
+            trials = self._studies[study_id].trials.values()
+            newest = sorted(trial._trial_id for trial in trials)[-1:]
+            last_ended = [trial_id for _, trial_id in sorted(_ends(trials))[-1:]]
+            return self._landmarks.setdefault(study_id, Landmarks(self._backend, study_id)).stand(newest + last_ended)
 
 
-@reading
-def study_of(session: Session, trial_id: int) -> int:
-    """Id of the study that a trial belongs to."""
-    return int(models.TrialModel.find_or_raise_by_id(trial_id, session).study_id)
+def _ends(trials: Iterable[FrozenTrial]) -> list[tuple[datetime, int]]:
+    """When trials ended, and their ids."""
+    return [(trial.datetime_complete, trial._trial_id) for trial in trials if trial.datetime_complete is not None]
 
 
 @dataclass
@@ -252,12 +333,17 @@ class Watched:
         self._storage = storage
         self._study_id = study_id
         self._lock = threading.Lock()
-        self._trials: dict[int, _Trial] = {}
-        self._ids: list[int] = []
-        self._unfinished: set[int] = set()
+        self._landmarks = Landmarks(storage, study_id)
         self._read_at = float("-inf")
         self._fresh_s = FRESH_S
         self._changes = -1
+        self._forget()
+
+    def _forget(self) -> None:
+        self._trials: dict[int, _Trial] = {}
+        self._ids: list[int] = []
+        self._unfinished: set[int] = set()
+        self._last_ended: list[tuple[datetime, int]] = []
 
     def look(self, known: Known, seen: Mapping[int, TrialState | None], changes: int) -> Encoded:
         """What `hpo.bulk.look` answers; `changes` counts those that an answer must know of."""
@@ -278,10 +364,23 @@ class Watched:
 
     def _read(self) -> None:
         started = time.monotonic()
+        self._take_in_news()
+        if not self._stands():
+            self._forget()
+            self._take_in_news()
+            self._stands()
+        self._read_at = started
+        self._fresh_s = min(max(FRESH_S, (time.monotonic() - started) / READING_SHARE), STALE_S)
+
+    def _stands(self) -> bool:
+        return self._landmarks.stand([*self._ids[-1:], *(trial_id for _, trial_id in self._last_ended)])
+
+    def _take_in_news(self) -> None:
         newest = self._ids[-1] if self._ids else 0
         seen = {trial_id: self._trials[trial_id].state for trial_id in self._unfinished}
         known = Known(newest=newest, unfinished=sorted(self._unfinished))
         rows, changed = look(self._storage, self._study_id, known, seen)
+        self._last_ended = sorted([*self._last_ended, *_ends(changed)])[-1:]
         whole = {trial._trial_id: trial for trial in changed}
         for trial_id, number, state in rows:
             if trial_id in whole:
@@ -294,8 +393,6 @@ class Watched:
                 self._unfinished.discard(trial_id)
             else:
                 self._unfinished.add(trial_id)
-        self._read_at = started
-        self._fresh_s = min(max(FRESH_S, (time.monotonic() - started) / READING_SHARE), STALE_S)
 
 
 class _Ours:
@@ -306,7 +403,6 @@ class _Ours:
         self._together = Together(storage)
         self._changes = changes
         self._watched: dict[int, Watched] = {}
-        self._deleted = 0
         self._lock = threading.Lock()
 
     def handler(self) -> Any:
@@ -339,8 +435,6 @@ class _Ours:
         if name == look.__name__ and not named:
             study_id, known, seen = arguments
             with self._lock:
-                if self._deleted != self._changes.deleted:
-                    self._watched, self._deleted = {}, self._changes.deleted
                 watched = self._watched.setdefault(study_id, Watched(self._storage, study_id))
             return watched.look(known, seen, self._changes.made)
         result = self._together.run(name, arguments, named)
@@ -351,15 +445,9 @@ class _Ours:
 
 @dataclass
 class _Changes:
-    """What was done through the server that its answers must know of, counted.
-
-    Attributes:
-        made: Changes, other than by entering and finishing trials.
-        deleted: Studies deleted; their ids may come back.
-    """
+    """Counts what was done through the server that its answers must know of, but for entering and finishing trials."""
 
     made: int = 0
-    deleted: int = 0
 
 
 class _Explains(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -380,7 +468,6 @@ class _Explains(grpc.ServerInterceptor):  # type: ignore[misc]
                 answer = handler.unary_unary(request, context)
                 if not reads:
                     self._changes.made += 1
-                    self._changes.deleted += method == "DeleteStudy"
                 return answer
             except Exception as error:
                 if context.code() is not None:  # the handler has said why

@@ -165,7 +165,12 @@ def _ask(mirror: MirroredStudy, plan: Plan, trials: int) -> list[AskedTrial]:
 
 
 def _abandon(mirror: MirroredStudy, plan: Plan, asked: Sequence[AskedTrial], error: BaseException) -> None:
-    """Give up trials that this process asked for and will not tell, as far as the database still answers."""
+    """Give up trials that this process asked for and will not tell, as far as the database still answers.
+
+    After a Ctrl-C it is not waited for: neither here nor by what tidies up later.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        mirror.storage.patience.stop()
     if not asked:
         return
     reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"

@@ -39,12 +39,15 @@ class Result:
         state: A finished state.
         values: Its objectives; None where it has none.
         attributes: User attributes to add.
+        params: Its parameters, by which it is told from another that has taken its number; None where they are not
+            known, as in files of earlier versions.
     """
 
     number: int
     state: TrialState
     values: Sequence[float] | None
     attributes: Mapping[str, Any]
+    params: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ class Spool:
                     "state": result.state.name,
                     "values": None if result.values is None else [float(value) for value in result.values],
                     "attributes": dict(result.attributes),
+                    "params": None if result.params is None else dict(result.params),
                 }
                 for result in results
             ],
@@ -163,7 +167,8 @@ class Spool:
         with suppress(FileNotFoundError):  # another worker was first
             file.replace(aside)
         logger.warning(
-            "Study %r has no trial %s any more, as after a restored backup; the results are put aside in %s.",
+            "Study %r has no trial %s with these parameters any more, as after a restored backup; the results are put "
+            "aside in %s.",
             self.study_name,
             ", ".join(map(str, gone)),
             aside,
@@ -227,8 +232,10 @@ def _tell(storage: Storage, study: optuna.Study, results: Sequence[Result]) -> t
     for result in results:
         try:
             trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, result.number)
-            was_finished = storage.get_trial(trial_id).state.is_finished()
+            trial = storage.get_trial(trial_id)
         except KeyError:
+            trial = None
+        if trial is None or result.params not in (None, trial.params):
             total += Replayed(lost=1)
             gone.append(result.number)
             continue
@@ -239,5 +246,5 @@ def _tell(storage: Storage, study: optuna.Study, results: Sequence[Result]) -> t
             logger.warning("Trial %d was given up before its result could be told.", result.number)
             total += Replayed(lost=1)
             continue
-        total += Replayed(known=1) if was_finished else Replayed(told=1)
+        total += Replayed(known=1) if trial.state.is_finished() else Replayed(told=1)
     return total, gone

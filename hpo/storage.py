@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._rdb import models
 from optuna.study.study import _SYSTEM_ATTR_METRIC_NAMES
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -58,11 +59,22 @@ CONNECT_OPTIONS: dict[str, dict[str, int]] = {
     "pymysql": {"connect_timeout": CONNECT_TIMEOUT_S},
 }
 """By driver: so that a server whose machine vanished is found to be away. A URL's own options come first."""
+STATEMENT_OPTIONS: dict[str, dict[str, str | int]] = {
+    "psycopg": {"options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"},
+    "pymysql": {"read_timeout": 120, "write_timeout": 120},  # more than MySQL waits for a lock
+}
+"""By driver: so that a statement that hangs is given up, and who stands still in one holds others up for a minute."""
 RACE_WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 MADE_MEANWHILE = re.compile(r"already exists|unique constraint|duplicate", re.IGNORECASE)
 """What SQLite, PostgreSQL and MySQL say where Optuna's tables appear between its look and its CREATE TABLE."""
 TOO_MANY_CONNECTIONS = re.compile(r"too many (clients|connections)|connection slots|max_user_connections", re.I)
 """What PostgreSQL and MySQL say where they take no more connections, of anyone or of this user."""
+NOT_WRITABLE = re.compile(r"unable to open|readonly", re.IGNORECASE)
+"""What SQLite says where it cannot make its files or write to them."""
+
+# MySQL's own text is of 64 KiB, which is less than what 400,000 examples say of a trial; this is how tables are made.
+LONG_TEXT = sqlalchemy.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
+models.TrialUserAttributeModel.__table__.c.value_json.type = LONG_TEXT
 
 FINISHED = ENDED
 IDENTITY = "identity"
@@ -222,9 +234,17 @@ def open_database(
     timeout_s: float = 0.0,
     on_state: Callable[[str], None] | None = None,
     connections: int = 5,
+    gives_up: bool = True,
 ) -> PatientStorage:
-    """`open_storage` for what needs the SQL database itself, over as many connections to a server as threads need.
+    """`open_storage` for what needs the SQL database itself.
 
+    Args:
+        url: An SQLAlchemy URL.
+        create: As `open_storage`, and so are the next two.
+        timeout_s: See there.
+        on_state: See there.
+        connections: To a server, as many as threads need.
+        gives_up: Whether a statement that takes minutes counts as one that hangs.
     Raises:
         StorageError: As `open_storage`, or the URL is that of a server of `hpo storage serve`.
     """
@@ -238,7 +258,7 @@ def open_database(
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite:
         _check_sqlite_file(parsed, shown, create)
-    engine_kwargs = _engine_options(parsed, is_sqlite, timeout_s, connections)
+    engine_kwargs = _engine_options(parsed, is_sqlite, timeout_s, connections, gives_up)
     try:
         _refuse_foreign_tables(parsed, shown, engine_kwargs)
         if is_sqlite:
@@ -276,11 +296,12 @@ def _test_rested_connections(engine: sqlalchemy.Engine) -> None:
     sqlalchemy.event.listen(engine, "checkout", test)
 
 
-def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: int) -> dict[str, Any]:
+def _engine_options(url: URL, is_sqlite: bool, timeout_s: float, connections: int, gives_up: bool) -> dict[str, Any]:
     if is_sqlite:
         timeout = PATIENT_BUSY_TIMEOUT_S if timeout_s else BUSY_TIMEOUT_S
         return {"pool_size": connections, "connect_args": {"timeout": timeout}}
-    ours = CONNECT_OPTIONS.get(url.get_driver_name(), {})
+    driver = url.get_driver_name()
+    ours = {**CONNECT_OPTIONS.get(driver, {}), **(STATEMENT_OPTIONS.get(driver, {}) if gives_up else {})}
     return {
         "pool_size": connections,
         "pool_pre_ping": False,  # which Optuna would choose for MySQL
@@ -311,9 +332,15 @@ def open_study(
         attributes: Further facts, written once when the study is made. Of those that decide the identity, the message
             below names the ones that differ.
     Raises:
-        StudyChanged: A study of that name has another identity; the message names what differs.
+        StudyChanged: A study of that name has another identity, and the message names what differs; or the database
+            has one of a name that it does not tell from this one.
     """
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    if study.study_name != name:
+        raise StudyChanged(
+            f"{display_url(storage.url)} takes the name {name!r} for that of its study {study.study_name!r}; choose "
+            "another name."
+        )
     if IDENTITY not in study.user_attrs:
         if study.get_trials(deepcopy=False) and IDENTITY not in study.user_attrs:  # nobody else made it meanwhile
             raise StudyChanged(f"Study {name!r} holds trials that this tool did not make; choose another name.")
@@ -372,7 +399,10 @@ def find_study(storage: Storage, name: str, start_with: str) -> optuna.Study:
         StudyNotFound: There is none; the message lists those that are.
     """
     try:
-        return optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=storage)
+        if storage.get_study_name_from_id(study._study_id) != name:  # MySQL finds others too, such as in lower case
+            raise KeyError(name)
+        return study
     except (KeyError, UnicodeError) as error:  # what is no text is no study's name
         there = ", ".join(repr(summary.study_name) for summary in optuna.get_all_study_summaries(storage)) or "none"
         raise StudyNotFound(
@@ -527,20 +557,27 @@ def _why_not_opened(error: Exception, shown: str, is_sqlite: bool) -> str:
             f"Cannot use the storage {shown}: {reason}; let it take more, or have workers share those of one "
             "`hpo storage serve`."
         )
+    if is_sqlite and NOT_WRITABLE.search(reason):
+        return (
+            f"Cannot use the storage {shown}: {reason}; SQLite writes files beside a database even to read it, so copy "
+            "it to a folder that can be written, or name another file with --storage."
+        )
     remedy = "name another file" if is_sqlite else "check the URL and that its server answers, or name another database"
     return f"Cannot use the storage {shown}: {reason}; {remedy} with --storage."
 
 
-def count_finished(url: str, name: str) -> int:
-    """Finished trials of a study; 0 where there is none or the database does not answer."""
+def count_finished(url: str, name: str) -> int | None:
+    """Finished trials of a study; 0 where there is none, and None where the database does not answer."""
     try:
         storage = open_storage(url, create=False)
-    except StorageError:
-        return 0
+    except StorageError as error:
+        return None if is_passing(error) else 0
     try:
         return len(finished_trials(find_study(storage, name, start_with="hpo tune")))
-    except (StudyNotFound, *DATABASE_ERRORS):
+    except StudyNotFound:
         return 0
+    except DATABASE_ERRORS:
+        return None
     finally:
         close(storage)
 

@@ -400,7 +400,7 @@ def _wider(column: sqlalchemy.Column[Any], there: Any, study: _Study) -> str | N
 
 @contextmanager
 def _opened(url: str, *, create: bool) -> Iterator[RDBStorage]:
-    with _closed_after(open_database(url, create=create)) as storage:
+    with _closed_after(open_database(url, create=create, gives_up=False)) as storage:
         yield storage
 
 

@@ -220,7 +220,12 @@ def encoder_fingerprint(model: LengthAdaptiveModel) -> str:
 
 @dataclass
 class _Trainings:
-    """One worker's part in the study: the plan of its trials, and the best of all."""
+    """One worker's part in the study: the plan of its trials, and the best of all.
+
+    Attributes:
+        best: The best of the trials that the database has as complete.
+        better: One of this worker's that beats it, until it is known whether the database has taken it.
+    """
 
     mirror: MirroredStudy
     recipe: Recipe
@@ -229,19 +234,27 @@ class _Trainings:
     seed: int
     on_progress: ProgressHook | None
     best: "_Best | None" = None
+    better: "_Best | None" = None
     failures: int = 0
 
     def __post_init__(self) -> None:
         self._untried = list(self.recipe.definition.first)
 
     def learn(self, trials: Sequence[FrozenTrial]) -> None:
-        """Remember the best of what others trained, and remove the checkpoints it beats."""
+        """Remember the best of what others trained and this worker told, and remove the checkpoints it beats."""
         self._leave_out([trial.params for trial in trials])
-        for trial in trials:
-            if trial.state == TrialState.COMPLETE and CHECKPOINT in trial.user_attrs:
-                value = float(trial.value or 0.0)
-                if self._beats(value, trial.number):
-                    self.best = _Best(value, trial.number, trial.user_attrs[CHECKPOINT])
+        complete = [
+            _Best(float(trial.value or 0.0), trial.number, trial.user_attrs[CHECKPOINT])
+            for trial in trials
+            if trial.state == TrialState.COMPLETE and CHECKPOINT in trial.user_attrs
+        ]
+        if self.better is not None:
+            self.mirror.settle()
+            complete += [self.better] * (self.better.number not in self.mirror.lost)
+            self.better = None
+        for one in complete:
+            if self._beats(one.value, one.number):
+                self.best = one
         begun = {f"trial-{number}" for number in self.mirror.unfinished_numbers()}
         place = None if self.best is None else self.best.place
         self.runs.keep_only(place, begun, newer=self.mirror.newest_number + 1)
@@ -350,8 +363,9 @@ class _Trainings:
         if not self._beats(value, trial.number):
             return {}
         place = self.runs.write_model(f"trial-{trial.number}", model, self.recipe.loaded.tokenizer)
-        self.best = _Best(value, trial.number, place)
-        return {CHECKPOINT: place, "checkpoint_sha256": model.fingerprint()}
+        kept = {CHECKPOINT: place, "checkpoint_sha256": model.fingerprint()}
+        self.better = _Best(value, trial.number, place)
+        return kept
 
     def _beats(self, value: float, number: int) -> bool:
         """Whether a trial is better than the best so far: of equals, the first is."""

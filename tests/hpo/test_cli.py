@@ -199,6 +199,24 @@ def test_interrupt_says_how_to_go_on_and_exits_130(tuned, files, monkeypatch):
     assert "same command again" in err
 
 
+def test_interrupt_while_the_database_is_away_does_not_say_that_trials_are_lost(
+    command, files, tiny_encoder, tiny_dataset, monkeypatch
+):
+    pytest.importorskip("psycopg")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpo.workers.complete", interrupt)
+    model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset))
+    nowhere = "postgresql+psycopg://postgres@127.0.0.1:1/hpo"
+    code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "20", "--storage", nowhere)
+    assert code == 130
+    assert f"the database {nowhere} does not answer" in err
+    assert "trials of study 'finetune' that are finished are safe in it" in err
+    assert "0 of 20" not in err
+
+
 def test_full_database_disk_is_a_sentence(tuned, files, monkeypatch):
     def full(*args, **kwargs):
         from sqlalchemy.exc import OperationalError
@@ -284,7 +302,8 @@ def _wait_for_new_trial(database: Path, process: subprocess.Popen, after: int) -
     raise AssertionError("no trial was finished in two minutes")
 
 
-def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path, start_process):
+@pytest.mark.parametrize("pressed", [signal.SIGINT, signal.SIGTERM])
+def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage, tmp_path, start_process, pressed):
     environment = {**os.environ, "HPO_STORAGE": storage, "HPO_RUNS": str(tmp_path / "runs")}
     arguments = ["search-lengths", "--study", files["lengths"], "--trials", "2000"]
     process = start_process(
@@ -293,13 +312,28 @@ def test_real_ctrl_c_exits_130_and_leaves_no_running_trial(tuned, files, storage
         stderr=subprocess.PIPE,
     )
     _wait_for_new_trial(Path(storage.removeprefix("sqlite:///")), process, after=0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(pressed)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Interrupted: " in err
     assert b"Traceback" not in err
     study = optuna.load_study(study_name="lengths", storage=open_storage(storage))
     assert not [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("tune", "--study", "finetune", "--model", "m", "--dataset", "d"), ("search-lengths", "--study", "lengths")],
+)
+def test_database_that_fails_while_the_best_model_is_looked_up_is_named(tuned, files, monkeypatch, storage, arguments):
+    def fail(*args, **kwargs):
+        raise optuna.exceptions.StorageInternalError from sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr("hpo.tune.best_trial", fail)
+    monkeypatch.setattr("hpo.workers.complete", lambda *_, **__: optuna.create_study())
+    code, _, err = tuned(*(files.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert f"{storage} failed (disk I/O error)" in err
 
 
 def test_database_that_fails_in_mid_run_is_named_without_its_password(tuned, files, monkeypatch, storage):

@@ -47,6 +47,22 @@ def test_transactions_are_finished_first_all_the_same():
     assert steps == ["told"]
 
 
+def test_a_second_one_does_not_wait_for_transactions_that_hang():
+    steps = []
+
+    def hang() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("waits")
+            signal.raise_signal(signal.SIGINT)
+            steps.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        hang()
+    assert steps == ["waits"]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 @pytest.mark.parametrize("in_a_wait", [False, True])
 def test_what_waited_for_transactions_and_was_swallowed_then_is_not_lost_either(in_a_wait):
     steps = []

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 
 import optuna
@@ -28,7 +29,7 @@ from hpo.interrupts import uninterrupted
 from hpo.mirror import MirroredStudy, Told
 from hpo.once import TOKEN
 from hpo.outage import DatabaseAway, Patience, is_passing
-from hpo.storage import close, open_storage
+from hpo.storage import close, open_database, open_storage
 
 SPACE = {name: FloatDistribution(0.0, 1.0) for name in ("x", "y")}
 AWAY = sqlite3.OperationalError("database is locked")
@@ -150,6 +151,16 @@ def test_a_call_is_repeated_until_the_database_answers_and_both_are_said_once(sa
     assert states[0].startswith("the database is away since ")
     assert states[1:] == [""]
     assert not patience.is_away
+
+
+def test_a_database_that_was_away_for_days_says_so(said):
+    patience, database = Patience("db", 60), Database(1)
+
+    def probe():
+        patience._away_since -= timedelta(days=2)
+
+    patience.through(database, probe)
+    assert said.messages[-1].startswith("The database db is back, after 1728")
 
 
 def test_a_deadlock_is_repeated_without_a_word(caplog, monkeypatch):
@@ -371,6 +382,40 @@ def test_no_trial_is_lost_while_the_server_restarts(private_database):
     worker.join(120)
     close(storage)
     assert_complete(private_database.url, 60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("postgresql", {"psycopg": {"options": "-c lock_timeout=200ms"}}), ("mariadb", {"pymysql": {"read_timeout": 1}})],
+)
+def test_a_statement_that_hangs_counts_as_a_database_that_is_away(new_database, monkeypatch, kind, options):
+    monkeypatch.setattr("hpo.storage.STATEMENT_OPTIONS", options)
+    storage = open_storage(new_database(kind))
+    study = optuna.create_study(storage=storage, study_name="s", directions=["maximize", "minimize"])
+    with storage.engine.connect() as frozen:
+        frozen.execute(sqlalchemy.text("SELECT study_id FROM studies FOR UPDATE"))
+        with pytest.raises(DatabaseAway):
+            MirroredStudy(study, storage, RandomSampler(seed=0), SPACE).ask(1)
+    assert len(MirroredStudy(study, storage, RandomSampler(seed=0), SPACE).ask(1)) == 1
+    close(storage)
+
+
+def test_a_process_that_stands_still_in_a_transaction_is_not_waited_for_without_end(new_database):
+    url = new_database("postgresql")
+
+    def limits(url, **options):
+        storage = open_database(url, **options)
+        with storage.engine.connect() as connection:
+            found = [
+                connection.scalar(sqlalchemy.text(f"SHOW {limit}"))
+                for limit in ("lock_timeout", "idle_in_transaction_session_timeout")
+            ]
+        close(storage)
+        return found
+
+    assert limits(url) == ["30s", "1min"]
+    assert limits(f"{url}?options=-c%20lock_timeout%3D7s") == ["7s", "0"]
+    assert limits(url, gives_up=False) == ["0", "0"]
 
 
 def test_a_locked_sqlite_file_is_waited_for(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime, timedelta
 
 import optuna
@@ -22,6 +24,7 @@ from hpo.bulk import (
     Known,
     Outcome,
     Stale,
+    beat,
     claim_trials,
     enter_trials,
     finish_trials,
@@ -32,7 +35,7 @@ from hpo.errors import StorageError
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import MirroredStudy, Told
 from hpo.outage import DatabaseAway
-from hpo.proxy import RemoteStorage, connect, parse_address
+from hpo.proxy import RemoteStorage, address, connect, parse_address
 from hpo.proxy_server import STALE_S, Together, run_joined, served
 from hpo.sharing import complete_study
 from hpo.spool import Replayed, ResultsKept, Spool
@@ -186,6 +189,22 @@ def test_a_call_waits_while_its_server_is_away(storage):
             ((number, _),) = entering.result(30)
             assert number == 0
             assert len(study.trials) == 1
+    close(remote)
+
+
+def test_a_server_that_hangs_is_waited_for_no_longer_than_the_timeout(server, monkeypatch):
+    answers = threading.Event()
+    remote = open_storage(server[0], timeout_s=0.2)
+    monkeypatch.setitem(FUNCTIONS, "beat", lambda session, trial_ids: answers.wait(8))
+    monkeypatch.setattr("hpo.proxy.CONNECT_TIMEOUT_S", 0.4)
+    monkeypatch.setattr("hpo.proxy.GIVEN_UP_TIMEOUT_S", 0.1)
+    started = time.monotonic()
+    for _ in range(4):
+        with pytest.raises(DatabaseAway):
+            beat(remote, [1])
+    assert time.monotonic() - started < 5
+    answers.set()
+    beat(remote, [1])
     close(remote)
 
 
@@ -440,6 +459,60 @@ def test_a_deleted_study_is_forgotten_since_its_id_may_come_back(remote):
     assert look(remote, again._study_id, Known(), {}) == ([], [])
 
 
+@pytest.mark.parametrize("made_with", ["server", "database"])
+def test_a_study_that_was_deleted_beside_the_server_is_forgotten_since_its_id_may_come_back(
+    remote, direct, server, made_with
+):
+    directions = {"directions": ["maximize", "minimize"]}
+    study = optuna.create_study(storage=remote, study_name="s", **directions)
+    ended = Outcome(trial_id=enter_trials(remote, study._study_id, [running()])[0][1], state=TrialState.FAIL)
+    finish_trials(remote, [ended])
+    assert len(look(remote, study._study_id, Known(), {})[0]) == len(study.trials) == 1
+    optuna.delete_study(study_name="s", storage=direct)
+    again = optuna.create_study(storage=remote if made_with == "server" else direct, study_name="t", **directions)
+    ((_, trial_id),) = enter_trials(direct, again._study_id, [running(3)])
+    assert (again._study_id, trial_id) == (study._study_id, ended.trial_id)
+    time.sleep(1.1 * STALE_S)
+    ((_, _, state),), (trial,) = look(remote, again._study_id, Known(), {})
+    assert (state, trial.params) == (TrialState.RUNNING, running(3).params)
+    other = open_storage(server[0])
+    (trial,) = optuna.load_study(study_name="t", storage=other).trials
+    assert (trial.state, trial.params) == (TrialState.RUNNING, running(3).params)
+    assert other.get_study_name_from_id(study._study_id) == "t"
+    close(other)
+
+
+def test_a_study_that_is_gone_has_no_trials(remote, direct):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    enter_trials(remote, study._study_id, [running()])
+    assert len(look(remote, study._study_id, Known(), {})[0]) == 1
+    optuna.delete_study(study_name="s", storage=direct)
+    time.sleep(1.1 * STALE_S)
+    assert look(remote, study._study_id, Known(), {}) == ([], [])
+
+
+@pytest.mark.parametrize("entered_since", [False, True])
+def test_trials_are_as_a_restored_backup_has_them(remote, direct, storage, tmp_path, entered_since):
+    study = optuna.create_study(storage=remote, study_name="s", directions=["maximize", "minimize"])
+    (_, first), (_, second) = enter_trials(remote, study._study_id, [running(0), running(1)])
+    finish_trials(remote, [Outcome(trial_id=first, state=TrialState.COMPLETE, values=(0.0, 0.5))])
+    file = storage.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(file)) as live, closing(sqlite3.connect(tmp_path / "backup.db")) as backup:
+        live.backup(backup)
+        if entered_since:
+            enter_trials(remote, study._study_id, [running(2)])
+        else:
+            finish_trials(remote, [Outcome(trial_id=second, state=TrialState.COMPLETE, values=(0.1, 0.5))])
+        assert len(look(remote, study._study_id, Known(), {})[0]) == len(study.trials)
+        backup.backup(live)
+    if entered_since:
+        enter_trials(direct, study._study_id, [running(3)])
+    time.sleep(1.1 * STALE_S)
+    there = [(trial._trial_id, trial.state, trial.params) for trial in load_trials(direct, range(9))]
+    _, seen = look(remote, study._study_id, Known(), {})
+    assert [(trial._trial_id, trial.state, trial.params) for trial in seen] == there
+
+
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
 def test_calls_made_together_see_what_others_entered_meanwhile(new_database, kind, monkeypatch):
     """A server's transaction has read something when one of its calls comes to wait for its turn."""
@@ -491,7 +564,7 @@ def test_what_no_waiting_mends_is_told_at_once(remote):
 
 
 @pytest.mark.parametrize(
-    ("url", "address"),
+    ("url", "host_and_port"),
     [
         ("grpc://127.0.0.1:13000", ("127.0.0.1", 13000)),
         ("grpc://db.example.org", ("db.example.org", 13000)),
@@ -499,8 +572,8 @@ def test_what_no_waiting_mends_is_told_at_once(remote):
         ("grpc://[::1]:9", ("[::1]", 9)),
     ],
 )
-def test_an_address_is_read(url, address):
-    assert parse_address(url) == address
+def test_an_address_is_read(url, host_and_port):
+    assert parse_address(url) == host_and_port
 
 
 @pytest.mark.parametrize(
@@ -560,6 +633,20 @@ def test_a_server_of_another_version_is_refused(server, monkeypatch, entry, what
     monkeypatch.setattr("hpo.proxy_server.description", lambda: {**here, **entry})
     with pytest.raises(StorageError, match=rf"runs {what} {entry[what]}, this is {what} .*install the same"):
         connect(server[0])
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_a_database_is_served_over_ipv6(storage, host):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here ({error})")
+    with served(storage, host, 0) as port:
+        remote = open_storage(f"grpc://{address(host, port)}")
+        assert remote.get_all_studies() == []
+        close(remote)
+    assert address(host, port) == f"[::1]:{port}"
+    assert address("127.0.0.1", port) == f"127.0.0.1:{port}"
 
 
 def test_a_port_is_served_once(server):

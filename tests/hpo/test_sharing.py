@@ -1,10 +1,12 @@
 """What workers of one study see of each other: nothing is lost, run twice or waited for in vain."""
 
 import signal
+import threading
 import time
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import RandomSampler
@@ -28,6 +30,7 @@ from hpo.mirror import MirroredStudy, Told, TrialLost
 from hpo.rehearsal import RehearsalJob, fill, measure_ask_and_tell
 from hpo.sharing import complete_study
 from hpo.storage import close, open_storage
+from hpo.transactions import FUNCTIONS
 
 SPACE = {name: FloatDistribution(0.0, 1.0) for name in ("x", "y")}
 
@@ -269,12 +272,44 @@ def test_trials_that_left_what_they_got_to_wait_for_the_next_run(study, worker):
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_trials_are_asked_for_leaves_none_running(study, worker, monkeypatch):
-    plan = Plan([])
-    monkeypatch.setattr(plan, "attributes_of", lambda params: signal.raise_signal(signal.SIGINT) or {})
+    plan, pressed = Plan([]), []
+
+    def press_once(params):
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return {}
+
+    monkeypatch.setattr(plan, "attributes_of", press_once)
     with pytest.raises(KeyboardInterrupt):
         complete_study(worker(), plan, 6)
     assert not plan.evaluated
     assert {(trial.state, trial.user_attrs["failure"]) for trial in study.trials} == {(TrialState.FAIL, "interrupted")}
+
+
+def test_ctrl_c_while_the_database_is_away_does_not_wait_for_it(study, worker, monkeypatch):
+    def be_away(*_):
+        raise sqlalchemy.exc.PendingRollbackError("the connection is lost")
+
+    monkeypatch.setitem(FUNCTIONS, "states_of", be_away)
+    mirror = worker()
+    monkeypatch.setattr(mirror.storage.patience, "timeout_s", 8.0)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        complete_study(mirror, Plan([KeyboardInterrupt()]), 6)
+    assert time.monotonic() - started < 5
+
+
+def test_a_heartbeat_that_hangs_does_not_hold_up_the_end(database, monkeypatch):
+    answers, hangs = threading.Event(), threading.Event()
+    monkeypatch.setattr("hpo.heartbeats.ENDING_S", 0.1)
+    monkeypatch.setattr("hpo.heartbeats.beat", lambda *_: hangs.set() or answers.wait(8))
+    with Heartbeats(database, interval_s=0.01) as heartbeats:
+        heartbeats.watch([1], {})
+        assert hangs.wait(30)
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    answers.set()
 
 
 def test_what_a_user_queued_is_run_within_the_total(study, worker):

@@ -117,8 +117,25 @@ def test_results_of_trials_that_a_restored_backup_lacks_are_put_aside(spool, stu
     assert spool.replay(database, study) == Replayed(told=1, lost=1)
     (aside,) = spool.folder.iterdir()
     assert aside.read_text() == text
-    assert f"no trial 1 any more, as after a restored backup; the results are put aside in {aside}" in caplog.text
+    assert "no trial 1 with these parameters any more, as after a restored backup" in caplog.text
+    assert f"the results are put aside in {aside}" in caplog.text
     assert spool.replay(database, study) == Replayed()
+
+
+def test_results_of_trials_whose_numbers_others_took_after_a_restored_backup_are_put_aside(
+    asked, spool, study, database, monkeypatch, caplog
+):
+    lose(asked, monkeypatch)
+    (file,) = kept(spool)
+    document = json.loads(file.read_text())
+    document["results"][1]["params"] = {"x": 2.0}
+    del document["results"][2]["params"]  # as an earlier version wrote it
+    file.write_text(json.dumps(document))
+    assert spool.replay(database, study) == Replayed(told=2, lost=1)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "RUNNING", "COMPLETE"]
+    (aside,) = spool.folder.iterdir()
+    assert json.loads(aside.read_text()) == document
+    assert "no trial 1 with these parameters" in caplog.text
 
 
 def test_a_broken_file_is_left_behind_without_harm(spool, study, database):
@@ -174,5 +191,5 @@ def test_the_spool_holds_results_and_nothing_else(asked, spool, monkeypatch):
     lose(asked, monkeypatch)
     document = json.loads(kept(spool)[0].read_text())
     assert document.keys() == {"study", "results"}
-    assert document["results"][0].keys() == {"number", "state", "values", "attributes"}
+    assert document["results"][0].keys() == {"number", "state", "values", "attributes", "params"}
     assert kept(spool)[0].parent.name == SPOOL

@@ -9,11 +9,13 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
 from optuna.trial import TrialState, create_trial
 
+from hpo.early_stopping import bits_to_text
 from hpo.errors import StorageError, StudyChanged, StudyNotFound
 from hpo.interrupts import uninterrupted
 from hpo.storage import (
@@ -464,6 +466,7 @@ def test_counting_where_there_is_nothing_to_count_gives_zero_and_makes_no_file(t
     assert count_finished(url, "lengths") == 0
     assert count_finished(f"sqlite:///{tmp_path}/absent.db", "lengths") == 0
     assert count_finished("nonsense", "lengths") == 0
+    assert count_finished("grpc://127.0.0.1:1", "lengths") is None
     assert not (tmp_path / "absent.db").exists()
 
 
@@ -641,8 +644,39 @@ def test_ctrl_c_within_a_storage_call_comes_after_it(tmp_path):
     def interrupt(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", interrupt)
+    sqlalchemy.event.listen(storage.engine, "before_cursor_execute", interrupt, once=True)
     with pytest.raises(KeyboardInterrupt):
         study.set_user_attr("note", "written")
-    sqlalchemy.event.remove(storage.engine, "before_cursor_execute", interrupt)
     assert study.user_attrs["note"] == "written"
+
+
+def test_a_database_in_a_folder_that_cannot_be_written_is_to_be_copied(tmp_path):
+    place = f"sqlite:///{tmp_path}/hpo.db"
+    close(open_storage(place))
+    (tmp_path / "hpo.db-wal").mkdir()  # what SQLite cannot make there
+    sentence = refusal(place, create=False)
+    assert "unable to open database file; SQLite writes files beside a database even to read it" in sentence
+    assert "copy it to a folder that can be written, or name another file with --storage" in sentence
+
+
+def test_a_study_whose_name_differs_by_case_is_another(any_url):
+    opened = open_storage(any_url)
+    make_study(opened)
+    with pytest.raises(StudyNotFound, match=r"No study 'Lengths' in .*studies there: 'lengths'"):
+        find_study(opened, "Lengths", start_with="hpo tune")
+    if opened.engine.dialect.name == "mysql":
+        with pytest.raises(StudyChanged, match=r"takes the name 'Lengths' for that of its study 'lengths'; choose"):
+            make_study(opened, name="Lengths")
+    else:
+        assert make_study(opened, name="Lengths").study_name == "Lengths"
+    close(opened)
+
+
+def test_a_trial_holds_what_a_split_of_half_a_million_examples_says_of_it(any_url):
+    opened = open_storage(any_url)
+    study = optuna.create_study(storage=opened)
+    trial = study.ask()
+    correct = bits_to_text(np.zeros(500_000, dtype=bool))
+    trial.set_user_attr("correct", correct)
+    assert study.trials[0].user_attrs["correct"] == correct
+    close(opened)

@@ -1,7 +1,8 @@
 """The finetune study: objective, checkpoints kept and removed, failures, resuming."""
 
 import dataclasses
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from hpo.bulk import Outcome, finish_trials
 from hpo.errors import HpoError, StudyChanged, StudyNotFound
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import MirroredStudy, Told
-from hpo.runs import SPOOL
+from hpo.runs import SPOOL, StudyRuns
 from hpo.storage import open_storage
 from hpo.tune import _Trainings, best_checkpoint, best_trial, check_settings, tune
 from hpo.workload import load_encoder, load_workload
@@ -38,6 +39,19 @@ def run(finetune, workload, storage, tmp_path):
         return tune(definition, arguments.pop("workload", workload), **arguments)
 
     return call
+
+
+def study_at(url: str) -> optuna.Study:
+    return optuna.load_study(study_name="finetune", storage=open_storage(url))
+
+
+@contextmanager
+def served_at(url: str) -> Iterator[str]:
+    pytest.importorskip("grpc", reason="gRPC is an extra")
+    from hpo.proxy_server import served
+
+    with served(url, "127.0.0.1", 0) as port:
+        yield f"grpc://127.0.0.1:{port}"
 
 
 def checkpoints(runs: Path) -> list[str]:
@@ -189,6 +203,28 @@ def test_trial_that_another_worker_finished_meanwhile_is_given_up(run, monkeypat
     study = run(2)
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
     assert study.trials[0].value == 0.9
+
+
+@pytest.mark.parametrize("behind_server", [False, True])
+def test_better_trial_that_another_worker_ended_meanwhile_costs_the_best_nothing(
+    run, storage, tmp_path, monkeypatch, behind_server
+):
+    write_model, values = StudyRuns.write_model, iter([0.7, 0.7, 0.9, 0.9, 0.6, 0.6, 0.8, 0.8])
+
+    def write_and_be_taken_for_dead(runs, name, *arguments):
+        place = write_model(runs, name, *arguments)
+        if name == "trial-1":
+            (taken,) = [trial for trial in study_at(storage).trials if trial.number == 1]
+            finish_trials(open_storage(storage), [Outcome(trial_id=taken._trial_id, state=TrialState.FAIL)])
+        return place
+
+    monkeypatch.setattr(StudyRuns, "write_model", write_and_be_taken_for_dead)
+    monkeypatch.setattr(hpo.tune, "score", lambda *args, **kwargs: [next(values)])
+    with served_at(storage) if behind_server else nullcontext(storage) as url:
+        for trials, best in ((2, 0), (3, 3)):
+            run(trials, storage=url)
+            folder = best_checkpoint(study_at(storage), tmp_path / "runs")
+            assert checkpoints(tmp_path / "runs") == [folder.name] == [f"trial-{best}"]
 
 
 def test_study_whose_trials_keep_failing_stops(run, monkeypatch):
