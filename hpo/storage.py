@@ -59,11 +59,12 @@ CONNECT_OPTIONS: dict[str, dict[str, int]] = {
     "pymysql": {"connect_timeout": CONNECT_TIMEOUT_S},
 }
 """By driver: so that a server whose machine vanished is found to be away. A URL's own options come first."""
-STATEMENT_OPTIONS: dict[str, dict[str, str | int]] = {
-    "psycopg": {"options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"},
+STATEMENT_OPTIONS: dict[str, dict[str, int]] = {
     "pymysql": {"read_timeout": 120, "write_timeout": 120},  # more than MySQL waits for a lock
 }
-"""By driver: so that a statement that hangs is given up, and who stands still in one holds others up for a minute."""
+"""By driver: so that a statement that hangs is given up."""
+POSTGRESQL_LIMITS = {"lock_timeout": "30s", "idle_in_transaction_session_timeout": "60s"}
+"""So that a statement that hangs is given up, and who stands still in a transaction holds others up for a minute."""
 RACE_WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
 MADE_MEANWHILE = re.compile(r"already exists|unique constraint|duplicate", re.IGNORECASE)
 """What SQLite, PostgreSQL and MySQL say where Optuna's tables appear between its look and its CREATE TABLE."""
@@ -272,6 +273,9 @@ def open_database(
         sqlalchemy.event.listen(storage.engine, "connect", _relax_sqlite_sync)
         storage.engine.dispose()  # connections made before the listener
     else:
+        if gives_up and parsed.get_driver_name() == "psycopg" and "options" not in parsed.query:
+            sqlalchemy.event.listen(storage.engine, "connect", _limit_waits)
+            storage.engine.dispose()
         _test_rested_connections(storage.engine)
     storage.patience = Patience(shown, timeout_s, on_state)
     return storage
@@ -523,6 +527,14 @@ def _checked_storage(url: str, engine_kwargs: dict[str, Any]) -> PatientStorage:
 def _relax_sqlite_sync(connection: Any, _record: Any) -> None:
     """In write-ahead mode NORMAL keeps the file consistent; only a power cut may lose the last commits."""
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _limit_waits(connection: Any, _record: Any) -> None:
+    """Not by a parameter of the connection, which PgBouncer refuses."""
+    connection.autocommit = True
+    for limit, value in POSTGRESQL_LIMITS.items():
+        connection.execute(f"SET {limit} = '{value}'")
+    connection.autocommit = False
 
 
 def _refuse_foreign_tables(url: URL, shown: str, engine_kwargs: Mapping[str, Any]) -> None:

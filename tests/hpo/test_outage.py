@@ -29,7 +29,7 @@ from hpo.interrupts import uninterrupted
 from hpo.mirror import MirroredStudy, Told
 from hpo.once import TOKEN
 from hpo.outage import DatabaseAway, Patience, is_passing
-from hpo.storage import close, open_database, open_storage
+from hpo.storage import POSTGRESQL_LIMITS, STATEMENT_OPTIONS, close, open_database, open_storage
 
 SPACE = {name: FloatDistribution(0.0, 1.0) for name in ("x", "y")}
 AWAY = sqlite3.OperationalError("database is locked")
@@ -384,12 +384,10 @@ def test_no_trial_is_lost_while_the_server_restarts(private_database):
     assert_complete(private_database.url, 60)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [("postgresql", {"psycopg": {"options": "-c lock_timeout=200ms"}}), ("mariadb", {"pymysql": {"read_timeout": 1}})],
-)
-def test_a_statement_that_hangs_counts_as_a_database_that_is_away(new_database, monkeypatch, kind, options):
-    monkeypatch.setattr("hpo.storage.STATEMENT_OPTIONS", options)
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_a_statement_that_hangs_counts_as_a_database_that_is_away(new_database, monkeypatch, kind):
+    monkeypatch.setitem(POSTGRESQL_LIMITS, "lock_timeout", "200ms")
+    monkeypatch.setitem(STATEMENT_OPTIONS, "pymysql", {"read_timeout": 1})
     storage = open_storage(new_database(kind))
     study = optuna.create_study(storage=storage, study_name="s", directions=["maximize", "minimize"])
     with storage.engine.connect() as frozen:
