@@ -835,7 +835,7 @@ def storage_serve_command(
         from hpo.proxy_server import served
     except ImportError as error:
         raise HpoError(
-            f"Serving needs grpcio and protobuf ({error}); install them with `pip install 'hpo[grpc]'`."
+            f"Serving needs grpcio and protobuf ({error}); install them with `pip install grpcio protobuf`."
         ) from error
 
     _quieten_libraries()

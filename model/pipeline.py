@@ -316,7 +316,7 @@ class _OnnxNetwork:
             from model.onnx_runner import SplitSession
         except ImportError as error:
             raise ExportError(
-                f"{folder} holds an ONNX graph, which needs onnxruntime; install it by `pip install 'hpo[onnx]'`."
+                f"{folder} holds an ONNX graph, which needs onnxruntime; install it by `pip install onnxruntime`."
             ) from error
         try:
             self.session = SplitSession(
