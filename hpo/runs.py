@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import optuna
 
 from hpo.errors import HpoError
+from model.modes import as_the_umask_says
 
 if TYPE_CHECKING:  # listing and drawing studies needs no torch
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +64,7 @@ def write_folder(place: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         write(temporary)
+        as_the_umask_says(temporary)
         shutil.rmtree(place, ignore_errors=True)
         temporary.rename(place)
     except Exception as error:
