@@ -79,6 +79,7 @@ class Graph:
         precision: "float32", "int8-dynamic" or "int8-static".
         fixed_length: Tokens that every sequence is padded to; None where the length is free.
         token_types: Whether the tokenizer tells the texts of a pair apart; else all tokens are of type 0.
+        report_metric: The graph's own quality on the report split; None where it was not measured.
     """
 
     file: str
@@ -86,6 +87,7 @@ class Graph:
     precision: str
     fixed_length: int | None
     token_types: bool
+    report_metric: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ class ServedFront:
         chosen: The point that the folder was exported for; it may lie off the front.
         versions: Libraries it was made with.
         graph: An ONNX graph; None where the folder holds a transformers model.
+        scored_length: What `max_length` was where the points were scored; None in folders that do not tell.
     """
 
     task: str
@@ -119,6 +122,7 @@ class ServedFront:
     chosen: ServedPoint
     versions: Mapping[str, str] = field(default_factory=dict)
     graph: Graph | None = None
+    scored_length: int | None = None
 
     def choose(
         self, *, max_drop: float | None = None, budget: float | None = None, max_latency_ms: float | None = None
