@@ -203,6 +203,10 @@ class Runner:
             raise ValueError("An input is no list of words.")
         if not self.is_words and not (is_right and len(texts) == len(columns)):
             raise ValueError(f"An input is not what the model reads: {' and '.join(columns)}.")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise ValueError("An input has half a character, a lone surrogate as of an emoji that was cut.") from None
         return given
 
     def _windows(self, given: Any) -> list[Any]:
@@ -288,16 +292,32 @@ class Runner:
         return list(self.tokenizer.encode(text, add_special_tokens=False).tokens)
 
 
+def value_of(line: bytes) -> Any:
+    """The JSON value of a line in UTF-8.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return json.loads(line.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("The line is nested too deeply.") from None
+
+
 def main() -> None:
     """Answer standard input line by line; lines that cannot be read are answered with what is wrong with them."""
     runner = Runner(Path(__file__).parent)
-    for line in sys.stdin:
-        try:
-            (said,) = runner([json.loads(line)])
-        except ValueError as error:
-            said = {"error": str(error)}
-        sys.stdout.write(json.dumps(said, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+    try:
+        for line in sys.stdin.buffer:
+            try:
+                (said,) = runner([value_of(line)])
+            except ValueError as error:
+                said = {"error": str(error)}
+            sys.stdout.buffer.write(f"{json.dumps(said, ensure_ascii=False)}\n".encode())
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:  # whoever read the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":
