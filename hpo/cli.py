@@ -746,6 +746,9 @@ def predict_command(
 ) -> None:
     """Read JSON lines, write a prediction for each, in order; lines that cannot be read are told and passed over."""
     _check_choice(max_drop, budget, max_latency_ms)
+    for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
+        if stream is None:
+            raise HpoError(f"Standard {name} is closed; run `hpo predict {folder} < in.jsonl > out.jsonl`.")
     _quieten_libraries()
     from hpo.predict import predict_lines
     from model.pipeline import LengthAdaptivePipeline

@@ -242,6 +242,14 @@ def test_predict_stops_quietly_where_nobody_reads_on(served):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("redirection", "name"), [("<&-", "input"), ("< /dev/null >&-", "output")])
+def test_predict_without_its_input_or_output_says_so(redirection, name):
+    program = f"{sys.executable} -m hpo.cli predict served {redirection}"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False, env=here())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"hpo: Standard {name} is closed; run `hpo predict served < in.jsonl > out.jsonl`.\n"
+
+
 def here():
     """This process's environment, with the checkout on the path."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
