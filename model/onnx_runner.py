@@ -312,13 +312,13 @@ def answer_of(context: str, spans_S3: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def value_of(line: bytes) -> Any:
-    """The JSON value of a line in UTF-8.
+    """The JSON value of a line in UTF-8, which some programs begin with a byte order mark.
 
     Raises:
         ValueError: It is none.
     """
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("The line is nested too deeply.") from None
 

@@ -1,5 +1,6 @@
 """A study's front as folders, and predictions from them, from the command line."""
 
+import codecs
 import io
 import itertools
 import json
@@ -191,6 +192,7 @@ def test_wishes_and_inputs_that_cannot_be_served_are_told(served):
 def test_predict_answers_line_by_line_and_goes_on_over_bad_ones(command, served, monkeypatch):
     lines = [b'{"text": "a good film"}', b"{", b'"music"', b'{"other": 1}', b"\xff", b"", b'{"text": "bad"}']
     lines += [b'{"text": "cut \\ud83d"}', b"9" * 5000]
+    lines[0] = codecs.BOM_UTF8 + lines[0]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
     code, out, err = command("predict", str(served), "--max-drop", "1")
     answers = [json.loads(line) for line in out.splitlines()]

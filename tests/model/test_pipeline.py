@@ -1,5 +1,6 @@
 """Every task from an exported folder, against the model run on one input at a time."""
 
+import codecs
 import dataclasses
 import functools
 import importlib.util
@@ -199,7 +200,7 @@ def test_the_runner_goes_on_over_lines_that_it_cannot_read(graph_of):
         b"": "Expecting value",
         b"{": "Expecting property name",
     }
-    lines = b"\n".join([good, *wrong, good])
+    lines = b"\n".join([codecs.BOM_UTF8 + good, *wrong, good])
     done = subprocess.run([sys.executable, "-I", str(runner)], input=lines, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (1, b"")
     first, *answers, last = map(json.loads, done.stdout.splitlines())
