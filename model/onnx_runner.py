@@ -197,6 +197,8 @@ class Runner:
         """A text, as many as the model was trained on, or words; of an object its columns."""
         columns = self.front["text_columns"]
         if isinstance(given, Mapping):
+            if not given:
+                raise ValueError("An input is an empty object.")
             if missing := [name for name in columns if name not in given]:
                 raise ValueError(f"An input has no {missing[0]!r}, only {', '.join(map(repr, given))}.")
             values = [given[name] for name in columns]

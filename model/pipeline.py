@@ -153,6 +153,8 @@ class LengthAdaptivePipeline:
         """
         columns = self.front.text_columns
         if isinstance(given, Mapping):
+            if not given:
+                raise DataError("is an empty object.")
             if missing := [name for name in columns if name not in given]:
                 raise DataError(f"has no {' and no '.join(map(repr, missing))}, only {', '.join(map(repr, given))}.")
             values = tuple(given[name] for name in columns)

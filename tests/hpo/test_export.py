@@ -181,6 +181,7 @@ def test_wishes_and_inputs_that_cannot_be_served_are_told(served):
         ("a text", "into a list"),
         ([3], "Input 0 .* no text"),
         ([TEXTS[0], {"sentence": "x"}], "Input 1 .*no 'text', only 'sentence'"),
+        ([{}], r"Input 0 \(the first is 0\) is an empty object\."),
         ([("a", "b")], "2 texts, but 1 are needed"),
         ([" "], "no text in 'text'"),
     ]:

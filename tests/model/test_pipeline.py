@@ -199,6 +199,7 @@ def test_the_runner_goes_on_over_lines_that_it_cannot_read(graph_of):
         b"9" * 5000: "limit",
         b"": "Expecting value",
         b"{": "Expecting property name",
+        b"{}": "An input is an empty object.",
     }
     lines = b"\n".join([codecs.BOM_UTF8 + good, *wrong, good])
     done = subprocess.run([sys.executable, "-I", str(runner)], input=lines, capture_output=True, check=False)
