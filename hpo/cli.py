@@ -246,8 +246,6 @@ def tune_command(
         model, dataset = _demo(root)
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model, data_flags, _workload_flags(task, metric, max_length, stride, windows))
-    cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
-    together = _processes(launcher, processes, cluster)
     _tune(
         definition,
         workload,
