@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -214,12 +215,15 @@ def choose_point(
         max_latency_ms: The best point whose measured time is at most this; points that were not timed do not count.
     Raises:
         NothingFits: Every point exceeds the budget, loses more or takes longer, or none was timed.
-        ExportError: Several wishes or none are given, or a value is out of range.
+        ExportError: Several wishes or none are given, or a value is no number or out of range.
     """
-    wishes = {"max_drop": max_drop, "budget": budget, "max_latency_ms": max_latency_ms}
+    wishes: dict[str, Any] = {"max_drop": max_drop, "budget": budget, "max_latency_ms": max_latency_ms}
     if sum(wish is not None for wish in wishes.values()) != 1:
         given = " and ".join(f"{name}={wish}" for name, wish in wishes.items())
         raise ExportError(f"{given}; give exactly one of them.")
+    for name, wish in wishes.items():
+        if wish is not None and not isinstance(wish, Real):
+            raise ExportError(f"{name}={wish!r}; choose a number.")
     if max_latency_ms is not None:
         return _within_time(points, max_latency_ms)
     if max_drop is not None:

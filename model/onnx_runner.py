@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ class Runner:
         Raises:
             ValueError: An input is something else, blank, or longer than a model that knows no windows can read.
         """
-        if isinstance(inputs, str | Mapping):
+        if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
             raise ValueError("Predictions are asked for as a list; put the one input into a list.")
         inputs = [self._read(given) for given in inputs]
         encodings, owners = [], []

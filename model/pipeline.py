@@ -135,7 +135,7 @@ class LengthAdaptivePipeline:
             DataError: An input is not what the task needs; its number is in the message.
         """
         point = self.front.choose(max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms)
-        if isinstance(inputs, str | Mapping):
+        if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
             raise DataError("Predictions are asked for as a list; put the one input into a list.")
         rows = []
         for number, given in enumerate(inputs):

@@ -179,6 +179,8 @@ def test_wishes_and_inputs_that_cannot_be_served_are_told(served):
         pipeline(TEXTS, budget=0.001)
     for given, message in [
         ("a text", "into a list"),
+        (None, "into a list"),
+        (5, "into a list"),
         ([3], "Input 0 .* no text"),
         ([TEXTS[0], {"sentence": "x"}], "Input 1 .*no 'text', only 'sentence'"),
         ([{}], r"Input 0 \(the first is 0\) is an empty object\."),

@@ -182,7 +182,7 @@ def test_the_runner_refuses_what_the_pipeline_refuses(kind, graph_of):
             pipeline([given])
         with pytest.raises(ValueError, match=r"An input|The input"):
             runner([given])
-    for given in ("film", {"text": "film"}):
+    for given in ("film", {"text": "film"}, None, 5):
         with pytest.raises(DataError, match="into a list"):
             pipeline(given)
         with pytest.raises(ValueError, match="into a list"):
