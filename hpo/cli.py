@@ -246,8 +246,6 @@ def tune_command(
         model, dataset = _demo(root)
     data_flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
     workload = _workload(model, data_flags, _workload_flags(task, metric, max_length, stride, windows))
-    cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
-    together = _processes(launcher, processes, cluster)
     _tune(
         definition,
         workload,
@@ -615,9 +613,16 @@ def export_command(
             opset=OPSET if opset is None else opset,
             int8=int8,
         )
-    chosen, lost = done.front.chosen, (done.float32 or 0.0) - (done.int8 or 0.0)
-    if lost > NOTABLE:
-        err.print(f"int8 loses {lost:.4f} of {done.front.metric} on the report split; float32 may serve better.")
+    chosen, name, length = done.front.chosen, done.front.metric, done.front.max_length
+    if done.uncut is not None and done.float32 is not None and (lost := done.uncut - done.float32) > NOTABLE:
+        err.print(
+            f"Texts cut after {length} tokens lose {lost:.4f} of {name} on the report split; a longer --fixed-length "
+            "may serve better.",
+            markup=False,
+            soft_wrap=True,
+        )
+    if done.int8 is not None and done.float32 is not None and (lost := done.float32 - done.int8) > NOTABLE:
+        err.print(f"int8 loses {lost:.4f} of {name} on the report split; float32 may serve better.")
     if as_json:
         _print_json(
             {
@@ -625,8 +630,9 @@ def export_command(
                 "format": format,
                 "trial": chosen.trial,
                 "relative_macs": chosen.relative_macs,
-                "metric": {"name": done.front.metric, "search": chosen.metric, "report": chosen.report_metric},
+                "metric": {"name": name, "search": chosen.metric, "report": chosen.report_metric},
                 "largest_difference": done.difference,
+                "uncut": done.uncut,
                 "float32": done.float32,
                 "int8": done.int8,
             }
@@ -638,10 +644,19 @@ def export_command(
         markup=False,
         soft_wrap=True,
     )
-    if done.int8 is not None and done.float32 is not None:
+    if done.uncut is not None:
         out.print(
-            f"{done.front.metric} on the report split: {done.float32:.4f} in float32, {done.int8:.4f} in int8.",
+            f"{name} on the report split: {done.uncut:.4f} with texts cut after {done.front.scored_length} tokens, "
+            f"{done.float32:.4f} after {length}.",
             markup=False,
+            soft_wrap=True,
+        )
+    if done.int8 is not None:
+        alike = f", both after {length} tokens" * (done.uncut is not None)
+        out.print(
+            f"{name} on the report split: {done.float32:.4f} in float32, {done.int8:.4f} in int8{alike}.",
+            markup=False,
+            soft_wrap=True,
         )
     if format == "hf":
         out.print(f"Next: hpo predict {out_folder} --budget 0.5 < in.jsonl", markup=False, soft_wrap=True)
@@ -725,6 +740,9 @@ def predict_command(
 ) -> None:
     """Read JSON lines, write a prediction for each, in order; lines that cannot be read are told and passed over."""
     _check_choice(max_drop, budget, max_latency_ms)
+    for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
+        if stream is None:
+            raise HpoError(f"Standard {name} is closed; run `hpo predict {folder} < in.jsonl > out.jsonl`.")
     _quieten_libraries()
     from hpo.predict import predict_lines
     from model.pipeline import LengthAdaptivePipeline
@@ -832,7 +850,7 @@ def storage_serve_command(
         from hpo.proxy_server import served
     except ImportError as error:
         raise HpoError(
-            f"Serving needs grpcio and protobuf ({error}); install them with `pip install 'hpo[grpc]'`."
+            f"Serving needs grpcio and protobuf ({error}); install them with `pip install grpcio protobuf`."
         ) from error
 
     _quieten_libraries()

@@ -15,8 +15,10 @@ from hpo.front import BASELINE, Front, FrontPoint, choose, compute_front, flops_
 from hpo.runs import write_folder
 from hpo.storage import IDENTITY
 from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload
-from model.data import load_corpus
+from model.data import encode, load_corpus
+from model.encoded import EncodedSplit
 from model.encoder import CheckpointError, LengthAdaptiveModel
+from model.evaluate import Evaluator
 from model.export import (
     LEAST_LENGTH,
     RUNNER_FILE,
@@ -28,6 +30,7 @@ from model.front_file import FRONT_FILE, ServedFront, ServedPoint
 from model.length_config import LengthConfig
 from model.onnx_export import OPSET, require_onnx
 from model.pipeline import LengthAdaptivePipeline
+from model.tasks import Metric
 from model.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ INT8: tuple[Int8, ...] = ("dynamic", "static")
 CALIBRATION = 128
 """Sequences of the search split that fix the ranges of a static quantisation."""
 NOTABLE = 0.01
-"""A loss to int8 that a user is warned of: one point."""
+"""A loss to int8 or to a fixed length that a user is warned of: one point."""
 PIPELINE_TAGS = {
     "classification": "text-classification",
     "regression": "text-classification",
@@ -57,13 +60,16 @@ class Exported:
         folder: Where it is.
         front: What it serves.
         difference: The largest difference between logits of the folder, in float32, and of the encoder.
-        float32: The metric on the report split before quantisation; None where nothing was quantised.
-        int8: The same afterwards.
+        uncut: The metric of the point on the report split, where a fixed length cuts sequences that the study had not
+            cut; else None.
+        float32: The metric of the float32 graph there; None where nothing is cut or quantised.
+        int8: That of the quantised one; None where nothing was quantised.
     """
 
     folder: Path
     front: ServedFront
     difference: float
+    uncut: float | None = None
     float32: float | None = None
     int8: float | None = None
 
@@ -110,12 +116,12 @@ def export(
     checkpoint = checkpoint_of(study, runs)
     workload = Workload.from_attribute(front.workload)
     tokenizer = load_tokenizer(checkpoint)
-    if fixed_length is not None and LEAST_LENGTH <= fixed_length <= lengths_of(workload, tokenizer, checkpoint)[0]:
+    scored_length, scored_stride = lengths_of(workload, tokenizer, checkpoint)
+    if fixed_length is not None and LEAST_LENGTH <= fixed_length <= scored_length:
         workload = dataclasses.replace(workload, max_length=fixed_length)
     model = LengthAdaptiveModel.from_pretrained(checkpoint, workload.task).eval()
     if model.fingerprint() != study.user_attrs.get(IDENTITY, {}).get("model"):
         raise HpoError(f"The model in {checkpoint} is not the one that study {front.study!r} searched; restore it.")
-    loaded = load_workload(workload, checkpoint) if int8 else None
     max_length, stride = lengths_of(workload, tokenizer, checkpoint)
     is_text = model.task in ("regression", "question-answering")
     served = ServedFront(
@@ -130,6 +136,7 @@ def export(
         points=tuple(map(served_point, front.points)),
         chosen=served_point(chosen),
         versions=library_versions(),
+        scored_length=scored_length,
     )
     measured: dict[str, float] = {}
     results: list[Exported] = []
@@ -139,12 +146,24 @@ def export(
             difference = write_transformers_folder(folder, model, tokenizer, served)
         else:
             difference = write_onnx_folder(folder, model, tokenizer, served, fixed_length=fixed_length, opset=opset)
-        if int8 and loaded:
-            measured["float32"] = _report_quality(folder, loaded)
-            few = loaded.search.take(np.arange(min(CALIBRATION, len(loaded.search))))
-            quantise_folder(folder, tokenizer.pad_token_id or 0, few if int8 == "static" else None)
-            measured["int8"] = _report_quality(folder, loaded)
+        cuts = max_length < scored_length and not _refuses_longer(served)
+        if int8 or cuts:
+            loaded = load_workload(workload, checkpoint)
+            if cuts:
+                whole = encode(loaded.corpus.report, tokenizer, scored_length, loaded.corpus.kind, scored_stride)
+                if whole.num_tokens.max() > max_length:
+                    measured["uncut"] = _uncut_quality(model, chosen, whole, loaded.metric)
+            if int8 or measured:
+                measured["float32"] = _report_quality(folder, loaded)
+            if int8:
+                few = loaded.search.take(np.arange(min(CALIBRATION, len(loaded.search))))
+                quantise_folder(folder, tokenizer.pad_token_id or 0, few if int8 == "static" else None)
+                measured["int8"] = _report_quality(folder, loaded)
         written = ServedFront.read(folder)
+        if written.graph:
+            graph = dataclasses.replace(written.graph, report_metric=measured.get("int8", measured.get("float32")))
+            written = dataclasses.replace(written, graph=graph)
+            written.write(folder)
         (folder / "README.md").write_text(model_card(front, chosen, written, measured), encoding="utf-8")
         results.append(Exported(folder=out, front=written, difference=difference, **measured))
 
@@ -162,7 +181,7 @@ def model_card(front: Front, chosen: FrontPoint, served: ServedFront, measured: 
         front: The study's.
         chosen: The exported point.
         served: What the folder holds.
-        measured: The metric on the report split in "float32" and "int8", where it was quantised.
+        measured: The metric on the report split, as `Exported` has it: "uncut", "float32" and "int8".
     """
     data = Path(str(front.workload["data"]["dataset"]).split("=")[-1])
     dataset = data.name if data.is_absolute() else str(data)
@@ -191,15 +210,38 @@ def model_card(front: Front, chosen: FrontPoint, served: ServedFront, measured: 
         "depends on the machine. Points were chosen on the search split; the report split was looked at once for each.",
         "",
         *_usage(served),
+        *_measurements(served, measured),
     ]
-    if measured:
-        lines += [
-            f"The graph is quantised to {graph.precision if graph else ''}: {front.metric} on the report split is "
-            f"{measured['int8']:.4f}, in float32 it was {measured['float32']:.4f}.",
-            "",
-        ]
     made = ", ".join(f"{name} {version}" for name, version in served.versions.items())
     return "\n".join([*lines, f"Made with {made}.", ""])
+
+
+def _measurements(served: ServedFront, measured: Mapping[str, float]) -> list[str]:
+    """What the graph was seen to lose, for the folder's card."""
+    lines = []
+    if served.scored_length != served.max_length:
+        table = f"The table's figures are of texts cut after {served.scored_length} tokens"
+        longer = "refuses longer texts" if _refuses_longer(served) else "no text of the report split is longer"
+        lines += [
+            f"{table}. Cut after {served.max_length}, as this graph takes them, {served.metric} on the report split is "
+            f"{measured['float32']:.4f} instead of {measured['uncut']:.4f}."
+            if "uncut" in measured
+            else f"{table}; this graph takes {served.max_length}, and {longer}.",
+            "",
+        ]
+    if served.graph and "int8" in measured:
+        alike = ", of texts cut alike," * ("uncut" in measured)
+        lines += [
+            f"The graph is quantised to {served.graph.precision}: {served.metric} on the report split is "
+            f"{measured['int8']:.4f}, in float32{alike} it was {measured['float32']:.4f}.",
+            "",
+        ]
+    return lines
+
+
+def _refuses_longer(served: ServedFront) -> bool:
+    """Whether texts that are too long are refused, not cut."""
+    return served.task == "question-answering" and served.stride is None
 
 
 def _usage(served: ServedFront) -> list[str]:
@@ -310,6 +352,14 @@ def served_point(point: FrontPoint) -> ServedPoint:
         relative_macs=point.relative_macs,
         latency_ms=point.latency_ms,
     )
+
+
+def _uncut_quality(model: LengthAdaptiveModel, point: FrontPoint, report: EncodedSplit, metric: Metric) -> float:
+    """The metric of a point on the report split at the study's length, which knows it of the points of its front."""
+    if point.report_metric is not None:
+        return point.report_metric
+    config = served_point(point).length_config
+    return report.quality(metric, Evaluator(model, report, cache_bytes=0).predict([config])[0])
 
 
 def _report_quality(folder: Path, loaded: LoadedWorkload) -> float:

@@ -1,5 +1,6 @@
 """`hpo predict`: JSON lines in, predictions out, a part at a time."""
 
+import codecs
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -59,11 +60,12 @@ def predict_lines(
 
 
 def _value(line: bytes) -> Any:
-    """The JSON value of a line.
+    """The JSON value of a line, which some programs begin with a byte order mark.
 
     Raises:
         DataError: It is none; the message goes on after the line's number.
     """
+    line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
         raise DataError("is empty.")
     try:

@@ -151,7 +151,7 @@ def connect(url: str, timeout_s: float = 0.0, on_state: Callable[[str], None] | 
         import grpc
     except ImportError as error:
         raise StorageError(
-            f"{url} needs grpcio and protobuf ({error}); install them with `pip install 'hpo[grpc]'`."
+            f"{url} needs grpcio and protobuf ({error}); install them with `pip install grpcio protobuf`."
         ) from error
     storage = RemoteStorage(url, host, port, Patience(url, timeout_s, on_state))
     try:

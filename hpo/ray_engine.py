@@ -128,7 +128,7 @@ def _connected(cluster: RayCluster) -> Iterator[Any]:
         try:
             import ray
         except ImportError as error:
-            raise HpoError("--ray needs Ray, which is not installed; run `pip install 'hpo[ray]'`.") from error
+            raise HpoError("--ray needs Ray, which is not installed; run `pip install ray`.") from error
         how: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         where = {"include_dashboard": False} if cluster.address == LOCAL else {"address": cluster.address}
         try:

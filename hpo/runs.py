@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import optuna
 
 from hpo.errors import HpoError
+from model.modes import as_the_umask_says
 from studies.loader import STAGES
 
 if TYPE_CHECKING:  # listing and drawing studies needs no torch
@@ -71,6 +72,7 @@ def write_folder(place: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         write(temporary)
+        as_the_umask_says(temporary)
         if place.is_dir() and not place.is_symlink():
             place.rename(former)
         temporary.rename(place)

@@ -22,6 +22,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
+from model.modes import as_the_umask_says
+
 logger = logging.getLogger(__name__)
 
 LABELS = ("negative", "positive")
@@ -263,6 +265,7 @@ def build_demo(folder: Path, seed: int = 0) -> DemoTask:
         tokenizer = _make_tokenizer(texts[:TRAIN_REVIEWS])
         tokenizer.save_pretrained(made / "model")
         _make_encoder(len(tokenizer), seed).save_pretrained(made / "model")
+        as_the_umask_says(made)
         for file in sorted((made / "model").iterdir()):
             file.replace(task.model / file.name)
         (made / marker.name).write_text(recipe, encoding="utf-8")

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -79,6 +80,7 @@ class Graph:
         precision: "float32", "int8-dynamic" or "int8-static".
         fixed_length: Tokens that every sequence is padded to; None where the length is free.
         token_types: Whether the tokenizer tells the texts of a pair apart; else all tokens are of type 0.
+        report_metric: The graph's own quality on the report split; None where it was not measured.
     """
 
     file: str
@@ -86,6 +88,7 @@ class Graph:
     precision: str
     fixed_length: int | None
     token_types: bool
+    report_metric: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ class ServedFront:
         chosen: The point that the folder was exported for; it may lie off the front.
         versions: Libraries it was made with.
         graph: An ONNX graph; None where the folder holds a transformers model.
+        scored_length: What `max_length` was where the points were scored; None in folders that do not tell.
     """
 
     task: str
@@ -119,6 +123,7 @@ class ServedFront:
     chosen: ServedPoint
     versions: Mapping[str, str] = field(default_factory=dict)
     graph: Graph | None = None
+    scored_length: int | None = None
 
     def choose(
         self, *, max_drop: float | None = None, budget: float | None = None, max_latency_ms: float | None = None
@@ -210,12 +215,15 @@ def choose_point(
         max_latency_ms: The best point whose measured time is at most this; points that were not timed do not count.
     Raises:
         NothingFits: Every point exceeds the budget, loses more or takes longer, or none was timed.
-        ExportError: Several wishes or none are given, or a value is out of range.
+        ExportError: Several wishes or none are given, or a value is no number or out of range.
     """
-    wishes = {"max_drop": max_drop, "budget": budget, "max_latency_ms": max_latency_ms}
+    wishes: dict[str, Any] = {"max_drop": max_drop, "budget": budget, "max_latency_ms": max_latency_ms}
     if sum(wish is not None for wish in wishes.values()) != 1:
         given = " and ".join(f"{name}={wish}" for name, wish in wishes.items())
         raise ExportError(f"{given}; give exactly one of them.")
+    for name, wish in wishes.items():
+        if wish is not None and not isinstance(wish, Real):
+            raise ExportError(f"{name}={wish!r}; choose a number.")
     if max_latency_ms is not None:
         return _within_time(points, max_latency_ms)
     if max_drop is not None:

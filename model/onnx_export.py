@@ -50,7 +50,8 @@ def require_onnx() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ExportError(
-                f"ONNX needs the package {name} ({error}); install what goes with it by `pip install 'hpo[onnx]'`."
+                f"ONNX needs the package {name} ({error}); install it and what goes with it by `pip install "
+                f"{' '.join(NEEDED)}`."
             ) from error
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ import tokenizers
 BATCH = 32
 ON_PROCESSOR = "CPUExecutionProvider"
 MAX_ANSWER_TOKENS = 30
+ANSWERS = 20
+"""Likeliest answers to a question that its answer's probability is among."""
 
 
 class SplitSession:
@@ -170,8 +172,10 @@ class Runner:
         """Predict, in the order of the inputs.
 
         Raises:
-            ValueError: An input is something else, or longer than a model that knows no windows can read.
+            ValueError: An input is something else, blank, or longer than a model that knows no windows can read.
         """
+        if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
+            raise ValueError("Predictions are asked for as a list; put the one input into a list.")
         inputs = [self._read(given) for given in inputs]
         encodings, owners = [], []
         for number, given in enumerate(inputs):
@@ -184,15 +188,17 @@ class Runner:
             part = order[start : start + BATCH]
             for number, row in zip(part, self._logits([encodings[number] for number in part]), strict=True):
                 logits[number] = row
-        said: list[Any] = [None] * len(inputs)
-        for number, encoding, row in zip(owners, encodings, logits, strict=True):
-            said[number] = self._better(said[number], self._said(inputs[number], encoding, row))
-        return [{name: value for name, value in one.items() if name != "logit"} for one in said]
+        of_each: list[list[Any]] = [[] for _ in inputs]
+        for number, *window in zip(owners, encodings, logits, strict=True):
+            of_each[number].append(window)
+        return [self._said(given, windows) for given, windows in zip(inputs, of_each, strict=True)]
 
     def _read(self, given: Any) -> Any:
         """A text, as many as the model was trained on, or words; of an object its columns."""
         columns = self.front["text_columns"]
         if isinstance(given, Mapping):
+            if not given:
+                raise ValueError("An input is an empty object.")
             if missing := [name for name in columns if name not in given]:
                 raise ValueError(f"An input has no {missing[0]!r}, only {', '.join(map(repr, given))}.")
             values = [given[name] for name in columns]
@@ -203,6 +209,12 @@ class Runner:
             raise ValueError("An input is no list of words.")
         if not self.is_words and not (is_right and len(texts) == len(columns)):
             raise ValueError(f"An input is not what the model reads: {' and '.join(columns)}.")
+        if not all(text.strip() for text in texts):
+            raise ValueError(f"An input has a {'word' if self.is_words else 'text'} that is blank.")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise ValueError("An input has half a character, a lone surrogate as of an emoji that was cut.") from None
         return given
 
     def _windows(self, given: Any) -> list[Any]:
@@ -244,12 +256,13 @@ class Runner:
                 arrays[name][row, : len(encoding.ids)] = getattr(encoding, fields[name])
         return self.session.run(arrays)
 
-    def _said(self, given: Any, encoding: Any, logits: np.ndarray[Any, Any]) -> dict[str, Any]:
-        """What the logits of one sequence mean."""
+    def _said(self, given: Any, windows: Sequence[Any]) -> dict[str, Any]:
+        """What the logits of an input's windows mean, or of its one sequence; each comes with its encoding."""
         names, kind = self.front["label_names"], self.front["kind"]
-        if kind == "question-answering":
-            return self._span(given[1], encoding, logits)
-        if kind == "token-classification":
+        if self.is_question:
+            return answer_of(given[1], np.concatenate([spans_of(*window) for window in windows]))
+        ((encoding, logits),) = windows
+        if self.is_words:
             tags = logits.argmax(axis=-1)
             first: dict[int, int] = {}
             for token, word in enumerate(encoding.word_ids):
@@ -265,39 +278,69 @@ class Runner:
         weights = np.exp(logits.astype(np.float64) - logits.max())
         return {"label": names[int(logits.argmax())], "score": float(weights.max() / weights.sum())}
 
-    def _span(self, context: str, encoding: Any, logits: np.ndarray[Any, Any]) -> dict[str, Any]:
-        """The best span of a window's context; `logit` is its start's and its end's, added."""
-        inside = np.array([sequence == 1 for sequence in encoding.sequence_ids])
-        size = len(inside)
-        start, end = np.where(inside[:, None], logits[:size], -np.inf).T
-        follows = np.arange(size)[None, :] - np.arange(size)[:, None]
-        scores = np.where((follows >= 0) & (follows < MAX_ANSWER_TOKENS), start[:, None] + end, -np.inf)
-        first, last = divmod(int(scores.argmax()), size)
-        if not np.isfinite(scores[first, last]):
-            return {"answer": "", "start": 0, "end": 0, "logit": -np.inf}
-        begin, stop = encoding.offsets[first][0], encoding.offsets[last][1]
-        text = context[begin:stop]
-        begin, text = begin + len(text) - len(text.lstrip()), text.strip()
-        return {"answer": text, "start": begin, "end": begin + len(text), "logit": float(scores[first, last])}
-
-    def _better(self, one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-        """Of two windows' answers the likelier one."""
-        return other if one is None or other["logit"] > one["logit"] else one
-
     def _tokens(self, text: str) -> list[str]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).tokens)
 
 
+def spans_of(encoding: Any, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The spans of a window's context, (S, 3): score, first character and the one after the last.
+
+    The score is the start's logit and the end's, added.
+    """
+    inside_L = np.array([sequence == 1 for sequence in encoding.sequence_ids])
+    place_L = np.arange(len(inside_L))
+    start_L, end_L = np.where(inside_L[:, None], logits[: len(inside_L)], -np.inf).T
+    follows_LL = place_L[None, :] - place_L[:, None]
+    score_LL = np.where((follows_LL >= 0) & (follows_LL < MAX_ANSWER_TOKENS), start_L[:, None] + end_L, -np.inf)
+    first_S, last_S = np.nonzero(np.isfinite(score_LL))
+    offsets_L2 = np.array(encoding.offsets)
+    return np.column_stack([score_LL[first_S, last_S], offsets_L2[first_S, 0], offsets_L2[last_S, 1]])
+
+
+def answer_of(context: str, spans_S3: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """The likeliest of all windows' spans that is not blank, and its probability among the likeliest `ANSWERS`."""
+    found: dict[str, tuple[int, float]] = {}
+    for score, begin, end in spans_S3[np.argsort(-spans_S3[:, 0], kind="stable")]:
+        text = context[int(begin) : int(end)]
+        if answer := text.strip():
+            found.setdefault(answer, (int(begin) + len(text) - len(text.lstrip()), score))
+        if len(found) == ANSWERS:
+            break
+    if not found:
+        return {"answer": "", "start": 0, "end": 0, "score": 0.0}
+    answer, (start, best) = next(iter(found.items()))
+    weights = np.exp([score - best for _, score in found.values()])
+    return {"answer": answer, "start": start, "end": start + len(answer), "score": float(1 / weights.sum())}
+
+
+def value_of(line: bytes) -> Any:
+    """The JSON value of a line in UTF-8, which some programs begin with a byte order mark.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("The line is nested too deeply.") from None
+
+
 def main() -> None:
     """Answer standard input line by line; lines that cannot be read are answered with what is wrong with them."""
-    runner = Runner(Path(__file__).parent)
-    for line in sys.stdin:
-        try:
-            (said,) = runner([json.loads(line)])
-        except ValueError as error:
-            said = {"error": str(error)}
-        sys.stdout.write(json.dumps(said, ensure_ascii=False) + "\n")
-        sys.stdout.flush()
+    runner, unread = Runner(Path(__file__).parent), 0
+    try:
+        for line in sys.stdin.buffer:
+            try:
+                (said,) = runner([value_of(line)])
+            except ValueError as error:
+                said, unread = {"error": str(error)}, unread + 1
+            sys.stdout.buffer.write(f"{json.dumps(said, ensure_ascii=False)}\n".encode())
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:  # whoever read the answers has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    if unread:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ class LengthAdaptivePipeline:
             DataError: An input is not what the task needs; its number is in the message.
         """
         point = self.front.choose(max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms)
-        if isinstance(inputs, str | Mapping):
+        if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
             raise DataError("Predictions are asked for as a list; put the one input into a list.")
         rows = []
         for number, given in enumerate(inputs):
@@ -153,6 +153,8 @@ class LengthAdaptivePipeline:
         """
         columns = self.front.text_columns
         if isinstance(given, Mapping):
+            if not given:
+                raise DataError("is an empty object.")
             if missing := [name for name in columns if name not in given]:
                 raise DataError(f"has no {' and no '.join(map(repr, missing))}, only {', '.join(map(repr, given))}.")
             values = tuple(given[name] for name in columns)
@@ -316,7 +318,7 @@ class _OnnxNetwork:
             from model.onnx_runner import SplitSession
         except ImportError as error:
             raise ExportError(
-                f"{folder} holds an ONNX graph, which needs onnxruntime; install it by `pip install 'hpo[onnx]'`."
+                f"{folder} holds an ONNX graph, which needs onnxruntime; install it by `pip install onnxruntime`."
             ) from error
         try:
             self.session = SplitSession(

@@ -272,7 +272,7 @@ Study: TypeAlias = FinetuneStudy | LengthsStudy
 
 def load_finetune(name_or_path: str) -> FinetuneStudy:
     """Read a study file of `kind = "finetune"` or `"distill"`: one of ours by its name, or any by its path."""
-    study = load(name_or_path)
+    study = load(name_or_path, (FinetuneStudy,))
     if not isinstance(study, FinetuneStudy):
         raise StudyFileError(
             f"Study {name_or_path!r} searches lengths; run it with `hpo search-lengths --study {name_or_path}`."
@@ -282,7 +282,7 @@ def load_finetune(name_or_path: str) -> FinetuneStudy:
 
 def load_lengths(name_or_path: str) -> LengthsStudy:
     """Read a study file of `kind = "lengths"`: one of ours by its name, or any by its path."""
-    study = load(name_or_path)
+    study = load(name_or_path, (LengthsStudy,))
     if not isinstance(study, LengthsStudy):
         raise StudyFileError(
             f"Study {name_or_path!r} searches training settings; run it with `hpo tune --study {name_or_path}`."
@@ -290,15 +290,16 @@ def load_lengths(name_or_path: str) -> LengthsStudy:
     return study
 
 
-def load(name_or_path: str) -> Study:
+def load(name_or_path: str, offered: tuple[type[Study], ...] = (FinetuneStudy, LengthsStudy)) -> Study:
     """Read a study file.
 
     Args:
         name_or_path: The name of a file in this folder (`finetune`), or a path ending in `.toml`.
+        offered: What studies of ours are named to choose from where there is none of that name.
     Raises:
         StudyFileError: There is no such file, it is not TOML, or declares something impossible.
     """
-    path = _find(name_or_path)
+    path = _find(name_or_path, offered)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -324,7 +325,7 @@ def built_in() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
 
 
-def _find(name_or_path: str) -> Path:
+def _find(name_or_path: str, offered: tuple[type[Study], ...]) -> Path:
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         try:
@@ -335,8 +336,10 @@ def _find(name_or_path: str) -> Path:
             raise StudyFileError(f"There is no study file {name_or_path}; copy one from {FOLDER} and edit it.")
         return path
     if name_or_path not in built_in():
+        ours = (study.name for study in map(load, built_in()) if isinstance(study, offered))
+        names = dict.fromkeys(ours)  # the demo's is called finetune as well
         raise StudyFileError(
-            f"There is no study {name_or_path!r}; choose {' or '.join(built_in())}, or give the path of a .toml file."
+            f"There is no study {name_or_path!r}; choose {' or '.join(names)}, or give the path of a .toml file."
         )
     return FOLDER / f"{name_or_path}.toml"
 

@@ -1,7 +1,9 @@
-"""What the examples start is what the command line takes."""
+"""What the examples start is what the command line takes, and what texts say to install is ours to install."""
 
+import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import yaml
 
 from hpo.cli import app
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def options_of(command: list[str]) -> dict[str, object]:
@@ -50,3 +53,22 @@ def test_kubernetes_job_is_whole():
 
 def test_slurm_script_is_bash():
     subprocess.run(["bash", "-n", EXAMPLES / "slurm.sh"], check=True)
+
+
+def test_texts_say_to_install_this_checkout_or_packages_that_an_extra_names():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {re.split("[>=<]", needed)[0] for extra in extras.values() for needed in extra}
+    sources = (file for folder in ("hpo", "model", "studies") for file in (ROOT / folder).glob("*.py"))
+    told = [
+        wanted
+        for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *sources)
+        for wanted in re.findall(r"pip install ([^`\"\n]+)", file.read_text())
+    ]
+    checkouts = [wanted for wanted in told if wanted.startswith("-e ")]
+    for wanted in checkouts:
+        extra = re.fullmatch(r"-e (?:\.|'\.\[(\w+)\]')", wanted)
+        assert extra is not None
+        assert extra[1] is None or extra[1] in extras
+    for wanted in set(told) - set(checkouts):
+        assert set(wanted.split()) <= packages
+    assert {"-e .", "-e '.[ray]'", "ray"} <= set(told)

@@ -1,5 +1,6 @@
 """A study's front as folders, and predictions from them, from the command line."""
 
+import codecs
 import io
 import itertools
 import json
@@ -11,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets
 import numpy as np
 import optuna
 import pytest
@@ -20,9 +22,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hpo.predict import predict_lines
 from hpo.search_lengths import search_lengths
 from hpo.storage import open_storage
+from hpo.workload import Workload
 from model import LengthAdaptiveModel, LengthAdaptivePipeline
+from model.data import DataSpec
 from model.encoder import CheckpointError, labels_of, read_config
 from model.front_file import FRONT_FILE, ExportError, NothingFits, ServedFront
+from model.length_config import LengthConfig
 from model.remote_code import MODULE
 from model.rows import DataError
 
@@ -174,8 +179,11 @@ def test_wishes_and_inputs_that_cannot_be_served_are_told(served):
         pipeline(TEXTS, budget=0.001)
     for given, message in [
         ("a text", "into a list"),
+        (None, "into a list"),
+        (5, "into a list"),
         ([3], "Input 0 .* no text"),
         ([TEXTS[0], {"sentence": "x"}], "Input 1 .*no 'text', only 'sentence'"),
+        ([{}], r"Input 0 \(the first is 0\) is an empty object\."),
         ([("a", "b")], "2 texts, but 1 are needed"),
         ([" "], "no text in 'text'"),
     ]:
@@ -187,6 +195,7 @@ def test_wishes_and_inputs_that_cannot_be_served_are_told(served):
 def test_predict_answers_line_by_line_and_goes_on_over_bad_ones(command, served, monkeypatch):
     lines = [b'{"text": "a good film"}', b"{", b'"music"', b'{"other": 1}', b"\xff", b"", b'{"text": "bad"}']
     lines += [b'{"text": "cut \\ud83d"}', b"9" * 5000]
+    lines[0] = codecs.BOM_UTF8 + lines[0]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
     code, out, err = command("predict", str(served), "--max-drop", "1")
     answers = [json.loads(line) for line in out.splitlines()]
@@ -238,6 +247,14 @@ def test_predict_stops_quietly_where_nobody_reads_on(served):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("redirection", "name"), [("<&-", "input"), ("< /dev/null >&-", "output")])
+def test_predict_without_its_input_or_output_says_so(redirection, name):
+    program = f"{sys.executable} -m hpo.cli predict served {redirection}"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False, env=here())
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"hpo: Standard {name} is closed; run `hpo predict served < in.jsonl > out.jsonl`.\n"
+
+
 def here():
     """This process's environment, with the checkout on the path."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -272,6 +289,72 @@ def test_a_graph_of_a_fixed_length_is_quantised_with_texts_cut_to_it(command, st
     assert LengthAdaptivePipeline(tmp_path / "graph")([TEXTS[3]]) == LengthAdaptivePipeline(tmp_path / "graph")(
         [" ".join(TEXTS[3].split()[:6])]
     )
+
+
+@pytest.mark.parametrize("on_front", [True, False])
+def test_what_a_fixed_length_loses_is_measured_and_told(
+    command, study, encoder, tiny_dataset, tmp_path, on_front, monkeypatch
+):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("hpo.export.NOTABLE", -1.0)
+    best = {trial.number for trial in study.best_trials}
+    trial = next(trial for trial in study.get_trials() if (trial.number in best) == on_front)
+    rows = datasets.Dataset.from_parquet(str(tiny_dataset / "validation.parquet")).to_dict()
+    whole = right_of(encoder, rows, trial.user_attrs["shares"])
+    flags = ["--trial", str(trial.number), "--format", "onnx", "--fixed-length", "8", "--int8", "dynamic"]
+    code, out, err = command("export", *flags, "--out", str(tmp_path / "graph"), "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    cut = right_of(encoder, rows, trial.user_attrs["shares"], max_length=8)
+    assert told["uncut"] == pytest.approx(whole, abs=0.02)
+    assert told["float32"] == pytest.approx(cut, abs=0.02)
+    assert f"after 8 tokens lose {told['uncut'] - told['float32']:.4f} of accuracy" in err
+    front = ServedFront.read(tmp_path / "graph")
+    assert (front.max_length, front.scored_length, front.graph.report_metric) == (8, 32, told["int8"])
+    card = " ".join((tmp_path / "graph" / "README.md").read_text().split())
+    assert "The table's figures are of texts cut after 32 tokens" in card
+    assert f"is {told['float32']:.4f} instead of {told['uncut']:.4f}" in card
+    assert f"in float32, of texts cut alike, it was {told['float32']:.4f}" in card
+
+
+def right_of(folder, rows, shares, max_length=32):
+    """The share of texts that a model labels right under a length config, one text at a time."""
+    model, tokenizer = LengthAdaptiveModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    config, right = LengthConfig.from_shares(shares), 0
+    for text, label in zip(rows["text"], rows["label"], strict=True):
+        batch = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        with torch.no_grad():
+            right += int(model(**batch, length_config=config).logits.argmax()) == label
+    return right / len(rows["label"])
+
+
+def test_a_fixed_length_that_cuts_no_text_is_not_measured(command, study, tmp_path):
+    pytest.importorskip("onnxscript")
+    flags = ["--budget", "0.8", "--format", "onnx", "--fixed-length", "24", "--json"]
+    code, out, err = command("export", *flags, "--out", str(tmp_path / "graph"))
+    assert (code, err) == (0, "")
+    assert (json.loads(out)["uncut"], json.loads(out)["float32"]) == (None, None)
+    card = " ".join((tmp_path / "graph" / "README.md").read_text().split())
+    assert "cut after 32 tokens; this graph takes 24, and no text of the report split is longer" in card
+
+
+def test_a_graph_that_knows_no_windows_refuses_what_its_fixed_length_has_no_room_for(
+    command, lengths, tiny_encoder, storage, tmp_path
+):
+    pytest.importorskip("onnxscript")
+    answers = {"text": ["film"], "answer_start": [4]}
+    row = {"question": "was the film good", "context": "the film was very good", "answers": answers}
+    data, model = tmp_path / "train.jsonl", tmp_path / "model"
+    data.write_text("\n".join(json.dumps({**row, "context": f"{row['context']} {number}"}) for number in range(40)))
+    LengthAdaptiveModel.from_pretrained(tiny_encoder, "question-answering").save_pretrained(model)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(model)
+    workload = Workload(model=str(model), data=DataSpec(dataset=str(data)), task="question-answering", stride=None)
+    search_lengths(lengths, workload, model, trials=5, storage=storage, runs=tmp_path / "runs")
+    flags = ["--budget", "1", "--format", "onnx", "--fixed-length", "8", "--json"]
+    code, out, err = command("export", *flags, "--out", str(tmp_path / "graph"))
+    assert code == 0, err
+    assert json.loads(out)["uncut"] is None
+    assert "this graph takes 8, and refuses longer texts" in (tmp_path / "graph" / "README.md").read_text()
 
 
 def test_the_current_folder_is_not_replaced(command, study, tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def test_impossible_cluster_is_refused(changes, words):
 
 def test_missing_extra_says_what_to_install(search_job, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(HpoError, match=r"pip install 'hpo\[ray\]'"):
+    with pytest.raises(HpoError, match=r"`pip install ray`"):
         run_on_ray(search_job, RayCluster(address="local"))
 
 

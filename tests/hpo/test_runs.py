@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 from pathlib import Path
 
 import optuna
@@ -217,6 +218,22 @@ def test_weights_survive_the_rename(root, runs):
     weights = torch.arange(5.0)
     place = runs.write_checkpoint("trial-3", lambda folder: save_file({"weight": weights}, folder / "w.safetensors"))
     assert torch.equal(load_file(root / place / "w.safetensors")["weight"], weights)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_of_a_folder_are_for_whom_the_umask_says(root, runs, umask):
+    def write(folder):
+        (folder / "parts").mkdir()
+        save_file({"weight": torch.zeros(2)}, folder / "parts" / "model.safetensors")
+        writer("new")(folder)
+
+    before = os.umask(umask)
+    try:
+        place = root / runs.write_checkpoint("trial-3", write)
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in place.rglob("*") if file.is_file()}
+    assert modes == dict.fromkeys(("model.safetensors", "weights", "config"), 0o666 & ~umask)
 
 
 # Removing what was beaten

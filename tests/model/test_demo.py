@@ -47,6 +47,12 @@ def file_contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_whoever_may_read_one_file_may_read_all(task):
+    folder = task.model.parent
+    modes = {file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
+    assert modes == {(folder / "demo.json").stat().st_mode}
+
+
 def test_a_seed_decides_the_reviews():
     assert make_reviews(40, seed=3) == make_reviews(40, seed=3)
     assert make_reviews(40, seed=3) != make_reviews(40, seed=4)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -73,6 +74,13 @@ def test_a_budget_below_every_point_names_the_smallest(front):
 @pytest.mark.parametrize("wish", [{"budget": 0.5, "max_drop": 0.1}, {"budget": 1.5}, {"max_drop": -1.0}])
 def test_impossible_wishes_are_refused(front, wish):
     with pytest.raises(ExportError, match=r"give exactly one|choose"):
+        front.choose(**wish)
+
+
+@pytest.mark.parametrize("wish", [{"budget": "0.5"}, {"max_drop": "0"}, {"max_latency_ms": [20]}])
+def test_a_wish_that_is_no_number_is_refused(front, wish):
+    ((name, value),) = wish.items()
+    with pytest.raises(ExportError, match=re.escape(f"{name}={value!r}; choose a number")):
         front.choose(**wish)
 
 

@@ -275,7 +275,7 @@ def test_an_opset_out_of_range_is_refused(model, tmp_path, opset):
 
 def test_without_its_libraries_it_says_what_to_install(model, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ExportError, match=r"onnxscript.*pip install 'hpo\[onnx\]'"):
+    with pytest.raises(ExportError, match=r"onnxscript.*`pip install onnx onnxscript onnx_ir onnxruntime`"):
         write_graph(model, LengthConfig.full(4), tmp_path / "model.onnx", longest=16)
 
 

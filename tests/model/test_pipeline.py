@@ -1,7 +1,12 @@
 """Every task from an exported folder, against the model run on one input at a time."""
 
+import codecs
 import dataclasses
+import functools
 import importlib.util
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,18 +138,84 @@ def best_span(model, tokenizer, question, context):
     return max(found)[1]
 
 
-@pytest.mark.parametrize("kind", ["question-answering", "token-classification"])
-def test_the_runner_beside_a_graph_says_what_the_pipeline_says(kind, tmp_path):
+@pytest.fixture(scope="module")
+def graph_of(tmp_path_factory):
+    """Gives the folder with a graph of a kind."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    model, front = make(kind)
-    assert write_onnx_folder(tmp_path, model, make_tokenizer(with_types=kind != "question-answering"), front) < 1e-4
+
+    @functools.cache
+    def write(kind):
+        model, front = make(kind)
+        folder = tmp_path_factory.mktemp("graph")
+        tokenizer = make_tokenizer(with_types=kind != "question-answering")
+        assert write_onnx_folder(folder, model, tokenizer, front) < 1e-4
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["question-answering", "token-classification"])
+def test_the_runner_beside_a_graph_says_what_the_pipeline_says(kind, graph_of):
     inputs = INPUTS[kind]
     if kind == "question-answering":
         inputs = [*inputs, ("was the film good " * 20, SENTENCES[2] * 3)]
-    said = runner_of(tmp_path)(inputs)
-    for one, other in zip(said, LengthAdaptivePipeline(tmp_path)(inputs), strict=True):
-        assert one == {name: value for name, value in other.items() if name != "score"}
+    said = runner_of(graph_of(kind))(inputs)
+    for one, other in zip(said, LengthAdaptivePipeline(graph_of(kind))(inputs), strict=True):
+        near = {name: pytest.approx(value, abs=1e-5) for name, value in other.items() if name == "score"}
+        assert one == {**other, **near}
+
+
+REFUSED = {
+    "multi-label": ["", "   ", ["", "film"], ["film", "plot"], [], {"other": "film"}, {"text": " "}, 3, None, b"film"],
+    "classification": [["", ""], ["film", " "], ["film"], "film", {"text": "film"}, {"text": "film", "text_pair": ""}],
+    "question-answering": [["", "the film"], ["who", " "], ["who"], {"question": "who", "context": ""}],
+    "token-classification": ["film", [], ["film", ""], [" "], ["film", 3], {"tokens": "film"}, {"other": ["film"]}],
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_the_runner_refuses_what_the_pipeline_refuses(kind, graph_of):
+    runner, pipeline = runner_of(graph_of(kind)), LengthAdaptivePipeline(graph_of(kind))
+    for given in REFUSED[kind]:
+        with pytest.raises(DataError, match="Input 0 "):
+            pipeline([given])
+        with pytest.raises(ValueError, match=r"An input|The input"):
+            runner([given])
+    for given in ("film", {"text": "film"}, None, 5):
+        with pytest.raises(DataError, match="into a list"):
+            pipeline(given)
+        with pytest.raises(ValueError, match="into a list"):
+            runner(given)
+
+
+def test_the_runner_goes_on_over_lines_that_it_cannot_read(graph_of):
+    runner = graph_of("question-answering") / "runner.py"
+    good = json.dumps(INPUTS["question-answering"][0]).encode()
+    wrong = {
+        good.replace(b"film", b"\\ud83d"): "half a character",
+        b"\xff": "utf-8",
+        b"[" * 100_000: "nested too deeply",
+        b"9" * 5000: "limit",
+        b"": "Expecting value",
+        b"{": "Expecting property name",
+        b"{}": "An input is an empty object.",
+    }
+    lines = b"\n".join([codecs.BOM_UTF8 + good, *wrong, good])
+    done = subprocess.run([sys.executable, "-I", str(runner)], input=lines, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+    first, *answers, last = map(json.loads, done.stdout.splitlines())
+    assert first == last
+    for answer, problem in zip(answers, wrong.values(), strict=True):
+        assert problem in answer["error"]
+
+
+def test_the_runner_stops_quietly_where_nobody_reads_on(graph_of):
+    folder = graph_of("question-answering")
+    (folder / "in.jsonl").write_text(f"{json.dumps(INPUTS['question-answering'][0])}\n" * 3000)
+    program = f"{sys.executable} -I runner.py < in.jsonl | head -1"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, cwd=folder, check=False)
+    assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
 
 
 def runner_of(folder):

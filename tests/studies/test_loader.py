@@ -304,7 +304,13 @@ def test_loading_lengths_for_tuning_says_which_command_runs_it():
 def test_an_unknown_name_lists_the_known_ones(name):
     with pytest.raises(StudyFileError, match=f"There is no study {re.escape(repr(name))}") as caught:
         load(name)
-    assert f"choose {' or '.join(built_in())}, or give the path of a .toml file." in str(caught.value)
+    assert "choose distill or finetune or lengths, or give the path of a .toml file." in str(caught.value)
+
+
+@pytest.mark.parametrize(("read", "known"), [(load_finetune, "distill or finetune"), (load_lengths, "lengths")])
+def test_an_unknown_name_lists_those_that_the_command_runs(read, known):
+    with pytest.raises(StudyFileError, match=f"There is no study 'nosuch'; choose {known}, or give the path"):
+        read("nosuch")
 
 
 def test_a_file_that_is_absent_or_a_folder_is_refused_with_a_place_to_copy_from(tmp_path):
