@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 
 from hpo.errors import HpoError
-from hpo.front import BASELINE, Front, FrontPoint, choose, compute_front, flops_text, percents
+from hpo.front import BASELINE, Front, FrontPoint, choose, compute_front, flops_text, percents, quality_text
 from hpo.runs import write_folder
 from hpo.storage import IDENTITY
 from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload
@@ -203,7 +203,7 @@ def model_card(front: Front, chosen: FrontPoint, served: ServedFront, measured: 
         "| --- | --- | --- | --- | --- |",
         *(_card_row(point, chosen) for point in front.points),
         *([_card_row(chosen, chosen)] if chosen.trial not in {point.trial for point in front.points} else []),
-        f"| full length | 100 % | {front.full.metric:.4f} | {_or_dash(front.full.report_metric)} | 100 |",
+        f"| full length | 100 % | {front.full.metric:.4f} | {quality_text(front.full.report_metric)} | 100 |",
         "",
         f"The bold row is what this folder was exported for. Shares are of {BASELINE}, {flops_text(front.full.macs)}",
         "per sequence of the search split, and count multiply-accumulates: they promise work saved, not time, which",
@@ -278,14 +278,16 @@ def _usage(served: ServedFront) -> list[str]:
 
 def _card_row(point: FrontPoint, chosen: FrontPoint) -> str:
     kept = " ".join(percents(point.shares, point.skipped).split())
-    cells = [str(point.trial), f"{point.relative_macs:.1%}", f"{point.metric:.4f}", _or_dash(point.report_metric), kept]
+    cells = [
+        str(point.trial),
+        f"{point.relative_macs:.1%}",
+        f"{point.metric:.4f}",
+        quality_text(point.report_metric),
+        kept,
+    ]
     if point.trial == chosen.trial:
         cells = [f"**{cell}**" for cell in cells]
     return f"| {' | '.join(cells)} |"
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _check_place(out: Path) -> None:

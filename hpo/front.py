@@ -427,10 +427,10 @@ def _columns(front: Front, beside: Sequence[str], flops: bool, shares_per_line: 
         _Column("trial", [str(point.trial) for point in rows]),
         _Column(KEPT, [*kept, "full length"]),
         _Column(_spaced(f"{front.metric}\nsearch"), [f"{point.metric:.4f}" for point in rows], folds=True),
-        _Column(_spaced(f"{front.metric}\nreport"), [_quality(point.report_metric) for point in rows], folds=True),
+        _Column(_spaced(f"{front.metric}\nreport"), [quality_text(point.report_metric) for point in rows], folds=True),
     ]
     for name in beside:
-        cells = [_quality(point.report_metrics.get(name)) for point in rows]
+        cells = [quality_text(point.report_metrics.get(name)) for point in rows]
         columns.append(_Column(_spaced(f"{name}\nreport"), cells, folds=True))
     columns.append(_Column("share\nof full", [f"{point.relative_macs:.1%}" for point in rows]))
     if front.predicted_for is not None:
@@ -444,10 +444,6 @@ def _columns(front: Front, beside: Sequence[str], flops: bool, shares_per_line: 
 
 def _spaced(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _quality(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def constant_rate(params: Mapping[str, Any]) -> float | None:
@@ -480,6 +476,11 @@ def flops_text(macs: float) -> str:
             number = f"{flops / size:#.3g}".rstrip(".")
             return f"{number} {prefix}FLOPs"
     return f"{flops:.0f} FLOPs"
+
+
+def quality_text(value: float | None) -> str:
+    """A metric, or a hyphen where it was not computed."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def latency_text(point: FrontPoint) -> str:

@@ -25,6 +25,7 @@ from hpo.front import (
     latency_text,
     percents,
     predicted_text,
+    quality_text,
 )
 from model.length_config import SKIPPED, LengthConfig
 
@@ -396,8 +397,8 @@ def _row(front: Front, point: FrontPoint, role: str) -> str:
     cells = (
         label,
         f"{point.metric:.4f}",
-        "-" if point.report_metric is None else f"{point.report_metric:.4f}",
-        *(f"{point.report_metrics[name]:.4f}" if point.report_metrics else "-" for name in front.beside),
+        quality_text(point.report_metric),
+        *(quality_text(point.report_metrics.get(name)) for name in front.beside),
         f"{point.relative_macs:.1%}",
         flops_text(point.macs),
         *([] if front.predicted_for is None else [predicted_text(point)]),
