@@ -1,6 +1,7 @@
 """Ctrl-C: transactions finish first, waits end at once, and no library's code swallows it."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ def _is_heard_here() -> bool:
 def heard() -> Iterator[Callable[[], None]]:
     """A Ctrl-C within the block is not lost: what this yields raises it once more.
 
-    Python drops what is raised in a destructor or in a callback of a weak reference, and libraries catch more than they
-    should. Outside the main thread, and where Ctrl-C is ignored, this does nothing.
+    Python drops what is raised in a destructor or in a callback of a weak reference, with a traceback that is not shown
+    here, and libraries catch more than they should. Outside the main thread, and where Ctrl-C is ignored, this does
+    nothing.
     """
     pressed = False
+    show = sys.unraisablehook
 
     def press(_number: int, _frame: FrameType | None) -> None:
         nonlocal pressed
@@ -36,13 +39,19 @@ def heard() -> Iterator[Callable[[], None]]:
         if pressed:
             raise Interrupted
 
+    def show_others(dropped: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(dropped.exc_type, Interrupted):
+            show(dropped)
+
     if not _is_heard_here():
         yield check
         return
     before = signal.signal(signal.SIGINT, press)
+    sys.unraisablehook = show_others
     try:
         yield check
     finally:
+        sys.unraisablehook = show
         signal.signal(signal.SIGINT, before)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -22,6 +23,30 @@ def test_what_a_library_swallowed_is_raised_at_the_next_check():
         with pytest.raises(KeyboardInterrupt):
             check()
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("error", [None, OSError])
+def test_what_python_drops_leaves_no_traceback_and_other_errors_theirs(error, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: shown.append(dropped.exc_type))
+
+    class Held:
+        pass
+
+    def end(_reference: object) -> None:
+        if error is None:
+            signal.raise_signal(signal.SIGINT)
+        else:
+            raise error
+
+    held = Held()
+    with heard() as check:
+        reference = weakref.ref(held, end)
+        del held
+        assert reference() is None
+        with pytest.raises(KeyboardInterrupt) if error is None else nullcontext():
+            check()
+    assert shown == ([] if error is None else [error])
 
 
 def test_it_is_raised_at_once_where_nobody_swallows_it():
