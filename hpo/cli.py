@@ -444,6 +444,7 @@ def search_lengths_command(
     _check_choice(max_drop, budget)
     from hpo.front import compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
+    from hpo.search_lengths import stopped_and_reused
     from hpo.storage import storage_url
     from hpo.tune import best_checkpoint
     from hpo.workers import SearchJob, complete
@@ -486,11 +487,12 @@ def search_lengths_command(
         search = complete(job, on_progress=on_progress, prepare=_quieten_libraries, cluster=cluster)
     with _database(url):
         front, history = compute_front(search.study, url), hypervolume_history(search.study)
+        stopped, reused = stopped_and_reused(search.study)
     chosen = _choose(front, max_drop, budget)
-    if search.stopped:
-        err.print(f"{search.stopped} trials were stopped early: a cheaper one had beaten them.", markup=False)
-    if search.reused:
-        err.print(f"{search.reused} trials resolved to lengths already scored and reused the score.", markup=False)
+    if stopped:
+        err.print(f"{stopped} trials were stopped early: a cheaper one had beaten them.", markup=False)
+    if reused:
+        err.print(f"{reused} trials resolved to lengths already scored and reused the score.", markup=False)
     if (table := search.table) is not None:
         err.print(
             f"Times are predicted for {table}: {table.median_error:.1%} off (median) on {len(table.held_out)} length "

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -231,6 +232,17 @@ def search_loaded(
         table=table,
         prediction=prediction,
     )
+
+
+def stopped_and_reused(study: optuna.Study) -> tuple[int, int]:
+    """Trials of a search that were stopped early, and those whose lengths had been scored before; in whichever run, and
+    by whichever worker."""
+    kinds = Counter(
+        REUSED_FROM if REUSED_FROM in trial.user_attrs else STOPPED_BY
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        if REUSED_FROM in trial.user_attrs or STOPPED_BY in trial.user_attrs
+    )
+    return kinds[STOPPED_BY], kinds[REUSED_FROM]
 
 
 def fitted_table(

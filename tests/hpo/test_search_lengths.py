@@ -19,7 +19,14 @@ from hpo.early_stopping import Defeat, Rivals, bits_from_text
 from hpo.errors import HpoError, StudyChanged, StudyNotFound
 from hpo.front import compute_front
 from hpo.samplers import RetentionSpace
-from hpo.search_lengths import config_of, constant_rates, open_search, search_lengths, shallow_networks
+from hpo.search_lengths import (
+    config_of,
+    constant_rates,
+    open_search,
+    search_lengths,
+    shallow_networks,
+    stopped_and_reused,
+)
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
 from model.data import SEED_LIMIT
@@ -122,6 +129,8 @@ def test_lengths_scored_before_are_reused_and_say_so(run, monkeypatch):
         assert trial.values == by_number[trial.user_attrs["reused_from"]].values
     tables = {config.count_table(np.arange(3, 33)).tobytes() for config in scored[: search.evaluated]}
     assert len(tables) == search.evaluated
+    again = run(60)
+    assert (again.reused, stopped_and_reused(again.study)) == (0, (0, len(reusing))), "the study's, not this run's"
 
 
 def test_precision_is_chosen_once_and_recorded(run, monkeypatch):
@@ -292,6 +301,7 @@ def test_stopped_configs_are_pruned_trials_with_partial_figures(run, stopping, w
     trials = search.study.get_trials()
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
     assert search.stopped == sum("reused_from" not in trial.user_attrs for trial in pruned) > 3
+    assert stopped_and_reused(search.study) == (search.stopped, search.reused)
     assert len(finished_trials(search.study)) == 40
     assert all(len(set(trial.params.values())) > 1 for trial in pruned), "constant rates are never stopped"
     assert all(trial.number >= 10 for trial in pruned), "the first generation has nothing to be compared with"
