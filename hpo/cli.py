@@ -1296,3 +1296,5 @@ def _print_json(document: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main()
+    if Path(place).exists():
+        return str(Path(place).resolve())

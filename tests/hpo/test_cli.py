@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -346,3 +347,17 @@ def test_database_that_fails_in_mid_run_is_named_without_its_password(tuned, fil
     assert code == 1
     assert err.endswith("run the same command again to continue.\n")
     assert f"{storage} failed (database or disk is full)" in err
+
+
+@pytest.mark.parametrize("given", ["lr=5e-5/data", "data:default"])
+def test_a_dataset_is_recorded_with_its_whole_path_whatever_it_looks_like(
+    command, files, tiny_encoder, tiny_dataset, tmp_path, monkeypatch, storage, given
+):
+    folder = tmp_path / given.partition(":")[0]
+    shutil.copytree(tiny_dataset, folder)
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", str(tiny_encoder), "--dataset", given, "--search-size", "60")
+    code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "1")
+    assert code == 0, err
+    study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
+    assert study.user_attrs["workload"]["data"]["dataset"] == f"{tmp_path}/{given}"
