@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import shlex
 import socket
 import sys
 import threading
@@ -384,9 +385,10 @@ def _tune(
     for key, value in sorted(best.params.items()):
         out.print(f"  {key} = {value:.4g}" if isinstance(value, float) else f"  {key} = {value}", markup=False)
     out.print(f"Its model: {folder}", markup=False, soft_wrap=True)
-    places = f" --storage {display_url(url)}" * (storage is not None) + f" --runs {root}" * (runs is not None)
-    source = f" --finetune-study {finished.study_name}" * (finished.study_name != FINETUNE)
-    out.print(f"Next: hpo search-lengths --trials 500{source}{places}", markup=False, soft_wrap=True)
+    following = ["hpo", "search-lengths", "--trials", "500"]
+    following += ["--finetune-study", finished.study_name] * (finished.study_name != FINETUNE)
+    following += ["--storage", display_url(url)] * (storage is not None) + ["--runs", str(root)] * (runs is not None)
+    out.print(f"Next: {shlex.join(following)}", markup=False, soft_wrap=True)
 
 
 @app.command("search-lengths")
@@ -659,7 +661,8 @@ def export_command(
             soft_wrap=True,
         )
     if format == "hf":
-        out.print(f"Next: hpo predict {out_folder} --budget 0.5 < in.jsonl", markup=False, soft_wrap=True)
+        following = shlex.join(["hpo", "predict", str(out_folder), "--budget", "0.5"])
+        out.print(f"Next: {following} < in.jsonl", markup=False, soft_wrap=True)
 
 
 @app.command("bench")
@@ -742,7 +745,8 @@ def predict_command(
     _check_choice(max_drop, budget, max_latency_ms)
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if stream is None:
-            raise HpoError(f"Standard {name} is closed; run `hpo predict {folder} < in.jsonl > out.jsonl`.")
+            command = shlex.join(["hpo", "predict", str(folder)])
+            raise HpoError(f"Standard {name} is closed; run `{command} < in.jsonl > out.jsonl`.")
     _quieten_libraries()
     from hpo.predict import predict_lines
     from model.pipeline import LengthAdaptivePipeline

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -347,6 +348,19 @@ def test_database_that_fails_in_mid_run_is_named_without_its_password(tuned, fil
     assert code == 1
     assert err.endswith("run the same command again to continue.\n")
     assert f"{storage} failed (database or disk is full)" in err
+
+
+def test_what_is_said_to_run_next_can_be_pasted_where_paths_have_blanks(
+    command, files, tiny_encoder, tiny_dataset, tmp_path
+):
+    places = ("--storage", f"sqlite:///{tmp_path}/my study.db", "--runs", str(tmp_path / "my runs"))
+    model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--search-size", "60")
+    _, out, _ = command("tune", "--study", files["finetune"], *model, "--trials", "1", *places)
+    program, *arguments = shlex.split(out.rpartition("Next: ")[2])
+    assert program == "hpo"
+    code, _, err = command(*(argument.replace("500", "3") for argument in arguments), "--study", files["lengths"])
+    assert code == 0, err
+    assert "lengths" in command("studies", *places[:2])[1]
 
 
 @pytest.mark.parametrize("given", ["lr=5e-5/data", "data:default"])
