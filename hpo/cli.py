@@ -862,8 +862,7 @@ def storage_serve_command(
     _check_address(host, port)
     with served(url, host, port) as bound, _ended_by_signals():
         place = address(host, bound)
-        if host not in LOOPBACK:
-            err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
+        _warn_of_others(host, place)
         err.print(f"Serving {display_url(url)} on grpc://{place} (Ctrl-C ends it).", markup=False, soft_wrap=True)
         # A wait without end would miss a signal that comes just before it, or that another thread hears.
         while not threading.Event().wait(SIGNALS_HEARD_AFTER_S):
@@ -924,8 +923,10 @@ def dashboard_command(
     _check_address(host, port)
     from optuna_dashboard import run_server
 
-    err.print(f"Studies of {display_url(url)} on http://{address(host, port)}/ (Ctrl-C ends it).", markup=False)
-    run_server(opened, host=host, port=port)
+    place = address(host, port)
+    _warn_of_others(host, place)
+    err.print(f"Studies of {display_url(url)} on http://{place}/ (Ctrl-C ends it).", markup=False, soft_wrap=True)
+    run_server(opened, host=host.strip("[]"), port=port)
 
 
 def main() -> NoReturn:
@@ -1089,6 +1090,12 @@ def _cluster(ray: str | None, cpus_per_worker: int | None, gpus_per_worker: floa
     if ray is None:
         if cpus_per_worker is not None or gpus_per_worker is not None:
             raise typer.BadParameter("--cpus-per-worker and --gpus-per-worker go with --ray")
+def _warn_of_others(host: str, place: str) -> None:
+    """Neither server asks for a password."""
+    if host not in LOOPBACK:
+        err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
+
+
         return None
     from hpo.ray_engine import RayCluster
 

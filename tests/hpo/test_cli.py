@@ -375,3 +375,19 @@ def test_a_dataset_is_recorded_with_its_whole_path_whatever_it_looks_like(
     assert code == 0, err
     study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
     assert study.user_attrs["workload"]["data"]["dataset"] == f"{tmp_path}/{given}"
+
+
+@pytest.mark.parametrize(
+    ("host", "listens", "place"),
+    [("::1", "::1", "[::1]"), ("[::1]", "::1", "[::1]"), ("127.0.0.1",) * 3, ("0.0.0.0",) * 3],
+)
+def test_the_dashboard_says_where_it_listens_and_whom_it_lets_in(command, storage, monkeypatch, host, listens, place):
+    served = []
+    monkeypatch.setattr("optuna_dashboard.run_server", lambda _, host, port: served.append((host, port)))
+    monkeypatch.setattr("hpo.cli._check_address", lambda *_: None)
+    open_storage(storage)
+    code, _, err = command("dashboard", "--host", host, "--port", "8123")
+    assert code == 0, err
+    assert served == [(listens, 8123)]
+    assert f"on http://{place}:8123/ " in err
+    assert ("Whoever reaches 0.0.0.0:8123 may read and change every study." in err) == (host == "0.0.0.0")
