@@ -1,6 +1,7 @@
 """The `hpo` command: parses, calls, prints. All printing and all exit codes of the project are here."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -944,6 +945,8 @@ def main() -> NoReturn:
 def _explain(error: Exception) -> str | None:
     """One sentence for an error the user can put right; None for one that only we can."""
     if isinstance(error, HpoError | StudyFileError):
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or name that the locale cannot spell is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
         return str(error)
     from model.encoder import CheckpointError
     from model.front_file import ExportError

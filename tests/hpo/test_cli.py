@@ -377,6 +377,14 @@ def test_a_dataset_is_recorded_with_its_whole_path_whatever_it_looks_like(
     assert study.user_attrs["workload"]["data"]["dataset"] == f"{tmp_path}/{given}"
 
 
+def test_names_that_an_output_cannot_spell_are_written_all_the_same(storage):
+    optuna.create_study(study_name="\xe9tude", storage=open_storage(storage))
+    environment = {**os.environ, "HPO_STORAGE": storage, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "hpo", "studies"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\xe9tude" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("host", "listens", "place"),
     [("::1", "::1", "[::1]"), ("[::1]", "::1", "[::1]"), ("127.0.0.1",) * 3, ("0.0.0.0",) * 3],
