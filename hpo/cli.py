@@ -955,8 +955,9 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, DataError | CheckpointError | ExportError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        place = f" {error.filename}" if error.filename else ""
-        return f"Cannot read or write{place}: {error.strerror}. Put it right and run the same command again."
+        place = error.filename2 or error.filename  # of what is renamed, its new name is the user's
+        named = f" {place}" if place else ""
+        return f"Cannot read or write{named}: {error.strerror}. Put it right and run the same command again."
     return None
 
 

@@ -385,6 +385,14 @@ def test_names_that_an_output_cannot_spell_are_written_all_the_same(storage):
     assert b"\\xe9tude" in done.stdout
 
 
+def test_a_page_that_would_replace_a_folder_is_refused_by_its_name(tuned, files, tmp_path):
+    tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
+    (tmp_path / "pages").mkdir()
+    code, _, err = tuned("pareto", "--html", str(tmp_path / "pages"))
+    assert code == 1
+    assert f"{tmp_path}/pages: Is a directory" in err
+
+
 @pytest.mark.parametrize(
     ("host", "listens", "place"),
     [("::1", "::1", "[::1]"), ("[::1]", "::1", "[::1]"), ("127.0.0.1",) * 3, ("0.0.0.0",) * 3],
