@@ -72,3 +72,10 @@ def test_texts_say_to_install_this_checkout_or_packages_that_an_extra_names():
     for wanted in set(told) - set(checkouts):
         assert set(shlex.split(wanted)) <= packages
     assert {"-e .", "-e '.[ray]'", "ray"} <= set(told)
+
+
+def test_every_package_that_is_installed_tells_type_checkers_that_it_is_typed():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "py.typed" in setuptools["package-data"]["*"]
+    for package in setuptools["packages"]:
+        assert (ROOT / package / "py.typed").is_file()
