@@ -5,8 +5,8 @@ import io
 import json
 import logging
 import os
-import signal
 import shlex
+import signal
 import socket
 import sys
 import threading
@@ -184,8 +184,21 @@ Budget = Annotated[
 ]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"hpo {version('hpo')}")
+        raise typer.Exit
+
+
 @app.callback()
-def configure(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is going on.")] = False) -> None:
+def configure(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is going on.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
     """Set up logging before any command."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -932,6 +945,8 @@ def dashboard_command(
 
 def main() -> NoReturn:
     """Run the command line; every failure a user can cause is one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or name that the locale cannot spell is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="hpo")
     except Exception as error:
@@ -945,8 +960,6 @@ def main() -> NoReturn:
 def _explain(error: Exception) -> str | None:
     """One sentence for an error the user can put right; None for one that only we can."""
     if isinstance(error, HpoError | StudyFileError):
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or name that the locale cannot spell is no failure
-        sys.stdout.reconfigure(errors="backslashreplace")
         return str(error)
     from model.encoder import CheckpointError
     from model.front_file import ExportError
@@ -1077,6 +1090,12 @@ def _check_address(host: str, port: int) -> None:
         ) from error
 
 
+def _warn_of_others(host: str, place: str) -> None:
+    """Neither server asks for a password."""
+    if host not in LOOPBACK:
+        err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
+
+
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
     """Leave the block at Ctrl-C or SIGTERM."""
@@ -1094,12 +1113,6 @@ def _cluster(ray: str | None, cpus_per_worker: int | None, gpus_per_worker: floa
     if ray is None:
         if cpus_per_worker is not None or gpus_per_worker is not None:
             raise typer.BadParameter("--cpus-per-worker and --gpus-per-worker go with --ray")
-def _warn_of_others(host: str, place: str) -> None:
-    """Neither server asks for a password."""
-    if host not in LOOPBACK:
-        err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
-
-
         return None
     from hpo.ray_engine import RayCluster
 
@@ -1297,6 +1310,8 @@ def _absolute(place: str) -> str:
     """Local paths are recorded absolute, so that a later command may run elsewhere."""
     from hpo.workload import with_paths
 
+    if Path(place).exists():
+        return str(Path(place).resolve())
     return with_paths(place, lambda path: str(Path(path).resolve()) if Path(path).exists() else path)
 
 
@@ -1311,5 +1326,3 @@ def _print_json(document: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main()
-    if Path(place).exists():
-        return str(Path(place).resolve())

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import optuna
@@ -375,6 +376,10 @@ def test_a_dataset_is_recorded_with_its_whole_path_whatever_it_looks_like(
     assert code == 0, err
     study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
     assert study.user_attrs["workload"]["data"]["dataset"] == f"{tmp_path}/{given}"
+
+
+def test_the_version_is_that_of_the_package(command):
+    assert command("--version") == (0, f"hpo {version('hpo')}\n", "")
 
 
 def test_names_that_an_output_cannot_spell_are_written_all_the_same(storage):
