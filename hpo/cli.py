@@ -1,9 +1,11 @@
 """The `hpo` command: parses, calls, prints. All printing and all exit codes of the project are here."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -182,8 +184,21 @@ Budget = Annotated[
 ]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"hpo {version('hpo')}")
+        raise typer.Exit
+
+
 @app.callback()
-def configure(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is going on.")] = False) -> None:
+def configure(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is going on.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
     """Set up logging before any command."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -384,9 +399,10 @@ def _tune(
     for key, value in sorted(best.params.items()):
         out.print(f"  {key} = {value:.4g}" if isinstance(value, float) else f"  {key} = {value}", markup=False)
     out.print(f"Its model: {folder}", markup=False, soft_wrap=True)
-    places = f" --storage {display_url(url)}" * (storage is not None) + f" --runs {root}" * (runs is not None)
-    source = f" --finetune-study {finished.study_name}" * (finished.study_name != FINETUNE)
-    out.print(f"Next: hpo search-lengths --trials 500{source}{places}", markup=False, soft_wrap=True)
+    following = ["hpo", "search-lengths", "--trials", "500"]
+    following += ["--finetune-study", finished.study_name] * (finished.study_name != FINETUNE)
+    following += ["--storage", display_url(url)] * (storage is not None) + ["--runs", str(root)] * (runs is not None)
+    out.print(f"Next: {shlex.join(following)}", markup=False, soft_wrap=True)
 
 
 @app.command("search-lengths")
@@ -661,7 +677,8 @@ def export_command(
             soft_wrap=True,
         )
     if format == "hf":
-        out.print(f"Next: hpo predict {out_folder} --budget 0.5 < in.jsonl", markup=False, soft_wrap=True)
+        following = shlex.join(["hpo", "predict", str(out_folder), "--budget", "0.5"])
+        out.print(f"Next: {following} < in.jsonl", markup=False, soft_wrap=True)
 
 
 @app.command("bench")
@@ -744,7 +761,8 @@ def predict_command(
     _check_choice(max_drop, budget, max_latency_ms)
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if stream is None:
-            raise HpoError(f"Standard {name} is closed; run `hpo predict {folder} < in.jsonl > out.jsonl`.")
+            command = shlex.join(["hpo", "predict", str(folder)])
+            raise HpoError(f"Standard {name} is closed; run `{command} < in.jsonl > out.jsonl`.")
     _quieten_libraries()
     from hpo.predict import predict_lines
     from model.pipeline import LengthAdaptivePipeline
@@ -860,8 +878,7 @@ def storage_serve_command(
     _check_address(host, port)
     with served(url, host, port) as bound, _ended_by_signals():
         place = address(host, bound)
-        if host not in LOOPBACK:
-            err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
+        _warn_of_others(host, place)
         err.print(f"Serving {display_url(url)} on grpc://{place} (Ctrl-C ends it).", markup=False, soft_wrap=True)
         # A wait without end would miss a signal that comes just before it, or that another thread hears.
         while not threading.Event().wait(SIGNALS_HEARD_AFTER_S):
@@ -922,12 +939,16 @@ def dashboard_command(
     _check_address(host, port)
     from optuna_dashboard import run_server
 
-    err.print(f"Studies of {display_url(url)} on http://{address(host, port)}/ (Ctrl-C ends it).", markup=False)
-    run_server(opened, host=host, port=port)
+    place = address(host, port)
+    _warn_of_others(host, place)
+    err.print(f"Studies of {display_url(url)} on http://{place}/ (Ctrl-C ends it).", markup=False, soft_wrap=True)
+    run_server(opened, host=host.strip("[]"), port=port)
 
 
 def main() -> NoReturn:
     """Run the command line; every failure a user can cause is one line on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or name that the locale cannot spell is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="hpo")
     except Exception as error:
@@ -949,8 +970,9 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, DataError | CheckpointError | ExportError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        place = f" {error.filename}" if error.filename else ""
-        return f"Cannot read or write{place}: {error.strerror}. Put it right and run the same command again."
+        place = error.filename2 or error.filename  # of what is renamed, its new name is the user's
+        named = f" {place}" if place else ""
+        return f"Cannot read or write{named}: {error.strerror}. Put it right and run the same command again."
     return None
 
 
@@ -1068,6 +1090,12 @@ def _check_address(host: str, port: int) -> None:
         raise HpoError(
             f"Cannot listen on {host!r}, port {port} ({reason}); choose another --host or --port."
         ) from error
+
+
+def _warn_of_others(host: str, place: str) -> None:
+    """Neither server asks for a password."""
+    if host not in LOOPBACK:
+        err.print(f"Whoever reaches {place} may read and change every study.", markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -1284,6 +1312,8 @@ def _absolute(place: str) -> str:
     """Local paths are recorded absolute, so that a later command may run elsewhere."""
     from hpo.workload import with_paths
 
+    if Path(place).exists():
+        return str(Path(place).resolve())
     return with_paths(place, lambda path: str(Path(path).resolve()) if Path(path).exists() else path)
 
 

@@ -168,7 +168,7 @@ def export(
         results.append(Exported(folder=out, front=written, difference=difference, **measured))
 
     try:
-        write_folder(out, write)
+        write_folder(out.resolve(), write)  # a link stays, and leads to the new folder
     except HpoError as error:
         raise HpoError(f"Cannot write {out} ({error}); make room or choose another --out.") from error
     return results[0]

@@ -42,6 +42,12 @@ Result = TypeVar("Result")
 
 DEFAULT_URL = "sqlite:///hpo.db"
 SERVER_EXAMPLE = "postgresql+psycopg://user@host/database"
+DRIVERS = {
+    "postgresql": ("psycopg", "pip install 'psycopg[binary]'"),
+    "mysql": ("pymysql", "pip install pymysql"),
+    "mariadb": ("pymysql", "pip install pymysql"),
+}
+"""By kind of server: the driver that this package is tested with, and how it is installed."""
 BUSY_TIMEOUT_S = 60
 PATIENT_BUSY_TIMEOUT_S = 2
 """Where a call is repeated anyway: SQLite's own wait for a lock heeds no Ctrl-C."""
@@ -468,9 +474,7 @@ def _parse(url: str) -> URL:
             f"--storage {display_url(url)} is not a database URL; write for example {DEFAULT_URL} or {SERVER_EXAMPLE}."
         ) from error
     except ImportError as error:
-        raise StorageError(
-            f"The driver for {display_url(url)} is not installed ({error}); install it with pip."
-        ) from error
+        raise StorageError(_why_no_driver(error, parsed, display_url(url))) from error
     if re.search("[{}]", url):  # Optuna takes the URL for a template
         raise StorageError(f"--storage {display_url(url)} has braces in it; write {{ as %7B and }} as %7D.")
     if parsed.host is not None and "@" in parsed.host:
@@ -478,6 +482,17 @@ def _parse(url: str) -> URL:
     if parsed.get_backend_name() in ("mysql", "mariadb") and not parsed.database:
         raise StorageError(f"--storage {display_url(url)} names no database; add it, as in {SERVER_EXAMPLE}.")
     return parsed
+
+
+def _why_no_driver(error: ImportError, url: URL, shown: str) -> str:
+    """pip knows most drivers by another name than Python, and some lack a library of the system's."""
+    reason = (str(error).splitlines() or ["ImportError"])[0].rstrip(".")
+    kind = url.get_backend_name()
+    if kind not in DRIVERS:
+        return f"The driver for {shown} is not installed ({reason}); install it with pip."
+    driver, install = DRIVERS[kind]
+    other = "" if url.get_driver_name() == driver else f"begin it with {kind}+{driver}:// and "
+    return f"The driver for {shown} is not installed ({reason}); {other}run `{install}`."
 
 
 def _check_sqlite_file(url: URL, shown: str, create: bool) -> None:

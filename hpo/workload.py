@@ -198,8 +198,14 @@ def library_versions() -> dict[str, str]:
 
 
 def with_paths(source: str, change: Callable[[str], str]) -> str:
-    """A dataset's or model's name with other paths in it: a path, or several as in `train=a.csv,validation=b.csv`."""
-    parts = (part.rpartition("=") for part in source.split(","))
+    """A dataset's or model's name with other paths in it: a path, one with a config as in `folder:config`, or several
+    as in `train=a.csv,validation=b.csv`; a path may hold such signs itself."""
+    if (whole := change(source)) != source:
+        return whole
+    folder, colon, config = source.rpartition(":")
+    if colon and (changed := change(folder)) != folder:
+        return f"{changed}:{config}"
+    parts = (part.partition("=") if "=" in part else ("", "", part) for part in source.split(","))
     return ",".join(f"{split}{equals}{change(path)}" for split, equals, path in parts)
 
 

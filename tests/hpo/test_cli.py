@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import optuna
@@ -346,3 +349,66 @@ def test_database_that_fails_in_mid_run_is_named_without_its_password(tuned, fil
     assert code == 1
     assert err.endswith("run the same command again to continue.\n")
     assert f"{storage} failed (database or disk is full)" in err
+
+
+def test_what_is_said_to_run_next_can_be_pasted_where_paths_have_blanks(
+    command, files, tiny_encoder, tiny_dataset, tmp_path
+):
+    places = ("--storage", f"sqlite:///{tmp_path}/my study.db", "--runs", str(tmp_path / "my runs"))
+    model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--search-size", "60")
+    _, out, _ = command("tune", "--study", files["finetune"], *model, "--trials", "1", *places)
+    program, *arguments = shlex.split(out.rpartition("Next: ")[2])
+    assert program == "hpo"
+    code, _, err = command(*(argument.replace("500", "3") for argument in arguments), "--study", files["lengths"])
+    assert code == 0, err
+    assert "lengths" in command("studies", *places[:2])[1]
+
+
+@pytest.mark.parametrize("given", ["lr=5e-5/data", "data:default"])
+def test_a_dataset_is_recorded_with_its_whole_path_whatever_it_looks_like(
+    command, files, tiny_encoder, tiny_dataset, tmp_path, monkeypatch, storage, given
+):
+    folder = tmp_path / given.partition(":")[0]
+    shutil.copytree(tiny_dataset, folder)
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", str(tiny_encoder), "--dataset", given, "--search-size", "60")
+    code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "1")
+    assert code == 0, err
+    study = optuna.load_study(study_name="finetune", storage=open_storage(storage))
+    assert study.user_attrs["workload"]["data"]["dataset"] == f"{tmp_path}/{given}"
+
+
+def test_the_version_is_that_of_the_package(command):
+    assert command("--version") == (0, f"hpo {version('hpo')}\n", "")
+
+
+def test_names_that_an_output_cannot_spell_are_written_all_the_same(storage):
+    optuna.create_study(study_name="\xe9tude", storage=open_storage(storage))
+    environment = {**os.environ, "HPO_STORAGE": storage, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "hpo", "studies"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\xe9tude" in done.stdout
+
+
+def test_a_page_that_would_replace_a_folder_is_refused_by_its_name(tuned, files, tmp_path):
+    tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
+    (tmp_path / "pages").mkdir()
+    code, _, err = tuned("pareto", "--html", str(tmp_path / "pages"))
+    assert code == 1
+    assert f"{tmp_path}/pages: Is a directory" in err
+
+
+@pytest.mark.parametrize(
+    ("host", "listens", "place"),
+    [("::1", "::1", "[::1]"), ("[::1]", "::1", "[::1]"), ("127.0.0.1",) * 3, ("0.0.0.0",) * 3],
+)
+def test_the_dashboard_says_where_it_listens_and_whom_it_lets_in(command, storage, monkeypatch, host, listens, place):
+    served = []
+    monkeypatch.setattr("optuna_dashboard.run_server", lambda _, host, port: served.append((host, port)))
+    monkeypatch.setattr("hpo.cli._check_address", lambda *_: None)
+    open_storage(storage)
+    code, _, err = command("dashboard", "--host", host, "--port", "8123")
+    assert code == 0, err
+    assert served == [(listens, 8123)]
+    assert f"on http://{place}:8123/ " in err
+    assert ("Whoever reaches 0.0.0.0:8123 may read and change every study." in err) == (host == "0.0.0.0")

@@ -70,5 +70,12 @@ def test_texts_say_to_install_this_checkout_or_packages_that_an_extra_names():
         assert extra is not None
         assert extra[1] is None or extra[1] in extras
     for wanted in set(told) - set(checkouts):
-        assert set(wanted.split()) <= packages
+        assert set(shlex.split(wanted)) <= packages
     assert {"-e .", "-e '.[ray]'", "ray"} <= set(told)
+
+
+def test_every_package_that_is_installed_tells_type_checkers_that_it_is_typed():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "py.typed" in setuptools["package-data"]["*"]
+    for package in setuptools["packages"]:
+        assert (ROOT / package / "py.typed").is_file()

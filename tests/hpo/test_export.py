@@ -7,6 +7,7 @@ import json
 import os
 import py_compile
 import random
+import shlex
 import subprocess
 import sys
 import threading
@@ -279,6 +280,18 @@ def test_an_export_is_replaced_and_other_folders_are_left_alone(command, served,
     assert "no export wrote" in err
     assert [entry.name for entry in mine.iterdir()] == ["notes.txt"]
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_an_export_through_a_link_takes_the_place_of_what_it_leads_to(command, study, tmp_path):
+    (tmp_path / "current").symlink_to("first version")
+    for _ in range(2):
+        code, out, err = command("export", "--budget", "0.8", "--out", str(tmp_path / "current"))
+        assert code == 0, err
+    assert (tmp_path / "current").readlink() == Path("first version")
+    assert ServedFront.read(tmp_path / "first version").points
+    (tmp_path / "current").rename(tmp_path / "the current")
+    _, out, _ = command("export", "--budget", "0.8", "--out", str(tmp_path / "the current"))
+    assert shlex.split(out.rpartition("Next: ")[2])[:3] == ["hpo", "predict", str(tmp_path / "the current")]
 
 
 def test_a_graph_of_a_fixed_length_is_quantised_with_texts_cut_to_it(command, study, tmp_path):

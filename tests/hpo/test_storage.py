@@ -252,6 +252,34 @@ def test_a_url_that_names_no_usable_database_is_refused(url, says, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("url", "module", "says"),
+    [
+        ("postgresql+psycopg://host/db", "psycopg", "run `pip install 'psycopg[binary]'`."),
+        (
+            "postgresql+psycopg2://host/db",
+            "psycopg2",
+            "begin it with postgresql+psycopg:// and run `pip install 'psycopg[bin",
+        ),
+        ("mysql+pymysql://host/db", "pymysql", "run `pip install pymysql`."),
+        ("mariadb://host/db", "MySQLdb", "begin it with mariadb+pymysql:// and run `pip install pymysql`."),
+    ],
+)
+def test_a_driver_that_is_missing_is_named_as_pip_knows_it(url, module, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert says in refusal(url)
+
+
+def test_a_driver_without_its_library_is_one_sentence(monkeypatch):
+    def fail():
+        raise ImportError("no pq wrapper available.\nAttempts made:\n- couldn't import psycopg 'c' implementation")
+
+    monkeypatch.setattr("sqlalchemy.dialects.postgresql.psycopg.PGDialect_psycopg.import_dbapi", fail)
+    message = refusal("postgresql+psycopg://host/db")
+    assert "\n" not in message
+    assert "(no pq wrapper available); run `pip install 'psycopg[binary]'`." in message
+
+
 def test_a_driver_that_is_missing_leaves_no_file_behind(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "aiosqlite", None)
     assert "is not installed" in refusal(f"sqlite+aiosqlite:///{tmp_path}/hpo.db")

@@ -14,6 +14,7 @@ from hpo.workload import (
     load_tokenizer,
     load_workload,
     require_trials,
+    with_paths,
 )
 from model.data import DataSpec
 from model.encoder import CheckpointError
@@ -163,3 +164,19 @@ def test_versions_of_what_decides_a_result_are_recorded():
     assert versions["optuna"] == version("optuna")
     assert {"python", "hpo", "transformers", "datasets", "tokenizers", "numpy"} <= versions.keys()
     assert json.loads(json.dumps(versions)) == versions
+
+
+@pytest.mark.parametrize(
+    ("source", "there", "expected"),
+    [
+        ("data", {"data"}, "/here/data"),
+        ("train=a.csv,validation=b.csv", {"a.csv", "b.csv"}, "train=/here/a.csv,validation=/here/b.csv"),
+        ("lr=5e-5/data", {"lr=5e-5/data"}, "/here/lr=5e-5/data"),
+        ("train=lr=5e-5/a.csv", {"lr=5e-5/a.csv"}, "train=/here/lr=5e-5/a.csv"),
+        ("reviews,long", {"reviews,long", "reviews", "long"}, "/here/reviews,long"),
+        ("data:en", {"data"}, "/here/data:en"),
+        ("owner/name:en", set(), "owner/name:en"),
+    ],
+)
+def test_paths_are_changed_wherever_they_stand_in_a_name(source, there, expected):
+    assert with_paths(source, lambda path: f"/here/{path}" if path in there else path) == expected
