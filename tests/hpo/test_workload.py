@@ -3,7 +3,7 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from hpo.errors import HpoError
 from hpo.workload import (
@@ -12,10 +12,11 @@ from hpo.workload import (
     library_versions,
     load_encoder,
     load_tokenizer,
+    load_trained_encoder,
     load_workload,
     require_trials,
 )
-from model.data import DataSpec
+from model.data import DataSpec, load_corpus
 from model.encoder import CheckpointError
 from model.rows import DataError
 
@@ -127,6 +128,37 @@ def test_the_encoders_head_has_the_datasets_classes(workload, tiny_encoder):
     corpus = load_workload(workload, tiny_encoder).corpus
     config = load_encoder(tiny_encoder, corpus).network.config
     assert tuple(config.id2label[label] for label in range(config.num_labels)) == tuple(corpus.label_names)
+
+
+@pytest.fixture
+def trained_encoder_of(workload, tiny_encoder, tmp_path):
+    """Loads the tiny encoder, whose classes are called `theirs`, for a dataset whose classes are called `ours`."""
+
+    def load(ours, theirs):
+        rows = [f"good film {row},{label}" for row, label in enumerate([*ours] * 20)]
+        (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
+        network = BertForSequenceClassification.from_pretrained(tiny_encoder)
+        network.config.id2label = dict(enumerate(theirs))
+        network.save_pretrained(tmp_path / "trained")
+        return load_trained_encoder(tmp_path / "trained", load_corpus(DataSpec(dataset=f"{tmp_path}/train.csv")))
+
+    return load
+
+
+@pytest.mark.parametrize("theirs", [("NEG", "pos"), ("LABEL_0", "LABEL_1")])
+def test_a_checkpoint_that_calls_classes_as_the_dataset_does_needs_no_word(trained_encoder_of, theirs, caplog):
+    assert trained_encoder_of(("neg", "pos"), theirs).label_names == ("neg", "pos")
+    assert not caplog.text
+
+
+def test_a_checkpoint_that_calls_classes_otherwise_is_warned_of(trained_encoder_of, caplog):
+    trained_encoder_of((0, 1), ("negative", "positive"))
+    assert "takes 0, 1 for the checkpoint's classes negative, positive, in this order" in caplog.text
+
+
+def test_a_checkpoint_that_numbers_the_datasets_classes_otherwise_is_refused(trained_encoder_of):
+    with pytest.raises(CheckpointError, match=r"numbers the classes Pos, Neg, the dataset neg, pos.*ClassLabel"):
+        trained_encoder_of(("neg", "pos"), ("Pos", "Neg"))
 
 
 @pytest.mark.parametrize(
