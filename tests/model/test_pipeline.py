@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast, pipeline
 
 from model.encoder import HEADS, MULTI_LABEL, LengthAdaptiveModel
 from model.export import quantise_folder, write_onnx_folder, write_transformers_folder
@@ -117,6 +117,17 @@ def test_a_pipeline_says_what_the_model_says_of_each_input_alone(kind, tmp_path)
                 assert one["answer"] == given[1][one["start"] : one["end"]]
                 assert one["answer"] == best_span(model, tokenizer, *given)
                 assert 0 < one["score"] <= 1
+
+
+def test_transformers_own_pipeline_says_the_value_of_a_regression(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    make("multi-label")[0].network.base_model.save_pretrained(tmp_path)
+    model = LengthAdaptiveModel.from_pretrained(tmp_path, "regression").eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        full = model(**make_tokenizer()(SENTENCES[0], return_tensors="pt")).logits
+    (said,) = pipeline("text-classification", model=str(tmp_path))(SENTENCES[0])
+    assert said["score"] == pytest.approx(full.item(), abs=1e-5)
 
 
 def best_span(model, tokenizer, question, context):
