@@ -135,7 +135,7 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         encoder: Folder or hub id whose tokenizer and length limit apply: the workload's model, or a checkpoint of it.
     Raises:
         DataError: The dataset cannot be used.
-        CheckpointError: The encoder has no tokenizer.
+        CheckpointError: The encoder has no tokenizer, or another encoder's.
     """
     corpus = load_corpus(workload.data, workload.task)
     data = KINDS[corpus.kind]
@@ -150,6 +150,8 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         encode(split, tokenizer, max_length, corpus.kind, stride)
         for split in (corpus.train, corpus.search, corpus.report)
     )
+    for purpose, split in (("train", train), ("search", search), ("report", report)):
+        _check_tokens(split, purpose, encoder)
     return LoadedWorkload(
         workload=dataclasses.replace(workload, task=corpus.task, metric=metric.name),
         corpus=corpus,
@@ -160,6 +162,21 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         metric=metric,
         metrics=(metric, *(other for other in metrics if other.name in data.shown and other is not metric)),
     )
+
+
+def _check_tokens(split: EncodedSplit, purpose: str, encoder: str | Path) -> None:
+    """Refuse sequences that the encoder cannot read: of no tokens, or of such as it has no vectors for."""
+    if empty := int((split.num_tokens == 0).sum()):
+        raise DataError(
+            f"{empty} texts of the {purpose} split have no tokens: the tokenizer of {encoder} drops all that they hold "
+            "and adds no [CLS]; remove them, or have it add one."
+        )
+    highest, vocabulary = max(map(max, split.input_ids)), int(read_config(encoder).vocab_size)
+    if highest >= vocabulary:
+        raise CheckpointError(
+            f"The tokenizer of {encoder} numbers a token {highest}, but config.json has a vocab_size of {vocabulary}; "
+            "give the encoder its own tokenizer, or resize its embeddings."
+        )
 
 
 def lengths_of(workload: Workload, tokenizer: PreTrainedTokenizerBase, encoder: str | Path) -> tuple[int, int | None]:

@@ -3,6 +3,7 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from hpo.errors import HpoError
@@ -128,6 +129,28 @@ def test_the_encoders_head_has_the_datasets_classes(workload, tiny_encoder):
     corpus = load_workload(workload, tiny_encoder).corpus
     config = load_encoder(tiny_encoder, corpus).network.config
     assert tuple(config.id2label[label] for label in range(config.num_labels)) == tuple(corpus.label_names)
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_encoder_is_refused(workload, tiny_encoder, tmp_path):
+    network = BertForSequenceClassification.from_pretrained(tiny_encoder)
+    network.resize_token_embeddings(12)
+    network.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"numbers a token \d+, .* vocab_size of 12; give the encoder its own"):
+        load_workload(workload, tmp_path / "other")
+
+
+def test_texts_without_any_token_are_refused(tiny_encoder, tmp_path):
+    bare = AutoTokenizer.from_pretrained(tiny_encoder)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    BertForSequenceClassification.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "bare")
+    bare.save_pretrained(tmp_path / "bare")
+    rows = [f"{'good film' if row else chr(0x200B)},{row % 2}" for row in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
+    declared = Workload(model=str(tmp_path / "bare"), data=DataSpec(dataset=f"{tmp_path}/train.csv"))
+    load_workload(declared, tiny_encoder)
+    with pytest.raises(DataError, match=r"1 texts of the \w+ split have no tokens: .* adds no \[CLS\]"):
+        load_workload(declared, tmp_path / "bare")
 
 
 @pytest.fixture
