@@ -12,7 +12,7 @@ import transformers
 
 from hpo.errors import HpoError
 from hpo.runs import CACHE, StudyRuns
-from hpo.workload import LoadedWorkload, load_encoder
+from hpo.workload import DEFAULT_NAME, LoadedWorkload, load_encoder
 from model.distill import DistillError, DistillSettings, check_pair, checked_layer_map, distil
 from model.encoder import LengthAdaptiveModel, labels_of, read_config
 from model.evaluate import score
@@ -31,8 +31,6 @@ SETTINGS_OF: Mapping[str, type[TrainingSettings] | type[DistillSettings]] = {
     "logits": DistillSettings,
     "lengthdrop": TrainingSettings,
 }
-DEFAULT_NAME = "LABEL_"
-"""How transformers calls labels that nobody named."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hpo.errors import HpoError
 from model.data import KINDS, Corpus, DataSpec, encode, load_corpus
 from model.encoded import EncodedSplit
-from model.encoder import LengthAdaptiveModel, check_task, max_tokens
+from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, labels_of, max_tokens, read_config
 from model.question_answering import DEFAULT_STRIDE
 from model.rows import DataError
 from model.tasks import Metric, choose_metric
@@ -29,6 +29,8 @@ RANDOM_HEAD = (
     "%s has no trained head for %s. A random one is searched, another each time it is loaded, so that its answers mean "
     "nothing and the study cannot be gone on with; train the encoder with `hpo tune` first."
 )
+DEFAULT_NAME = "LABEL_"
+"""How transformers calls labels that nobody named."""
 
 ProgressHook = Callable[[float, int, str], None]
 """Called with the trials done (running ones count in part), the trials in all, and a remark."""
@@ -133,7 +135,7 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         encoder: Folder or hub id whose tokenizer and length limit apply: the workload's model, or a checkpoint of it.
     Raises:
         DataError: The dataset cannot be used.
-        CheckpointError: The encoder has no tokenizer.
+        CheckpointError: The encoder has no tokenizer, or another encoder's.
     """
     corpus = load_corpus(workload.data, workload.task)
     data = KINDS[corpus.kind]
@@ -148,6 +150,8 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         encode(split, tokenizer, max_length, corpus.kind, stride)
         for split in (corpus.train, corpus.search, corpus.report)
     )
+    for purpose, split in (("train", train), ("search", search), ("report", report)):
+        _check_tokens(split, purpose, encoder)
     return LoadedWorkload(
         workload=dataclasses.replace(workload, task=corpus.task, metric=metric.name),
         corpus=corpus,
@@ -158,6 +162,21 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         metric=metric,
         metrics=(metric, *(other for other in metrics if other.name in data.shown and other is not metric)),
     )
+
+
+def _check_tokens(split: EncodedSplit, purpose: str, encoder: str | Path) -> None:
+    """Refuse sequences that the encoder cannot read: of no tokens, or of such as it has no vectors for."""
+    if empty := int((split.num_tokens == 0).sum()):
+        raise DataError(
+            f"{empty} texts of the {purpose} split have no tokens: the tokenizer of {encoder} drops all that they hold "
+            "and adds no [CLS]; remove them, or have it add one."
+        )
+    highest, vocabulary = max(map(max, split.input_ids)), int(read_config(encoder).vocab_size)
+    if highest >= vocabulary:
+        raise CheckpointError(
+            f"The tokenizer of {encoder} numbers a token {highest}, but config.json has a vocab_size of {vocabulary}; "
+            "give the encoder its own tokenizer, or resize its embeddings."
+        )
 
 
 def lengths_of(workload: Workload, tokenizer: PreTrainedTokenizerBase, encoder: str | Path) -> tuple[int, int | None]:
@@ -184,11 +203,32 @@ def load_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveModel:
 
 
 def load_trained_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveModel:
-    """`load_encoder` for what is not trained any further; a head that it has not learned is warned of."""
+    """`load_encoder` for what is not trained any further; a head that it has not learned is warned of.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or numbers the dataset's classes in another order.
+    """
     model = load_encoder(source, corpus)
     if model.has_new_head:
         logger.warning(RANDOM_HEAD, source, model.task)
+    else:
+        _check_classes(source, corpus.label_names)
     return model
+
+
+def _check_classes(source: str | Path, names: Sequence[str]) -> None:
+    """Refuse a head that numbers classes of these names otherwise; warn of one that calls them otherwise."""
+    its_names = labels_of(read_config(source))
+    ours, theirs = ([name.casefold() for name in each] for each in (names, its_names))
+    if not ours or ours == theirs or its_names[0].startswith(DEFAULT_NAME):
+        return
+    found, known = ", ".join(names[:8]), ", ".join(its_names[:8])
+    if any(name in theirs and theirs.index(name) != number for number, name in enumerate(ours)):
+        raise CheckpointError(
+            f"{source} numbers the classes {known}, the dataset {found}, so that each would be scored as another; "
+            "give the dataset a ClassLabel column in the checkpoint's order, or train the encoder with `hpo tune`."
+        )
+    logger.warning("The study takes %s for the checkpoint's classes %s, in this order.", found, known)
 
 
 def library_versions() -> dict[str, str]:

@@ -47,6 +47,8 @@ HEADS: Mapping[str, Any] = {
 TASKS = tuple(HEADS)
 MULTI_LABEL = "multi_label_classification"
 """The `problem_type` of a config whose classes do not exclude each other, as transformers writes it."""
+REGRESSION = "regression"
+"""That of a number; without it transformers' own pipeline takes the head's output for a class's logit."""
 LAYER_DROP = "layer_drop"
 """Where a config records it."""
 EXPORT_FIELDS = frozenset({"auto_map", "length_config"})
@@ -120,6 +122,8 @@ class LengthAdaptiveModel(nn.Module):
             labels["label2id"] = {name: index for index, name in enumerate(label_names)}
         if task == "classification" and multi_label is not None:
             labels["problem_type"] = MULTI_LABEL if multi_label else "single_label_classification"
+        if task == "regression":
+            labels["problem_type"] = REGRESSION
         config = read_config(folder_or_id, **labels)
         if front is not None:  # what plain transformers is told; a checkpoint saved from here is no export
             for name in EXPORT_FIELDS & vars(config).keys():

@@ -89,6 +89,8 @@ def write_graph(
         raise ExportError(
             f"opset {opset}; choose {OPSET} to {newest}, which the installed onnx {onnx.__version__} has."
         )
+    if not fixed_length:
+        longest = max(longest, EXAMPLE[1])  # what is traced is within the bounds of what may come
     module = _Graph(model, GraphPlan.of(length_config, longest, fixed_length=fixed_length))
     names = input_names(model)
     size, length = EXAMPLE if not fixed_length else (EXAMPLE[0], longest)

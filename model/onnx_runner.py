@@ -162,10 +162,11 @@ class Runner:
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.pad = self.tokenizer.token_to_id(pad) or 0
         self.longest, self.stride = self.front["max_length"], self.front["stride"]
+        side = settings.get("truncation_side") or "right"
         if not self.is_question:
-            self.tokenizer.enable_truncation(self.longest, strategy="longest_first")
+            self.tokenizer.enable_truncation(self.longest, strategy="longest_first", direction=side)
         elif self.stride is not None:
-            self.tokenizer.enable_truncation(self.longest, stride=self.stride, strategy="only_second")
+            self.tokenizer.enable_truncation(self.longest, stride=self.stride, strategy="only_second", direction=side)
         self.hears_spaces = self._tokens("a") != self._tokens(" a")
 
     def __call__(self, inputs: Sequence[Any]) -> list[dict[str, Any]]:

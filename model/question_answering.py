@@ -7,6 +7,7 @@ Shape letters: N windows, Q questions, B windows of a batch, L tokens, E ends th
 Source: Rajpurkar et al. 2016 (SQuAD); windows and spans as in Devlin et al. 2019 (BERT), "SQuAD v1.1", and their code.
 """
 
+import json
 import logging
 import re
 import string
@@ -532,22 +533,32 @@ def unfold(split: datasets.Dataset) -> datasets.Dataset:
     types = {"answers": ANSWERS_TYPE}
     try:
         for entry in column_of(split, "data").to_pylist():
-            for article in entry if isinstance(entry, list) else [entry]:
-                for paragraph in article["paragraphs"] or ():
-                    for question in paragraph["qas"] or ():
-                        texts, starts = _texts_and_starts(question.get("answers"))
+            for article in map(_as_object, entry if isinstance(entry, list) else [entry]):
+                for paragraph in map(_as_object, article["paragraphs"] or ()):
+                    for question in map(_as_object, paragraph["qas"] or ()):
+                        texts, starts = _texts_and_starts(_as_objects(question.get("answers")))
                         table["id"].append(_as_text(question.get("id")))
                         table["title"].append(_as_text(article.get("title")))
                         table["context"].append(paragraph["context"])
                         table["question"].append(question["question"])
                         table["answers"].append({"text": texts, "answer_start": starts})
         arrays = {name: pa.array(values, types.get(name, pa.string())) for name, values in table.items()}
-    except (KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, pa.ArrowException) as error:
         raise DataError(
             f"The file looks like SQuAD's, but cannot be read as such ({error}); each paragraph needs a context and "
             "qas, each of these a question and answers, each answer a text and its answer_start."
         ) from error
     return datasets.Dataset(pa.table(arrays))
+
+
+def _as_object(value: Any) -> Any:
+    """What stands in a file; its reader leaves objects as JSON where they differ in their fields."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _as_objects(values: Any) -> Any:
+    """A list of such."""
+    return list(map(_as_object, values)) if isinstance(values, list) else values
 
 
 def _as_text(value: Any) -> str | None:
@@ -558,7 +569,8 @@ def _is_official(split: datasets.Dataset) -> bool:
     if "data" not in split.column_names or not set(split.column_names) <= {"data", "version"}:
         return False
     article = getattr(split.features["data"], "feature", split.features["data"])
-    return isinstance(article, dict) and "paragraphs" in article
+    differ = isinstance(article, getattr(datasets, "Json", ()))  # articles that do in their fields
+    return differ or (isinstance(article, dict) and "paragraphs" in article)
 
 
 # Answers of a row: the texts, and the first character of each.

@@ -88,12 +88,15 @@ class ClassData(TaskData):
         """The rows of these texts with their labels, checked."""
         label_names, labels_N = _read_classes(split, name, label_column)
         refuse_rows(labels_N < 0, f"no label in column {label_column!r}", name)
+        refuse_rows(labels_N >= len(label_names), _beyond(label_names, label_column), name)
         table = pa.table({**texts, "label": labels_N})
         return Rows(split=name, table=table, label_names=label_names, stratum_N=labels_N)
 
     def has_labels(self, split: datasets.Dataset, columns: Columns) -> bool:
-        values = pc.unique(column_of(split, columns.label)).to_pylist()
-        return any(value not in (None, "", -1, "-1") for value in values)
+        column = column_of(split, columns.label)
+        if not isinstance(split.features[columns.label], datasets.Value | datasets.ClassLabel):
+            return _holds_anything(column)
+        return any(label_value(value) not in (None, -1, "-1") for value in pc.unique(column).to_pylist())
 
     def check_train(self, train: Rows, columns: Columns) -> None:
         num_rows, num_classes = len(train), len(np.unique(train.stratum_N))
@@ -151,6 +154,11 @@ class LabelSetData(ClassData):
         if isinstance(feature.feature, datasets.ClassLabel):
             names = tuple(feature.feature.names)
             label_M = np.asarray(pc.fill_null(values, -1), dtype=np.int64)
+        elif problem := _no_classes(feature.feature, values):
+            raise DataError(
+                f"Column {label_column!r} of the {name} split holds lists of {problem}, which are no classes; choose "
+                f"another with {LABEL_FLAG}."
+            )
         elif _is_mask(lists):
             raise DataError(
                 f"Column {label_column!r} of the {name} split holds a zero or a one for each class; list the names of "
@@ -162,15 +170,20 @@ class LabelSetData(ClassData):
             raise DataError(
                 f"No {name} row has a label in column {label_column!r}; choose another column with {LABEL_FLAG}."
             )
-        lacking_N = np.zeros(len(lists), dtype=np.bool_)
-        lacking_N[row_M[label_M < 0]] = True
-        refuse_rows(lacking_N, f"an empty label in column {label_column!r}", name)
+        for bad_M, problem in (
+            (label_M < 0, f"an empty label in column {label_column!r}"),
+            (label_M >= len(names), _beyond(names, label_column)),
+        ):
+            refuse_rows(np.isin(np.arange(len(lists)), row_M[bad_M]), problem, name)
         applies_NC = np.zeros((len(lists), len(names)), dtype=np.int64)
         applies_NC[row_M, label_M] = 1
         return _label_sets(name, pa.table(texts), names, applies_NC)
 
     def has_labels(self, split: datasets.Dataset, columns: Columns) -> bool:
-        return bool(pc.any(pc.greater(pc.list_value_length(column_of(split, columns.label)), 0)).as_py())
+        column = column_of(split, columns.label)
+        if not is_list(split.features[columns.label]):
+            return _holds_anything(column)
+        return bool(pc.any(pc.greater(pc.list_value_length(column), 0)).as_py())
 
     def check_train(self, train: Rows, columns: Columns) -> None:
         num_classes = int(_applies(train).any(axis=0).sum())
@@ -235,9 +248,10 @@ class ValueData(ClassData):
         return Rows(split=name, table=table, label_names=(), stratum_N=np.zeros(len(values_N), dtype=np.int64))
 
     def has_labels(self, split: datasets.Dataset, columns: Columns) -> bool:
-        feature, values = split.features[columns.label], pc.unique(column_of(split, columns.label)).to_pylist()
-        present = [value for value in values if value is not None]
-        return bool(present) and not (isnumber_labels(feature) and present == [-1])
+        column = column_of(split, columns.label)
+        if not isnumber_labels(split.features[columns.label]):
+            return _holds_anything(column)
+        return any(label_value(value) not in (None, -1) for value in pc.unique(column).to_pylist())
 
     def check_train(self, train: Rows, columns: Columns) -> None:
         values_N = np.asarray(train.table.column("label"))
@@ -350,18 +364,47 @@ def _read_classes(split: datasets.Dataset, name: str, label_column: str) -> tupl
     feature, column = split.features[label_column], column_of(split, label_column)
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names), np.asarray(pc.fill_null(column, -1), dtype=np.int64)
-    if not isinstance(feature, datasets.Value) or not re.match(r"u?int|bool|float|(large_)?string|null", feature.dtype):
+    if not _may_name_classes(feature):
         raise DataError(
             f"The label column {label_column!r} holds {getattr(feature, 'dtype', type(feature).__name__)}; one class "
             f"per row is supported: choose another with {LABEL_FLAG}."
         )
-    fractions = [value for value in pc.unique(column).to_pylist() if isinstance(label_value(value), float)]
-    if fractions:
+    if fractions := _fractions(column):
         raise DataError(
             f"The label column {label_column!r} of the {name} split holds fractions such as {fractions[0]}, which are "
             f"no classes; choose --task regression, or a column of classes with {LABEL_FLAG}."
         )
     return number_labels(column.combine_chunks())
+
+
+def _may_name_classes(feature: object) -> bool:
+    """Whether a feature holds words, integers, bools or floats, all of which may turn out to be missing."""
+    return isinstance(feature, datasets.Value) and bool(
+        re.match(r"u?int|bool|float|(large_)?string|null", feature.dtype)
+    )
+
+
+def _fractions(values: pa.Array | pa.ChunkedArray) -> list[float]:
+    """The different values that are no whole numbers."""
+    return [value for value in pc.unique(values).to_pylist() if isinstance(label_value(value), float)]
+
+
+def _no_classes(feature: object, values: pa.Array) -> str | None:
+    """What label lists are of, by their elements' feature and values, where that cannot be classes; else None."""
+    if not _may_name_classes(feature):
+        return str(getattr(feature, "dtype", type(feature).__name__))
+    fractions = _fractions(values)
+    return f"fractions such as {fractions[0]}" if fractions else None
+
+
+def _holds_anything(column: pa.ChunkedArray) -> bool:
+    """Whether any row has something, be it of a type that `check` refuses."""
+    return bool(column.null_count < len(column))
+
+
+def _beyond(label_names: Sequence[str], column: str) -> str:
+    """What is wrong with a row whose class has no name, as a damaged file may have."""
+    return f"a class number beyond the {len(label_names)} names of column {column!r}"
 
 
 def _count_truncated(

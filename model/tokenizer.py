@@ -28,4 +28,11 @@ def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where there are no files
         raise CheckpointError(f"{encoder} holds no tokenizer; the folder needs tokenizer.json or vocab.txt.")
     tokenizer.padding_side = "right"  # so that [CLS] comes first
+    if tokenizer.pad_token is None:
+        if not tokenizer.all_special_tokens:
+            raise CheckpointError(
+                f"The tokenizer of {encoder} has no special token that batches could be padded with; name a pad_token "
+                "in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.all_special_tokens[0]  # any of them: nothing looks at padding
     return tokenizer

@@ -3,7 +3,8 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import processors
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from hpo.errors import HpoError
 from hpo.workload import (
@@ -12,11 +13,12 @@ from hpo.workload import (
     library_versions,
     load_encoder,
     load_tokenizer,
+    load_trained_encoder,
     load_workload,
     require_trials,
     with_paths,
 )
-from model.data import DataSpec
+from model.data import DataSpec, load_corpus
 from model.encoder import CheckpointError
 from model.rows import DataError
 
@@ -128,6 +130,59 @@ def test_the_encoders_head_has_the_datasets_classes(workload, tiny_encoder):
     corpus = load_workload(workload, tiny_encoder).corpus
     config = load_encoder(tiny_encoder, corpus).network.config
     assert tuple(config.id2label[label] for label in range(config.num_labels)) == tuple(corpus.label_names)
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_encoder_is_refused(workload, tiny_encoder, tmp_path):
+    network = BertForSequenceClassification.from_pretrained(tiny_encoder)
+    network.resize_token_embeddings(12)
+    network.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"numbers a token \d+, .* vocab_size of 12; give the encoder its own"):
+        load_workload(workload, tmp_path / "other")
+
+
+def test_texts_without_any_token_are_refused(tiny_encoder, tmp_path):
+    bare = AutoTokenizer.from_pretrained(tiny_encoder)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    BertForSequenceClassification.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "bare")
+    bare.save_pretrained(tmp_path / "bare")
+    rows = [f"{'good film' if row else chr(0x200B)},{row % 2}" for row in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
+    declared = Workload(model=str(tmp_path / "bare"), data=DataSpec(dataset=f"{tmp_path}/train.csv"))
+    load_workload(declared, tiny_encoder)
+    with pytest.raises(DataError, match=r"1 texts of the \w+ split have no tokens: .* adds no \[CLS\]"):
+        load_workload(declared, tmp_path / "bare")
+
+
+@pytest.fixture
+def trained_encoder_of(workload, tiny_encoder, tmp_path):
+    """Loads the tiny encoder, whose classes are called `theirs`, for a dataset whose classes are called `ours`."""
+
+    def load(ours, theirs):
+        rows = [f"good film {row},{label}" for row, label in enumerate([*ours] * 20)]
+        (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
+        network = BertForSequenceClassification.from_pretrained(tiny_encoder)
+        network.config.id2label = dict(enumerate(theirs))
+        network.save_pretrained(tmp_path / "trained")
+        return load_trained_encoder(tmp_path / "trained", load_corpus(DataSpec(dataset=f"{tmp_path}/train.csv")))
+
+    return load
+
+
+@pytest.mark.parametrize("theirs", [("NEG", "pos"), ("LABEL_0", "LABEL_1")])
+def test_a_checkpoint_that_calls_classes_as_the_dataset_does_needs_no_word(trained_encoder_of, theirs, caplog):
+    assert trained_encoder_of(("neg", "pos"), theirs).label_names == ("neg", "pos")
+    assert not caplog.text
+
+
+def test_a_checkpoint_that_calls_classes_otherwise_is_warned_of(trained_encoder_of, caplog):
+    trained_encoder_of((0, 1), ("negative", "positive"))
+    assert "takes 0, 1 for the checkpoint's classes negative, positive, in this order" in caplog.text
+
+
+def test_a_checkpoint_that_numbers_the_datasets_classes_otherwise_is_refused(trained_encoder_of):
+    with pytest.raises(CheckpointError, match=r"numbers the classes Pos, Neg, the dataset neg, pos.*ClassLabel"):
+        trained_encoder_of(("neg", "pos"), ("Pos", "Neg"))
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ import pytest
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BertTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from model.data import DataSpec, _share_out, encode, load_corpus
 from model.dataset_files import CSV_OPTIONS
+from model.encoder import CheckpointError
 from model.rows import DataError
 from model.tokenizer import load_tokenizer
 
@@ -723,6 +725,23 @@ def test_a_tokenizer_that_pads_on_the_left_is_told_otherwise(tokenizer, tmp_path
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(tmp_path / "left")
     assert load_tokenizer(tmp_path / "left").padding_side == "right"
+
+
+def test_a_tokenizer_that_names_no_padding_pads_with_another_special_token(tmp_path):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "film": 1, "plot": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    padded = tokenizer.pad({"input_ids": [[1], [1, 2]]})
+    assert (padded["input_ids"], padded["attention_mask"]) == ([[1, 0], [1, 2]], [[1, 0], [1, 1]])
+    assert tokenizer("film [UNK] plot scene")["input_ids"] == [1, 0, 2, 0]
+
+
+def test_a_tokenizer_without_any_special_token_is_refused(tmp_path):
+    words = Tokenizer(models.WordLevel({"film": 0, "plot": 1}))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no special token .* pad_token in its tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_without_token_types_gets_zeros(tokenizer):

@@ -137,6 +137,13 @@ def test_of_tokens_that_score_alike_the_first_is_kept(make_batch, tmp_path):
             torch.testing.assert_close(got, model(*inputs, length_config=config).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("longest", [4, 7])
+def test_a_graph_may_be_of_very_short_sequences(longest, make_batch, tmp_path):
+    model, path = build("bert"), tmp_path / "model.onnx"
+    write_graph(model, POINTS[1], path, longest=longest)
+    check(onnxruntime.InferenceSession(path), model, POINTS[1], make_batch, (longest, 3, 2))
+
+
 def test_the_graph_of_full_length_chooses_no_tokens(make_batch, tmp_path):
     model, path = build("bert", "question-answering"), tmp_path / "model.onnx"
     write_graph(model, FULL, path, longest=LONGEST)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast, pipeline
 
 from model.encoder import HEADS, MULTI_LABEL, LengthAdaptiveModel
 from model.export import quantise_folder, write_onnx_folder, write_transformers_folder
@@ -38,7 +38,7 @@ INPUTS = {
 }
 
 
-def make_tokenizer(with_types=True):
+def make_tokenizer(with_types=True, **options):
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {token: index for index, token in enumerate([*specials, *WORDS])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -49,7 +49,8 @@ def make_tokenizer(with_types=True):
     )
     names = {f"{name.strip('[]').lower()}_token": name for name in specials}
     given = ["input_ids", "token_type_ids", "attention_mask"] if with_types else ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, model_input_names=given, **names)
+    settings = {"model_max_length": 32, "model_input_names": given, **names, **options}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
 def make(kind):
@@ -118,6 +119,17 @@ def test_a_pipeline_says_what_the_model_says_of_each_input_alone(kind, tmp_path)
                 assert 0 < one["score"] <= 1
 
 
+def test_transformers_own_pipeline_says_the_value_of_a_regression(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    make("multi-label")[0].network.base_model.save_pretrained(tmp_path)
+    model = LengthAdaptiveModel.from_pretrained(tmp_path, "regression").eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        full = model(**make_tokenizer()(SENTENCES[0], return_tensors="pt")).logits
+    (said,) = pipeline("text-classification", model=str(tmp_path))(SENTENCES[0])
+    assert said["score"] == pytest.approx(full.item(), abs=1e-5)
+
+
 def best_span(model, tokenizer, question, context):
     """The likeliest span of at most 30 tokens in any window, by trying all."""
     options = {"truncation": "only_second", "stride": 6, "return_overflowing_tokens": True}
@@ -164,6 +176,17 @@ def test_the_runner_beside_a_graph_says_what_the_pipeline_says(kind, graph_of):
     for one, other in zip(said, LengthAdaptivePipeline(graph_of(kind))(inputs), strict=True):
         near = {name: pytest.approx(value, abs=1e-5) for name, value in other.items() if name == "score"}
         assert one == {**other, **near}
+
+
+def test_the_runner_cuts_texts_on_the_tokenizers_side(tmp_path):
+    pytest.importorskip("onnxscript")
+    model, front = make("multi-label")
+    write_onnx_folder(tmp_path, model, make_tokenizer(truncation_side="left"), front)
+    inputs = ["film " * 30 + SENTENCES[2], SENTENCES[2] + " film" * 30]
+    said = runner_of(tmp_path)(inputs)
+    for one, other in zip(said, LengthAdaptivePipeline(tmp_path)(inputs), strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    assert said[0]["scores"] != pytest.approx(said[1]["scores"], abs=1e-3)
 
 
 REFUSED = {

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, BertTokenizerFast, RobertaTokenizerFast
 
+from model.dataset_files import read_splits
 from model.question_answering import (
     MAX_ANSWER_TOKENS,
     METRICS,
@@ -294,6 +295,24 @@ def test_the_official_file_is_read_from_disk(tmp_path, monkeypatch, indent):
     read = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     datasets.enable_progress_bars()
     assert len(unfold(read)) == 8
+
+
+def test_objects_of_the_official_file_may_differ_in_their_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    articles = official(6)
+    del articles[1]["title"]
+    articles[2]["paragraphs"][0]["note"] = "old"
+    articles[3]["paragraphs"][1]["qas"][0]["plausible_answers"] = []
+    articles[4]["paragraphs"][1]["qas"][1]["answers"][0]["answer_end"] = 4
+    differing = [[article] for article in articles[1:5]]
+    for number, part in enumerate([articles, *differing]):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"data": [articles[0], *part], "version": "v2.0"}), encoding="utf-8")
+        flat = unfold(read_splits(str(path))["train"])
+        assert check(flat).table.num_rows == 4 * (1 + len(part))
+        assert flat["answers"][:] == [
+            {"text": [name], "answer_start": [0]} for name in ("Rome",) * 2 + ("Bath",) * 2
+        ] * (1 + len(part))
 
 
 def test_ids_of_the_official_file_may_be_numbers():

@@ -1,7 +1,11 @@
 """Label sets, values and what a dataset's columns tell of its task."""
 
+import itertools
+
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import BertTokenizerFast
@@ -147,6 +151,12 @@ BAD_SETS = {
     "keywords": (label_sets(20, names=lambda row: [f"word{row}"]), "probably keywords"),
     "a missing label": (label_sets(20, names=lambda row: ["art", None] if row == 7 else ["law"]), "Row 7 .* an empty"),
 }
+WORDS, CLASSES = datasets.Value("string"), datasets.ClassLabel(names=["no", "yes"])
+NO_SETS = {
+    "of structs": (lambda row: [{"name": "art"}], {"name": WORDS}, "lists of dict, which are no classes"),
+    "of lists": (lambda row: [["art"]], datasets.List(WORDS), "lists of List, which are no classes"),
+    "of probabilities": (lambda row: [0.25, 0.75], datasets.Value("float64"), "lists of fractions such as 0.25"),
+}
 
 
 @pytest.mark.parametrize(("columns", "message"), BAD_SETS.values(), ids=BAD_SETS)
@@ -154,6 +164,61 @@ def test_label_sets_that_cannot_be_learned_are_refused(tmp_path, columns, messag
     folder = save(tmp_path / "data", train=columns, features=SET_FEATURES)
     with pytest.raises(DataError, match=message):
         load(folder, label_column="topics")
+
+
+@pytest.mark.parametrize(("names", "element", "message"), NO_SETS.values(), ids=NO_SETS)
+def test_lists_of_what_no_class_can_be_are_refused(tmp_path, names, element, message):
+    features = datasets.Features({"text": WORDS, "topics": datasets.List(element)})
+    folder = save(tmp_path / "data", train=label_sets(20, names=names), features=features)
+    with pytest.raises(DataError, match=f"'topics' of the train split holds {message}.*--label-column"):
+        load(folder, label_column="topics")
+
+
+@pytest.mark.parametrize("element", [CLASSES, datasets.List(CLASSES)], ids=["classes", "label sets"])
+def test_a_class_beyond_the_names_is_refused(tmp_path, element):
+    features = datasets.Features({"text": WORDS, "label": element})
+    numbers = [2 if row == 7 else row % 2 for row in range(40)]
+    labels = numbers if element is CLASSES else [[number] for number in numbers]
+    table = pa.table({"text": [f"text {row}" for row in range(40)], "label": labels}, schema=features.arrow_schema)
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"Row 7 of the train split .* a class number beyond the 2 names of column"):
+        load(tmp_path / "train.parquet")
+
+
+LABELS = {"label sets": [["law"], ["art", "law"]], "classes": ["law", "art"], "values": [0.5, 1.5]}
+OTHERS = {
+    "lists of numbers": [[0.5], [1.5]],
+    "structs": [{"name": "law"}, {"name": "art"}],
+    "words": ["law", "art"],
+}
+
+
+def named_files(folder, **labels):
+    """Files with these labels and a text each, as --dataset names them."""
+    for split, values in labels.items():
+        save(folder, **{split: {"text": [f"text {row}" for row in range(len(values))], "label": values}})
+    return ",".join(f"{split}={folder / split}.parquet" for split in labels)
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_a_split_whose_labels_are_all_missing_is_not_reported_on(tmp_path, labels):
+    dataset = named_files(tmp_path / "data", train=labels * 20, validation=[None] * 4)
+    assert load(dataset).report_split == "carved from train"
+
+
+@pytest.mark.parametrize("labels", [[0.0, 1.0], [0.5, 1.5]], ids=["classes", "values"])
+def test_labels_that_are_no_numbers_are_missing(tmp_path, labels):
+    dataset = named_files(tmp_path / "data", train=labels * 20, test=[float("nan")] * 4)
+    assert load(dataset).report_split == "carved from train"
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [pair for pair in itertools.product(LABELS, OTHERS) if pair != ("classes", "words")]
+)
+def test_labels_of_another_kind_than_trains_are_refused(tmp_path, kind, other):
+    dataset = named_files(tmp_path / "data", train=LABELS[kind] * 20, validation=OTHERS[other])
+    with pytest.raises(DataError, match=r"holds (no lists|no numbers|lists of fractions|\w+; one class per row)"):
+        load(dataset)
 
 
 def test_a_zero_or_a_one_for_each_class_is_refused(tmp_path):
