@@ -571,6 +571,9 @@ class MirroredStudy:
         asked = []
         for trial_id in claimed:
             trial = self._waiting.pop(trial_id)
+            if (problem := self._outside(trial)) is not None:
+                self._refuse(trial, problem)
+                continue
             if set(trial.params) != set(self.distributions):
                 trial = self._complete(trial)
             else:
@@ -578,6 +581,20 @@ class MirroredStudy:
             self._describe(trial, attributes_of(trial.params), key_of(trial.params))
             asked.append(_asked(trial, trial.number, trial_id))
         return asked
+
+    def _outside(self, trial: FrozenTrial) -> str | None:
+        """Which of a user's queued parameters the search space does not hold; None where it holds them all."""
+        queued = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        for name, distribution in self.distributions.items():
+            if name in queued and not _holds(distribution, queued[name]):
+                return f"it was queued with {name}={queued[name]!r}, outside the range in the study file"
+        return None
+
+    def _refuse(self, trial: FrozenTrial, reason: str) -> None:
+        """Fail a trial that is claimed and cannot be run, so that nobody claims it again."""
+        outcome = Outcome(trial_id=trial._trial_id, state=TrialState.FAIL, attributes={FAILURE: reason})
+        finish_trials(self.storage, [outcome])
+        logger.warning("Trial %d failed: %s.", trial.number, reason)
 
     def _complete(self, trial: FrozenTrial) -> FrozenTrial:
         """Draw the parameters that a user's queued trial leaves open."""
@@ -717,6 +734,13 @@ def _behind(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection])
         best_first_T: Array = -values_TO[:, 0]
         return best_first_T
     return behind(-values_TO[:, 1:], values_TO[:, 0])
+
+
+def _holds(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (ValueError, TypeError):  # of another type
+        return False
 
 
 def _running(trial: FrozenTrial) -> FrozenTrial:

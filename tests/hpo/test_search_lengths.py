@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import logging
 import math
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def test_what_a_user_queued_records_its_length_config_and_key(run, storage):
         assert trial.user_attrs["shares"] == list(config_of(trial.params).shares)
         assert trial.system_attrs["hpo:key"]
     assert compute_front(study, storage).trials == 12
+
+
+@pytest.mark.parametrize(
+    "queued",
+    [{"retention_0": 1.5, "retention_1": 0.5, "retention_2": 0.5}, {"retention_0": 0.3}, {"retention_1": "most"}],
+    ids=["above", "below", "no number"],
+)
+def test_what_a_user_queued_outside_the_search_space_fails_alone(run, caplog, queued):
+    study = run(8).study
+    study.enqueue_trial(queued)
+    study.enqueue_trial({"retention_0": 0.9})
+    with caplog.at_level(logging.WARNING):
+        states = [trial.state.name for trial in run(10).study.trials]
+    assert states == ["COMPLETE"] * 8 + ["FAIL"] + ["COMPLETE"] * 2
+    name, value = next(iter(queued.items()))
+    (told,) = [record.message for record in caplog.records if "Trial 8 failed" in record.message]
+    assert f"queued with {name}={value!r}" in told
+    assert f"{name}={value!r}" in study.trials[8].user_attrs["failure"]
 
 
 def test_first_generation_holds_every_constant_rate_then_random_ones(run, lengths):
