@@ -27,7 +27,7 @@ from rich.text import Text
 
 from hpo.errors import HpoError
 from hpo.export import checkpoint_of, served_point
-from hpo.front import BASELINE, LATENCY, Front, FrontPoint, compute_front
+from hpo.front import BASELINE, LATENCY, Front, FrontPoint, compute_front, ms_text
 from hpo.storage import IDENTITY
 from hpo.workload import Workload, library_versions, load_encoder, load_workload
 from model.apart import EngineDied, Run
@@ -372,7 +372,8 @@ def bench_table(record: Record) -> Table:
 
 def _cells(record: Record, row: Measured) -> tuple[str, ...]:
     share = "" if row.engine != "ours" else f"{row.relative_macs:.1%}"
-    return f"{row.ms:.3g}", f"{row.least_ms:.3g}", f"{row.most_ms:.3g}", share, f"{record.full.ms / row.ms:.2f}x"
+    times = map(ms_text, (row.ms, row.least_ms, row.most_ms))
+    return *times, share, f"{record.full.ms / row.ms:.2f}x"
 
 
 def _measured(engine: str, trial: int | None, timing: Timing, sequences: int, relative_macs: float) -> Measured:

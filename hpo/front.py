@@ -485,12 +485,17 @@ def quality_text(value: float | None) -> str:
 
 def latency_text(point: FrontPoint) -> str:
     """Milliseconds per sequence, or a hyphen."""
-    return "-" if point.latency_ms is None else f"{point.latency_ms:.3g}"
+    return "-" if point.latency_ms is None else ms_text(point.latency_ms)
 
 
 def predicted_text(point: FrontPoint) -> str:
     """Predicted milliseconds per sequence, or a hyphen."""
-    return "-" if point.predicted_ms is None else f"{point.predicted_ms:.3g}"
+    return "-" if point.predicted_ms is None else ms_text(point.predicted_ms)
+
+
+def ms_text(ms: float) -> str:
+    """Milliseconds with three digits, or in whole ones, never as powers of ten: `'10.3'`, `'1235'`."""
+    return f"{ms:.0f}" if ms >= 999.5 else f"{ms:.3g}"
 
 
 def _check_objectives(study: optuna.Study) -> None:

@@ -301,7 +301,7 @@ def _hover(front: Front, point: FrontPoint) -> str:
     if point.predicted_ms is not None and point.relative_ms is not None:
         lines.insert(3, f"predicted time: {predicted_text(point)} ms per sequence, {point.relative_ms:.1%}")
     if point.latency_ms is not None and front.latency is not None:
-        lines.insert(3, f"time: {point.latency_ms:.3g} ms per sequence,<br>{_text(str(front.latency))}")
+        lines.insert(3, f"time: {latency_text(point)} ms per sequence,<br>{_text(str(front.latency))}")
     if point.report_metric is not None:
         share = "" if point.report_relative_macs is None else f" at {point.report_relative_macs:.1%} of FLOPs"
         lines.insert(2, f"{_text(front.metric)}, report split: {point.report_metric:.4f}{share}")

@@ -255,8 +255,9 @@ def _within_time(points: Sequence[Point], max_latency_ms: float) -> Point:
     fast = [point for latency_ms, point in timed if latency_ms <= max_latency_ms]
     if not fast:
         least_ms = math.ceil(min(latency_ms for latency_ms, _ in timed) * 1e3) / 1e3
+        shown = f"{least_ms:.3f}".rstrip("0").rstrip(".")  # digits left out might make it less
         raise NothingFits(
-            f"No point that was timed takes {max_latency_ms:g} ms or less; ask for {least_ms:g} ms or more, the least "
+            f"No point that was timed takes {max_latency_ms:g} ms or less; ask for {shown} ms or more, the least "
             "there is."
         )
     return max(fast, key=lambda point: point.metric)

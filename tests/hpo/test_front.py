@@ -31,6 +31,7 @@ from hpo.front import (
     front_to_json,
     hypervolume,
     hypervolume_history,
+    ms_text,
     non_dominated,
     percents,
 )
@@ -552,6 +553,27 @@ def test_whatever_the_table_shows_is_whole(metric, width):
         assert shown != bool(re.search(rf"No room here for [^.]*{name}", caption))
     if width == 140:
         assert "No room" not in caption
+
+
+def test_times_of_seconds_are_whole_in_eighty_columns():
+    front = busy_front("matthews_correlation")
+    full, *points = (
+        dataclasses.replace(point, latency_ms=ms, predicted_ms=ms, relative_ms=1.0)
+        for point, ms in zip((front.full, *front.points), (1234.5, 999.7, 1234.5), strict=True)
+    )
+    front = dataclasses.replace(front, full=full, points=tuple(points), predicted_for=front.latency)
+    lines = rendered(front, None, 80)
+    first, last = (next(line.split() for line in lines if mark in line) for mark in ("1479", "full length"))
+    assert first[-2:] == ["1000", "1000"]
+    assert last[-2:] == ["1234", "1234"]
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [(0.01234, "0.0123"), (9.5, "9.5"), (123.4, "123"), (999.4, "999"), (999.5, "1000"), (23456.7, "23457")],
+)
+def test_milliseconds_are_digits_never_powers_of_ten(ms, text):
+    assert ms_text(ms) == text
 
 
 def busy_front(metric):

@@ -71,6 +71,14 @@ def test_a_budget_below_every_point_names_the_smallest(front):
     assert front.choose(budget=0.2346).trial == 4
 
 
+@pytest.mark.parametrize(("ms", "shown"), [(1234.5611, "1234.562"), (10.3, "10.3"), (100.0, "100")])
+def test_a_time_below_every_point_names_the_least_that_one_takes(front, ms, shown):
+    timed = dataclasses.replace(front, points=(dataclasses.replace(front.points[0], latency_ms=ms),))
+    with pytest.raises(NothingFits, match=rf"ask for {re.escape(shown)} ms or more"):
+        timed.choose(max_latency_ms=5.0)
+    assert timed.choose(max_latency_ms=float(shown)).trial == 4
+
+
 @pytest.mark.parametrize("wish", [{"budget": 0.5, "max_drop": 0.1}, {"budget": 1.5}, {"max_drop": -1.0}])
 def test_impossible_wishes_are_refused(front, wish):
     with pytest.raises(ExportError, match=r"give exactly one|choose"):
