@@ -796,7 +796,7 @@ def studies_command(storage: Storage = None, as_json: Json = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from hpo.storage import describe_studies, display_url, open_storage, storage_url
+    from hpo.storage import describe_studies, display_url, open_storage, printable, storage_url
 
     _quieten_libraries()
     url = storage_url(storage)
@@ -811,7 +811,7 @@ def studies_command(storage: Storage = None, as_json: Json = False) -> None:
     table = Table("study", "kind", "finished", "running", "failed", "best")
     for entry in described:
         keys = ("study", "kind", "finished", "running", "failed", "best_text")
-        table.add_row(*(Text(_printable(str(entry[key]))) for key in keys))
+        table.add_row(*(Text(printable(str(entry[key]))) for key in keys))
     out.print(table)
 
 
@@ -1315,11 +1315,6 @@ def _absolute(place: str) -> str:
     if Path(place).exists():
         return str(Path(place).resolve())
     return with_paths(place, lambda path: str(Path(path).resolve()) if Path(path).exists() else path)
-
-
-def _printable(text: str) -> str:
-    """What others wrote into a database, without what would steer the terminal."""
-    return text if text.isprintable() else repr(text)
 
 
 def _print_json(document: dict[str, Any]) -> None:

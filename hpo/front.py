@@ -20,7 +20,7 @@ from rich.text import Text
 import model.front_file
 from hpo.errors import EmptyFront, HpoError
 from hpo.staircase import members
-from hpo.storage import display_url, finished_trials
+from hpo.storage import display_url, finished_trials, printable
 from model.front_file import choose_point, smallest_budget
 from model.hardware import processor_name
 from model.length_config import LengthConfig
@@ -375,7 +375,7 @@ def front_table(front: Front, chosen: FrontPoint | None, width: int | None = Non
     kinds += [((), flops, FEW_SHARES_PER_LINE), ((), False, FEW_SHARES_PER_LINE)]
     ruler = Console(width=WIDEST)
     for beside, with_flops, per_line in kinds:
-        left_out = [name for name in every if name not in beside] + [FLOPS] * (flops and not with_flops)
+        left_out = [printable(name) for name in every if name not in beside] + [FLOPS] * (flops and not with_flops)
         table = _table(front, chosen, _columns(front, beside, with_flops, per_line), left_out)
         if width is None or ruler.measure(table).minimum <= width:
             break
@@ -385,13 +385,14 @@ def front_table(front: Front, chosen: FrontPoint | None, width: int | None = Non
 def _table(front: Front, chosen: FrontPoint | None, columns: Sequence[_Column], left_out: Sequence[str]) -> Table:
     table = Table(
         title=Text(
-            f"{front.study}: {len(front.points)} best of {front.trials} trials, hypervolume {front.hypervolume:.4f}"
+            f"{printable(front.study)}: {len(front.points)} best of {front.trials} trials, "
+            f"hypervolume {front.hypervolume:.4f}"
         ),
         caption=Text(
-            f"{front.metric} on the search split, which selects, and on the report split. FLOPs: mean per sequence of "
-            f"the search split, {FLOPS_PER_MAC} per MAC; shares are of {BASELINE}."
-            + ("" if front.latency is None else f" ms: per sequence, on {front.latency}.")
-            + ("" if front.predicted_for is None else f" Predicted: the same, for {front.predicted_for}.")
+            f"{printable(front.metric)} on the search split, which selects, and on the report split. FLOPs: mean per "
+            f"sequence of the search split, {FLOPS_PER_MAC} per MAC; shares are of {BASELINE}."
+            + ("" if front.latency is None else f" ms: per sequence, on {printable(str(front.latency))}.")
+            + ("" if (law := front.predicted_for) is None else f" Predicted: the same, for {printable(str(law))}.")
             + ("" if chosen is None else " * marks the choice.")
             + ("" if front.full.skipped is None else " - marks a skipped layer.")
             + (f" No room here for {' and '.join(left_out)}." if left_out else "")
@@ -426,12 +427,12 @@ def _columns(front: Front, beside: Sequence[str], flops: bool, shares_per_line: 
     columns = [
         _Column("trial", [str(point.trial) for point in rows]),
         _Column(KEPT, [*kept, "full length"]),
-        _Column(_spaced(f"{front.metric}\nsearch"), [f"{point.metric:.4f}" for point in rows], folds=True),
-        _Column(_spaced(f"{front.metric}\nreport"), [quality_text(point.report_metric) for point in rows], folds=True),
+        _Column(f"{_spaced(front.metric)}\nsearch", [f"{point.metric:.4f}" for point in rows], folds=True),
+        _Column(f"{_spaced(front.metric)}\nreport", [quality_text(point.report_metric) for point in rows], folds=True),
     ]
     for name in beside:
         cells = [quality_text(point.report_metrics.get(name)) for point in rows]
-        columns.append(_Column(_spaced(f"{name}\nreport"), cells, folds=True))
+        columns.append(_Column(f"{_spaced(name)}\nreport", cells, folds=True))
     columns.append(_Column("share\nof full", [f"{point.relative_macs:.1%}" for point in rows]))
     if front.predicted_for is not None:
         columns.append(_Column("ms, pre-\ndicted", [predicted_text(point) for point in rows]))
@@ -443,7 +444,7 @@ def _columns(front: Front, beside: Sequence[str], flops: bool, shares_per_line: 
 
 
 def _spaced(name: str) -> str:
-    return name.replace("_", " ")
+    return printable(name).replace("_", " ")
 
 
 def constant_rate(params: Mapping[str, Any]) -> float | None:

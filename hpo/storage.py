@@ -214,6 +214,11 @@ def display_url(url: str) -> str:
     return shown.replace(quote_plus(HIDDEN), HIDDEN)
 
 
+def printable(text: str) -> str:
+    """What others wrote into a database, without what would steer the terminal."""
+    return text if text.isprintable() else repr(text)
+
+
 def open_storage(
     url: str, *, create: bool = True, timeout_s: float = 0.0, on_state: Callable[[str], None] | None = None
 ) -> Storage:

@@ -600,6 +600,17 @@ def test_table_shows_a_study_name_as_it_stands():
     assert any("[bold]x[/bold]" in line for line in rendered(compute_front(study, STORAGE), None, 80))
 
 
+@pytest.mark.parametrize("width", [40, 200])
+def test_table_shows_names_of_a_database_without_what_steers_the_terminal(width):
+    front, steering = busy_front("f1\x1b[2J"), "\x1b]0;title\x07"
+    source = dataclasses.replace(front.latency, processor=steering)
+    full = dataclasses.replace(front.full, report_metrics={**front.full.report_metrics, steering: 0.5})
+    front = dataclasses.replace(front, study=steering, full=full, latency=source, predicted_for=source)
+    text = "\n".join(rendered(front, None, width))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+
+
 @pytest.mark.parametrize(
     ("shares", "text"),
     [
