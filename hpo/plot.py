@@ -74,7 +74,7 @@ def draw_front(front: Front, chosen: FrontPoint | None = None, cost: str | None 
     for origin in dict.fromkeys(point.origin for point in front.seeds):
         seeds = [point for point in front.seeds if point.origin == origin]
         marker = {"color": PURPLE, "size": 12, "symbol": "star", "line": {"color": "white", "width": 1}}
-        name = ORIGINS.get(str(origin), str(origin))
+        name = _text(ORIGINS.get(str(origin), str(origin)))
         figure.add_trace(_search_trace(front, cost, seeds, name, mode="markers", marker=marker))
     reported = [point for point in front.points if point.report_metric is not None]
     if reported:

@@ -308,6 +308,12 @@ def test_configs_of_another_method_are_marked(front):
     assert trace.marker.symbol == "star"
 
 
+def test_the_name_of_an_unknown_method_is_text_in_the_legend(front):
+    seed = dataclasses.replace(front.points[0], origin="<b>mine</b>")
+    figure = draw_front(dataclasses.replace(front, seeds=(seed,)))
+    assert [trace.name for trace in figure.data if "mine" in trace.name] == ["&lt;b&gt;mine&lt;/b&gt;"]
+
+
 def test_page_and_hover_mark_skipped_layers(front, tmp_path):
     cheap, best, full = (
         dataclasses.replace(point, skipped=skipped) for point, skipped in zip(front.points, ((), (1,), ()), strict=True)
