@@ -1,6 +1,7 @@
 """Draws a front and its search: plotly figures, one offline HTML page, PNG and SVG."""
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -248,6 +249,8 @@ def _silent(*names: str) -> Iterator[None]:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename into it, so that no reader ever sees half of it."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

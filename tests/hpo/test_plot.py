@@ -5,6 +5,7 @@ import re
 import shutil
 import stat
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from plotly.offline import get_plotlyjs
@@ -312,6 +313,15 @@ def test_the_name_of_an_unknown_method_is_text_in_the_legend(front):
     seed = dataclasses.replace(front.points[0], origin="<b>mine</b>")
     figure = draw_front(dataclasses.replace(front, seeds=(seed,)))
     assert [trace.name for trace in figure.data if "mine" in trace.name] == ["&lt;b&gt;mine&lt;/b&gt;"]
+
+
+@pytest.mark.parametrize("place", [".", "/"])
+def test_page_in_the_place_of_a_folder_is_an_error_that_names_it(front, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IsADirectoryError) as raised:
+        write_page(front, HISTORY, Path(place))
+    assert raised.value.filename == place
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_page_and_hover_mark_skipped_layers(front, tmp_path):
