@@ -140,27 +140,14 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
     Raises:
         OSError: The page cannot be written there; an older page stays as it was.
     """
-    fronts = [draw_front(front, chosen, cost) for cost in front.costs]
-    *front_divs, history_div = (
-        figure.to_html(
-            full_html=False,
-            include_plotlyjs=index == 0,
-            div_id=f"figure-{index}",
-            default_height=f"{height}px",
-            config=PAGE_CONFIG,
-        )
-        for index, (figure, height) in enumerate(
-            [*((figure, 600) for figure in fronts), (draw_hypervolume(history), 360)]
-        )
-    )
+    figures = [*((draw_front(front, chosen, cost), 530) for cost in front.costs), (draw_hypervolume(history), 290)]
     against = " and ".join(map(_against, front.costs))
     page = _PAGE.substitute(
         title=escape(f"{front.study}: {front.metric} against {against}"),
         against=against,
         study=escape(front.study),
         facts=_facts(front, chosen),
-        front='</div>\n<div class="figure">'.join(front_divs),
-        history=history_div,
+        figures="\n".join(_figure(number, *figure) for number, figure in enumerate(figures)),
         rows=_rows(front, chosen),
         metric=escape(front.metric),
         beside="\n".join(f"<th>{escape(name)},<br>report split</th>" for name in front.beside),
@@ -173,6 +160,27 @@ def write_page(front: Front, history: Sequence[float], path: Path, chosen: Front
         storage=escape(front.storage),
     )
     _replace(path, page.encode())
+
+
+def _figure(number: int, figure: go.Figure, height: int) -> str:
+    """A figure of the page, as HTML; its title stands above it, where the lines of a narrow screen are broken.
+
+    Args:
+        number: Of the figure; the first brings plotly with it.
+        figure: What `lay_out` has laid out.
+        height: Without the title, in pixels.
+    """
+    title = figure.layout.title  # escaped already, as plotly takes it
+    heading = f'<h2>{title.text}</h2>\n<p class="note">{title.subtitle.text}</p>'
+    bare = go.Figure(figure).update_layout(title=None, margin={"t": 34})
+    drawn = bare.to_html(
+        full_html=False,
+        include_plotlyjs=number == 0,
+        div_id=f"figure-{number}",
+        default_height=f"{height}px",
+        config=PAGE_CONFIG,
+    )
+    return f'{heading}\n<div class="figure">{drawn}</div>'
 
 
 def image_kind(path: Path) -> str:
@@ -349,8 +357,8 @@ def lay_out(figure: go.Figure, title: str, subtitle: str) -> None:
         hovermode="closest",
         legend={"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 0, "yanchor": "bottom"},
     )
-    figure.update_xaxes(automargin=True, title_standoff=12, **axis)
-    figure.update_yaxes(automargin=True, title_standoff=12, **axis)
+    figure.update_xaxes(automargin=True, title_standoff=12, title_font_size=14, **axis)  # room on a narrow screen
+    figure.update_yaxes(automargin=True, title_standoff=12, title_font_size=14, **axis)
 
 
 def _facts(front: Front, chosen: FrontPoint | None) -> str:
@@ -435,6 +443,7 @@ th { vertical-align: bottom; color: #555; font-weight: 600; }
 td:nth-last-child(-n+2), th:nth-last-child(-n+2) { text-align: left; }
 tr.chosen td { background: #e3f4ee; font-weight: 600; }
 tr.full td { border-top: 2px solid #888; }
+h2 + p.note { margin: 0; }
 p.note { color: #555; font-size: 14px; max-width: 75ch; overflow-wrap: anywhere; }
 @media (max-width: 640px) {
   body { padding: 12px; }
@@ -448,8 +457,7 @@ p.note { color: #555; font-size: 14px; max-width: 75ch; overflow-wrap: anywhere;
 <dl>
 $facts
 </dl>
-<div class="figure">$front</div>
-<div class="figure">$history</div>
+$figures
 <h2>The front</h2>
 <div class="scroll">
 <table>

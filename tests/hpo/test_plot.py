@@ -198,6 +198,14 @@ def test_page_names_study_model_dataset_metric_baseline_and_choice(page):
     assert "trial 3 at 60.0% of the FLOPs (1.20 GFLOPs): 0.8800 on the search split, 0.8600 on the report" in text
 
 
+def test_page_has_titles_as_text_that_a_narrow_screen_breaks(page):
+    assert page.tags.count("h2") == 3
+    text = " ".join(page.text.split())
+    for title in ("accuracy against compute", "100% is the same model at full length", "Progress of the search"):
+        assert title in text
+    assert not any('"title":{"text":"' + "accuracy against" in script for script in page.scripts)
+
+
 def test_page_table_lists_the_front_and_full_length(page):
     assert [row for row in page.rows if row] == [
         ["1", "0.7000", "0.6800", "40.0%", "800 MFLOPs", "50 25", "10 5"],
