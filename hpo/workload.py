@@ -171,7 +171,7 @@ def _check_tokens(split: EncodedSplit, purpose: str, encoder: str | Path) -> Non
             f"{empty} texts of the {purpose} split have no tokens: the tokenizer of {encoder} drops all that they hold "
             "and adds no [CLS]; remove them, or have it add one."
         )
-    highest, vocabulary = max(map(max, split.input_ids)), int(read_config(encoder).vocab_size)
+    highest, vocabulary = max(map(max, split.input_ids), default=0), int(read_config(encoder).vocab_size)
     if highest >= vocabulary:
         raise CheckpointError(
             f"The tokenizer of {encoder} numbers a token {highest}, but config.json has a vocab_size of {vocabulary}; "
