@@ -14,7 +14,7 @@ from hpo.errors import HpoError
 from hpo.front import BASELINE, Front, FrontPoint, choose, compute_front, flops_text, percents, quality_text
 from hpo.runs import write_folder
 from hpo.storage import IDENTITY
-from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload
+from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload, with_paths
 from model.data import encode, load_corpus
 from model.encoded import EncodedSplit
 from model.encoder import CheckpointError, LengthAdaptiveModel
@@ -183,8 +183,8 @@ def model_card(front: Front, chosen: FrontPoint, served: ServedFront, measured: 
         served: What the folder holds.
         measured: The metric on the report split, as `Exported` has it: "uncut", "float32" and "int8".
     """
-    data = Path(str(front.workload["data"]["dataset"]).split("=")[-1])
-    dataset = data.name if data.is_absolute() else str(data)
+    recorded = str(front.workload["data"]["dataset"])
+    dataset = with_paths(recorded, lambda path: Path(path).name if Path(path).is_absolute() else path)
     graph = served.graph
     lines = [
         "---",

@@ -1,6 +1,7 @@
 """A study's front as folders, and predictions from them, from the command line."""
 
 import codecs
+import dataclasses
 import io
 import itertools
 import json
@@ -20,6 +21,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hpo.export import model_card
+from hpo.front import compute_front
 from hpo.predict import predict_lines
 from hpo.search_lengths import search_lengths
 from hpo.storage import open_storage
@@ -133,6 +136,20 @@ def test_the_card_tells_the_front_and_no_path_of_this_machine(served, study, tmp
     assert "the same model at full length without padding" in card
     assert str(tmp_path) not in card
     assert str(Path(study.user_attrs["workload"]["data"]["dataset"])) not in card
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shown"),
+    [
+        ("train=/data/a.csv,validation=/data/b.csv", "train=a.csv,validation=b.csv"),
+        ("/data/day=1", "day=1"),
+        ("nyu-mll/glue:sst2", "nyu-mll/glue:sst2"),
+    ],
+)
+def test_the_card_names_the_whole_dataset_without_its_place(served, study, storage, dataset, shown):
+    front = compute_front(study, storage)
+    front = dataclasses.replace(front, workload={"data": {"dataset": dataset}})
+    assert f"The dataset is {shown}, from" in model_card(front, front.full, ServedFront.read(served), {})
 
 
 def test_predictions_are_those_of_the_model_at_every_budget(served, encoder):
