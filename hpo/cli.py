@@ -458,7 +458,7 @@ def search_lengths_command(
 ) -> None:
     """Search how many tokens each layer should keep: a multi-objective study over quality and cost."""
     _check_choice(max_drop, budget)
-    from hpo.front import compute_front, hypervolume_history
+    from hpo.front import NothingFits, compute_front, hypervolume_history
     from hpo.runs import StudyRuns, runs_folder
     from hpo.search_lengths import stopped_and_reused
     from hpo.storage import storage_url
@@ -504,7 +504,11 @@ def search_lengths_command(
     with _database(url):
         front, history = compute_front(search.study, url), hypervolume_history(search.study)
         stopped, reused = stopped_and_reused(search.study)
-    chosen = _choose(front, max_drop, budget)
+    chosen, unmet = None, None
+    try:
+        chosen = _choose(front, max_drop, budget)
+    except NothingFits as error:  # told in the end: what hours of search have found is shown all the same
+        unmet = error
     if stopped:
         err.print(f"{stopped} trials were stopped early: a cheaper one had beaten them.", markup=False)
     if reused:
@@ -526,6 +530,8 @@ def search_lengths_command(
     folder = StudyRuns(root, search.study).folder
     _draw(front, history, chosen, folder / "front.html", [folder / "front.png", folder / "front.svg"])
     _show_front(front, chosen, as_json)
+    if unmet is not None:
+        raise unmet
 
 
 @app.command("pareto")

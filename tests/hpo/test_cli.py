@@ -106,6 +106,17 @@ def test_tune_json_names_the_best_checkpoint(tuned, files, tiny_encoder, tiny_da
     assert document["objective"]["direction"] == "maximize"
 
 
+def test_a_search_whose_front_has_no_point_within_the_budget_shows_it_all_the_same(tuned, files, tmp_path):
+    arguments = ("search-lengths", "--study", files["lengths"], "--trials", "8", "--budget", "0.01", "--json")
+    code, out, err = tuned(*arguments)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("hpo: No point of study 'lengths' costs 0.01 of full length or less")
+    document = json.loads(out)
+    assert (document["trials"], document["chosen"]) == (8, None)
+    assert document["points"]
+    assert len(list(tmp_path.glob("runs/lengths-*/front.html"))) == 1
+
+
 def test_search_takes_a_checkpoint_and_dataset_without_any_finetune_study(command, files, tiny_encoder, tiny_dataset):
     given = ("--checkpoint", str(tiny_encoder), "--dataset", str(tiny_dataset))
     code, out, err = command("search-lengths", "--study", files["lengths"], "--trials", "4", *given, "--json")
