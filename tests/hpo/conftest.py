@@ -32,6 +32,7 @@ from studies.loader import FinetuneStudy, LengthsStudy, Range
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 NEUTRAL = ("film", "plot", "scene", "music", "actor", "story", "the", "a", "was", "is", "and", "very", "not")
 NUM_LAYERS = 3
+BROWSERS = ("chrome", "google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
 
 SERVERS = {
     "postgresql": ("postgresql+psycopg://postgres@127.0.0.1:5432/", "test", "DROP DATABASE {} WITH (FORCE)"),
@@ -44,6 +45,22 @@ def private_caches(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HPO_STORAGE", raising=False)
     monkeypatch.delenv("HPO_RUNS", raising=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_browser(tmp_path_factory) -> Iterator[None]:
+    """Commands draw no images, which takes a browser for each; so it is in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BROWSER_PATH", str(tmp_path_factory.getbasetemp() / "no-browser"))
+        yield
+
+
+@pytest.fixture
+def browser(monkeypatch) -> None:
+    """Images are drawn after all."""
+    if not any(map(shutil.which, BROWSERS)):
+        pytest.skip("no Chrome or Chromium is installed")
+    monkeypatch.delenv("BROWSER_PATH")
 
 
 @pytest.fixture

@@ -83,6 +83,15 @@ def test_tune_search_and_pareto_lead_to_a_chosen_point(tuned, files, tmp_path):
     assert "%" in out
 
 
+@pytest.mark.usefixtures("browser")
+def test_search_draws_its_front(tuned, files, tmp_path):
+    code, _, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").glob("lengths-*")
+    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert (folder / "front.svg").read_text().startswith("<svg")
+
+
 def test_studies_lists_what_is_there(tuned, files):
     tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
     code, out, _ = tuned("studies", "--json")
