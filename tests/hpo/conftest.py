@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import datasets
+import optuna
 import pandas
 import pytest
 import sqlalchemy
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import hpo.cli
+from hpo.storage import open_storage
 from hpo.workload import Workload
 from model.data import DataSpec
 from studies.loader import FinetuneStudy, LengthsStudy, Range
@@ -40,11 +42,14 @@ SERVERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def private_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HPO_STORAGE", raising=False)
-    monkeypatch.delenv("HPO_RUNS", raising=False)
+@pytest.fixture(scope="session", autouse=True)
+def private_caches(tmp_path_factory) -> Iterator[None]:
+    """What all tests read is converted for the first of them; nothing of the user's is read or written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("HPO_STORAGE", raising=False)
+        patch.delenv("HPO_RUNS", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -133,7 +138,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def workload(tiny_encoder, tiny_dataset) -> Workload:
     return Workload(model=str(tiny_encoder), data=DataSpec(dataset=str(tiny_dataset), search_size=60))
 
@@ -141,6 +146,17 @@ def workload(tiny_encoder, tiny_dataset) -> Workload:
 @pytest.fixture
 def storage(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/hpo.db"
+
+
+@pytest.fixture
+def copied(storage, tmp_path) -> Callable[[Path], optuna.Study]:
+    """Copies the database and the runs of a lengths study to the test's own folder, and opens the study there."""
+
+    def copy(folder: Path) -> optuna.Study:
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        return optuna.load_study(study_name="lengths", storage=open_storage(storage))
+
+    return copy
 
 
 @contextmanager
@@ -412,7 +428,7 @@ def private_database(request, own_server_of) -> Server:
     return own_server_of(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def finetune() -> FinetuneStudy:
     return FinetuneStudy(
         name="finetune",
@@ -423,7 +439,7 @@ def finetune() -> FinetuneStudy:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lengths() -> LengthsStudy:
     return LengthsStudy(name="lengths", retention=Range(low=0.4, high=1.0, step=0.1), population_size=10, blocks=1)
 
