@@ -8,9 +8,9 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
@@ -26,13 +26,14 @@ from hpo.sharing import complete_study, part_of, worker_seed
 from hpo.storage import Storage, close, open_storage, open_study
 from studies.loader import LengthsStudy, Range
 
+if TYPE_CHECKING:  # it needs torch
+    from hpo.workload import ProgressHook
+
 LAYERS = 12
 SPACE: dict[str, BaseDistribution] = {
     f"retention_{layer}": FloatDistribution(0.05, 1.0, step=0.05) for layer in range(LAYERS)
 }
 REUSED_FROM = "reused_from"
-ProgressHook = Callable[[float, int, str], None]
-"""As `hpo.workload` has it, which needs torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class RehearsalJob:
     grace_s: float = GRACE_S
     storage_timeout_s: float = 0.0
 
-    def run(self, on_progress: ProgressHook | None = None) -> None:
+    def run(self, on_progress: "ProgressHook | None" = None) -> None:
         """Work as one worker until the study has its trials."""
         storage = open_storage(self.storage, timeout_s=self.storage_timeout_s)
         try:
@@ -127,7 +128,7 @@ class _Instant:
 
     job: RehearsalJob
     mirror: MirroredStudy
-    on_progress: ProgressHook | None
+    on_progress: "ProgressHook | None"
     answers: dict[str, int] = field(default_factory=dict)
 
     def learn(self, trials: Sequence[FrozenTrial]) -> None:

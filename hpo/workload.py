@@ -31,7 +31,7 @@ RANDOM_HEAD = (
 )
 
 ProgressHook = Callable[[float, int, str], None]
-"""Called with the trials done (running ones count in part), the trials in all, and a remark."""
+"""Called with what is done, of how much in all, and a remark; trials that run count in part."""
 
 
 class Progress:
