@@ -9,11 +9,13 @@ import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
+import sqlalchemy
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
@@ -34,6 +36,17 @@ SPACE: dict[str, BaseDistribution] = {
     f"retention_{layer}": FloatDistribution(0.05, 1.0, step=0.05) for layer in range(LAYERS)
 }
 REUSED_FROM = "reused_from"
+CUTS = {
+    "postgresql": (
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        "SELECT pg_terminate_backend({})",
+    ),
+    "mysql": (
+        "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
+        "KILL {}",
+    ),
+}
+"""By kind of database: how its connections are found, and how one is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +129,19 @@ def survivors(job: RehearsalJob) -> dict[str, int]:
         }
     finally:
         close(storage)
+
+
+def cut_connections(url: str) -> int:
+    """Cut the connections of all others to a database of a server; returns how many."""
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    find, kill = CUTS[engine.dialect.name]
+    cut = 0
+    with engine.connect() as connection:
+        for number in list(connection.scalars(sqlalchemy.text(find))):
+            with suppress(sqlalchemy.exc.DBAPIError):  # it has just been closed
+                connection.execute(sqlalchemy.text(kill.format(number)))
+                cut += 1
+    return cut
 
 
 def _is_reused(trial: FrozenTrial) -> bool:

@@ -248,13 +248,10 @@ class Server:
     Attributes:
         url: Its one database.
         admin_url: The server itself.
-        connections, kill, drop: SQL for connections of others, for ending one, and for dropping the database.
+        drop: SQL for dropping the database.
     """
 
     url: str
-    connections: str
-    kill: str
-
     admin_url: str
     drop: str
 
@@ -271,25 +268,8 @@ class Server:
             connection.execute(sqlalchemy.text(self.drop))
             connection.execute(sqlalchemy.text("CREATE DATABASE hpo"))
 
-    def cut(self) -> int:
-        """Cut all connections of others; returns how many there were."""
-        return self.cut_at(self.url)
-
-    @classmethod
-    def cut_at(cls, url: str) -> int:
-        """`cut` for any database of a server of this kind."""
-        engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
-        with engine.connect() as connection:
-            ids = list(connection.scalars(sqlalchemy.text(cls.connections)))
-            for number in ids:
-                with suppress(sqlalchemy.exc.DBAPIError):  # it has just been closed
-                    connection.execute(sqlalchemy.text(cls.kill.format(number)))
-        return len(ids)
-
 
 class PostgreSQL(Server):
-    connections = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    kill = "SELECT pg_terminate_backend({})"
     drop = "DROP DATABASE IF EXISTS hpo WITH (FORCE)"
 
     def __init__(self, folder: Path) -> None:
@@ -320,8 +300,6 @@ class PostgreSQL(Server):
 
 
 class MariaDB(Server):
-    connections = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()"
-    kill = "KILL {}"
     drop = "DROP DATABASE IF EXISTS hpo"
 
     def __init__(self, folder: Path) -> None:
@@ -374,12 +352,6 @@ class MariaDB(Server):
 
 
 KINDS = {"postgresql": PostgreSQL, "mariadb": MariaDB}
-
-
-@pytest.fixture
-def cut_connections() -> Callable[[str], int]:
-    """Cuts the connections to a database of a server; returns how many there were."""
-    return lambda url: KINDS["postgresql" if url.startswith("postgresql") else "mariadb"].cut_at(url)
 
 
 @contextmanager
