@@ -20,24 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
-import sqlalchemy
 
-from hpo.rehearsal import RehearsalJob, survivors
+from hpo.rehearsal import RehearsalJob, cut_connections, survivors
 from hpo.storage import display_url
 from hpo.workers import run_workers
 
 TRIAL_S = 0.5
-CUTS = {
-    "postgresql": (
-        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
-        "SELECT pg_terminate_backend({})",
-    ),
-    "mysql": (
-        "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
-        "KILL {}",
-    ),
-}
-"""By kind of database: how its connections are found, and how one is cut."""
 
 
 def main() -> None:
@@ -72,19 +60,11 @@ def away(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def cut(arguments: argparse.Namespace) -> dict[str, Any]:
     """All connections cut every second."""
-    engine = sqlalchemy.create_engine(arguments.storage, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
-    find, kill = CUTS[engine.dialect.name]
 
     def disturb(ended: threading.Event) -> dict[str, Any]:
         start, rounds, cuts = time.perf_counter(), 0, 0
         while time.perf_counter() - start < arguments.cut and not ended.wait(1.0):
-            with engine.connect() as connection:
-                for number in list(connection.scalars(sqlalchemy.text(find))):
-                    try:
-                        connection.execute(sqlalchemy.text(kill.format(number)))
-                    except sqlalchemy.exc.DBAPIError:
-                        continue  # it has just been closed
-                    cuts += 1
+            cuts += cut_connections(arguments.storage)
             rounds += 1
         return {"rounds": rounds, "cuts": cuts, "cut_for_s": round(time.perf_counter() - start, 1)}
 

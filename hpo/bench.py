@@ -29,7 +29,7 @@ from hpo.errors import HpoError
 from hpo.export import checkpoint_of, served_point
 from hpo.front import BASELINE, LATENCY, Front, FrontPoint, compute_front, ms_text
 from hpo.storage import IDENTITY
-from hpo.workload import Workload, library_versions, load_encoder, load_workload
+from hpo.workload import ProgressHook, Workload, library_versions, load_encoder, load_workload
 from model.apart import EngineDied, Run
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
@@ -51,8 +51,6 @@ TITLES = {
     "onnx-int8": "ONNX Runtime, int8",
 }
 """What the baselines are called where people look; all at full length, padded to the longest of each batch."""
-
-ProgressHook = Callable[[float, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -401,13 +401,8 @@ def states_of(session: Session, trial_ids: Collection[int]) -> dict[int, TrialSt
     return {trial_id: state for trial_id, state in session.execute(query)}
 
 
-@reading
-def load_trials(session: Session, trial_ids: Collection[int]) -> list[FrozenTrial]:
-    """Whole trials by their ids, ascending."""
-    return _load(session, sorted(trial_ids))
-
-
 def _load(session: Session, ascending: Sequence[int]) -> list[FrozenTrial]:
+    """Whole trials by their ids."""
     table = models.TrialModel.__table__
     trials: list[FrozenTrial] = []
     for start in range(0, len(ascending), LOADED_TOGETHER):

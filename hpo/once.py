@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages._rdb import models
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -32,19 +32,7 @@ def new_token() -> str:
 def with_token(template: FrozenTrial | None) -> FrozenTrial:
     """A trial to be entered, with a token, a new one unless it has one; without a template a running one."""
     if template is None:
-        template = FrozenTrial(
-            number=-1,
-            trial_id=-1,
-            state=TrialState.RUNNING,
-            value=None,
-            datetime_start=datetime.now(),
-            datetime_complete=None,
-            params={},
-            distributions={},
-            user_attrs={},
-            system_attrs={},
-            intermediate_values={},
-        )
+        template = create_trial(state=TrialState.RUNNING)
     if TOKEN in template.system_attrs:
         return template
     marked = copy.copy(template)

@@ -1,5 +1,6 @@
 """Waiting for a database that is away: which errors pass, how long calls are repeated, what is said meanwhile."""
 
+import functools
 import logging
 import random
 import re
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
@@ -186,6 +187,16 @@ class Patience:
             f"--storage-timeout {self.timeout_s:g} allows; finished trials are safe in it, so put it right and run the "
             "same command again to continue."
         )
+
+
+def patiently(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a storage's method be called by the storage's own `through`, so that it is repeated."""
+
+    @functools.wraps(method)
+    def through(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.through(lambda: method(self, *args, **kwargs))
+
+    return through
 
 
 def is_passing(error: BaseException) -> bool:

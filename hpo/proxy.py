@@ -4,7 +4,6 @@ Optuna's own calls go through its gRPC proxy. What `hpo.transactions` runs goes 
 of the same server, so that entering a generation takes one round trip.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo import once
 from hpo.errors import StorageError
 from hpo.interrupts import uninterrupted
-from hpo.outage import Patience, database_reason
+from hpo.outage import Patience, database_reason, patiently
 from hpo.wire import decode, encode
 
 Result = TypeVar("Result")
@@ -123,17 +122,9 @@ class RemoteStorage(GrpcStorageProxy):
         return once.finish_once(self, trial_id, state, values, GrpcStorageProxy.set_trial_state_values)
 
 
-def _patiently(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def through(self: RemoteStorage, *args: Any, **kwargs: Any) -> Any:
-        return self.through(lambda: call(self, *args, **kwargs))
-
-    return through
-
-
 for _name in BaseStorage.__abstractmethods__:
     if _name not in vars(RemoteStorage):
-        setattr(RemoteStorage, _name, _patiently(getattr(GrpcStorageProxy, _name)))
+        setattr(RemoteStorage, _name, patiently(getattr(GrpcStorageProxy, _name)))
 
 
 def connect(url: str, timeout_s: float = 0.0, on_state: Callable[[str], None] | None = None) -> RemoteStorage:

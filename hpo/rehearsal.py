@@ -1,4 +1,4 @@
-"""A study whose trials cost nothing, to measure and test what surrounds them: asking, telling, sharing, surviving.
+"""A study whose trials cost nothing, to test what surrounds them: asking, telling, sharing, surviving.
 
 It is searched as length configs are, over twelve retentions, and its objectives are two formulas. Nothing here needs
 torch, so that a worker is at work soon after it was started.
@@ -8,33 +8,45 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
+import sqlalchemy
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.bulk import ENDED, KEY, Outcome, enter_trials, finish_trials
+from hpo.bulk import ENDED, KEY
 from hpo.heartbeats import GRACE_S, INTERVAL_S, Heartbeats
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.sharing import complete_study, part_of, worker_seed
 from hpo.storage import Storage, close, open_storage, open_study
 from studies.loader import LengthsStudy, Range
 
+if TYPE_CHECKING:  # it needs torch
+    from hpo.workload import ProgressHook
+
 LAYERS = 12
 SPACE: dict[str, BaseDistribution] = {
     f"retention_{layer}": FloatDistribution(0.05, 1.0, step=0.05) for layer in range(LAYERS)
 }
 REUSED_FROM = "reused_from"
-ENTERED_TOGETHER = 250
-ProgressHook = Callable[[float, int, str], None]
-"""As `hpo.workload` has it, which needs torch."""
+CUTS = {
+    "postgresql": (
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        "SELECT pg_terminate_backend({})",
+    ),
+    "mysql": (
+        "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()",
+        "KILL {}",
+    ),
+}
+"""By kind of database: how its connections are found, and how one is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +75,7 @@ class RehearsalJob:
     grace_s: float = GRACE_S
     storage_timeout_s: float = 0.0
 
-    def run(self, on_progress: ProgressHook | None = None) -> None:
+    def run(self, on_progress: "ProgressHook | None" = None) -> None:
         """Work as one worker until the study has its trials."""
         storage = open_storage(self.storage, timeout_s=self.storage_timeout_s)
         try:
@@ -89,75 +101,6 @@ class RehearsalJob:
         """The study as a worker sees it."""
         sampler = _sampler(self.sampler, worker_seed(study, 0, self.workers), alone=self.workers == 1)
         return MirroredStudy(study, storage, sampler, SPACE, heartbeats=heartbeats)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskTellCost:
-    """What it takes to ask for trials and to tell what became of them, milliseconds per trial.
-
-    Attributes:
-        trials: Finished trials that the study has.
-        ask_ms: The sampler and entering the trials.
-        tell_ms: Finishing them.
-    """
-
-    trials: int
-    ask_ms: float
-    tell_ms: float
-
-
-def measure_ask_and_tell(job: RehearsalJob, sizes: Sequence[int], measured: int = 100) -> list[AskTellCost]:
-    """Measure the cost per trial in studies of growing size, as one worker.
-
-    Args:
-        job: Database and sampler; its study is filled up to each size with random trials.
-        sizes: Finished trials before the measurement, ascending.
-        measured: Trials that are asked and told at each size.
-    """
-    storage = open_storage(job.storage)
-    costs = []
-    try:
-        study = job.open_study(storage)
-        for size in sizes:
-            fill(study, storage, max(0, size - len(study.get_trials(deepcopy=False))), one_value=job.sampler == "tpe")
-            with Heartbeats(storage) as heartbeats:
-                mirror = job.mirror(study, storage, heartbeats)
-                plan = _Instant(job, mirror, None)
-                _ask_and_tell(mirror, plan)  # the first time, a sampler sees all that is there
-                seconds = np.zeros(2)
-                told = 0
-                while told < measured:
-                    took, count = _ask_and_tell(mirror, plan)
-                    seconds, told = seconds + took, told + count
-            ask_ms, tell_ms = (1000 * seconds / told).tolist()
-            costs.append(AskTellCost(trials=size, ask_ms=ask_ms, tell_ms=tell_ms))
-    finally:
-        close(storage)
-    return costs
-
-
-def fill(study: optuna.Study, storage: Storage, count: int, *, one_value: bool) -> None:
-    """Give a study so many more finished trials, with random parameters."""
-    there = len(study.get_trials(deepcopy=False))
-    generator = np.random.default_rng(there)
-    for start in range(0, count, ENTERED_TOGETHER):
-        part = min(ENTERED_TOGETHER, count - start)
-        retentions = np.round(generator.integers(1, 21, size=(part, LAYERS)) * 0.05, 10).tolist()
-        all_params = [dict(zip(SPACE, row, strict=True)) for row in retentions]
-        entered = enter_trials(
-            storage,
-            study._study_id,
-            [
-                _running(params, (there + start + place) // LengthsStudy.population_size)
-                for place, params in enumerate(all_params)
-            ],
-        )
-        outcomes = [
-            Outcome(trial_id=place[1], state=TrialState.COMPLETE, values=objectives(params)[: 1 if one_value else 2])
-            for place, params in zip(entered, all_params, strict=True)
-            if place is not None
-        ]
-        finish_trials(storage, outcomes)
 
 
 def objectives(params: Mapping[str, float]) -> list[float]:
@@ -188,21 +131,21 @@ def survivors(job: RehearsalJob) -> dict[str, int]:
         close(storage)
 
 
+def cut_connections(url: str) -> int:
+    """Cut the connections of all others to a database of a server; returns how many."""
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
+    find, kill = CUTS[engine.dialect.name]
+    cut = 0
+    with engine.connect() as connection:
+        for number in list(connection.scalars(sqlalchemy.text(find))):
+            with suppress(sqlalchemy.exc.DBAPIError):  # it has just been closed
+                connection.execute(sqlalchemy.text(kill.format(number)))
+                cut += 1
+    return cut
+
+
 def _is_reused(trial: FrozenTrial) -> bool:
     return REUSED_FROM in trial.user_attrs
-
-
-def _ask_and_tell(mirror: MirroredStudy, plan: "_Instant") -> tuple["np.ndarray[Any, np.dtype[np.float64]]", int]:
-    """Seconds of asking and of telling, and for how many trials."""
-    start = time.perf_counter()
-    mirror.sync()
-    plan.learn(mirror.take_news())
-    asked = mirror.ask(plan.part(mirror.ended), key_of=plan.key_of, limit=10**9)
-    asked_at = time.perf_counter()
-    told = plan.evaluate(asked)
-    evaluated_at = time.perf_counter()
-    mirror.tell(told)
-    return np.array([asked_at - start, time.perf_counter() - evaluated_at]), len(told)
 
 
 @dataclass
@@ -211,7 +154,7 @@ class _Instant:
 
     job: RehearsalJob
     mirror: MirroredStudy
-    on_progress: ProgressHook | None
+    on_progress: "ProgressHook | None"
     answers: dict[str, int] = field(default_factory=dict)
 
     def learn(self, trials: Sequence[FrozenTrial]) -> None:
@@ -266,20 +209,4 @@ def _sampler(name: str, seed: int, alone: bool) -> BaseSampler:
     definition = LengthsStudy(name="rehearsal", retention=Range(low=0.05, high=1.0, step=0.05), sampler=name)
     return make_sampler(
         definition, SPACE, lambda configs: configs.shares_CN.mean(axis=1), seed, reads_first=False, alone=alone
-    )
-
-
-def _running(params: Mapping[str, float], generation: int) -> FrozenTrial:
-    return FrozenTrial(
-        number=-1,
-        trial_id=-1,
-        state=TrialState.RUNNING,
-        value=None,
-        datetime_start=datetime.now(),
-        datetime_complete=None,
-        params=dict(params),
-        distributions=SPACE,
-        user_attrs={},
-        system_attrs={"NSGAIISampler:generation": generation},
-        intermediate_values={},
     )

@@ -3,7 +3,6 @@
 Optuna's own tables hold everything, so optuna-dashboard and `optuna.load_study` see all of it.
 """
 
-import functools
 import json
 import logging
 import os
@@ -32,7 +31,7 @@ from hpo.bulk import ENDED, found_study
 from hpo.errors import HpoError, StorageError, StudyChanged, StudyNotFound
 from hpo.interrupts import uninterrupted
 from hpo.once import TOKEN, claim_trial, finish_once, new_token, trial_of_token, with_token
-from hpo.outage import DATABASE_ERRORS, DatabaseAway, Patience, database_reason, is_passing
+from hpo.outage import DATABASE_ERRORS, DatabaseAway, Patience, database_reason, is_passing, patiently
 from hpo.proxy import GRPC_SCHEME, RemoteStorage, connect
 from hpo.transactions import FUNCTIONS, READERS
 
@@ -107,14 +106,6 @@ BESIDE = ("record_heartbeat", "get_trial_param", "get_trial_user_attrs", "get_tr
 """Public methods that need not be written for every storage, and are for databases."""
 
 
-def _patiently(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def through(self: "PatientStorage", *args: Any, **kwargs: Any) -> Any:
-        return self.through(lambda: call(self, *args, **kwargs))
-
-    return through
-
-
 class PatientStorage(RDBStorage):
     """Optuna's SQL storage, each of whose calls a Ctrl-C waits for, and which repeats them while the database is away.
 
@@ -179,7 +170,7 @@ class PatientStorage(RDBStorage):
 
 for _name in (*BaseStorage.__abstractmethods__, *BEHIND_CACHE, *BESIDE):
     if _name not in vars(PatientStorage):
-        setattr(PatientStorage, _name, _patiently(getattr(RDBStorage, _name)))
+        setattr(PatientStorage, _name, patiently(getattr(RDBStorage, _name)))
 
 
 Storage = PatientStorage | RemoteStorage

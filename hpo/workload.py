@@ -33,7 +33,7 @@ DEFAULT_NAME = "LABEL_"
 """How transformers calls labels that nobody named."""
 
 ProgressHook = Callable[[float, int, str], None]
-"""Called with the trials done (running ones count in part), the trials in all, and a remark."""
+"""Called with what is done, of how much in all, and a remark; trials that run count in part."""
 
 
 class Progress:

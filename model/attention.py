@@ -19,7 +19,7 @@ WORTH_ROUNDING = 2**16
 """Attention weights from which on a product in bf16 saves more than it costs to round them."""
 WIDTH_STEP = 16
 """Weights of a query are filled up to a multiple: torch's softmax takes those beyond one by one."""
-SHORT = {torch.float32: 28, torch.bfloat16: 12}
+FEW_KEYS = {torch.float32: 28, torch.bfloat16: 12}
 """Tokens, by the type of the values, up to which exponentials are quicker than a softmax of so many weights."""
 SUMS_IN_RANGE = (1e-20, 1e33)
 """Sums of exponentials, between which float32 has room for each of them, and for its products with values."""
@@ -63,7 +63,7 @@ def attention(
     """
     together = _sequences_in_cache(query_BHLd, key_BHLd)
     if infers_on_processor(query_BHLd):
-        is_short = mask_BL is None and bias_BHLL is None and key_BHLd.size(2) <= SHORT[value_BHLd.dtype]
+        is_short = mask_BL is None and bias_BHLL is None and key_BHLd.size(2) <= FEW_KEYS[value_BHLd.dtype]
         if is_short or with_scores or value_BHLd.dtype == torch.bfloat16:  # else the fused one is as quick or quicker
             rest = (mask_BL, with_scores, by_value, bias_BHLL)
             return _attention_in_parts(query_BHLd, key_BHLd, value_BHLd, *rest, is_short=is_short, together=together)

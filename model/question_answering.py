@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Self
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -35,8 +34,8 @@ from model.rows import (
     TaskData,
     check_max_length,
     column_of,
-    is_text,
     listed,
+    read_texts,
     refuse_rows,
     require_columns,
 )
@@ -322,14 +321,7 @@ class QuestionData(TaskData):
                 an answer that does not stand in its place.
         """
         require_columns(split, name, (*columns.texts, columns.label))
-        texts = {}
-        for target, column in zip(("question", "context"), columns.texts, strict=True):
-            if not is_text(split.features[column]):
-                kind = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
-                raise DataError(f"Column {column!r} of the {name} split holds {kind}, not text; choose {TEXTS_FLAG}.")
-            texts[target] = column_of(split, column).cast(pa.string())
-            blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts[target]), ""), True)
-            refuse_rows(blank.to_numpy(), f"no text in column {column!r}", name)
+        texts = read_texts(split, name, dict(zip(("question", "context"), columns.texts, strict=True)), TEXTS_FLAG)
         contexts = texts["context"].to_pylist()
         answers = _read_answers(split, name, columns.label)
         _refuse_unanswered(answers, name, columns.label)

@@ -1,7 +1,7 @@
 """Checked rows of a dataset, and what each task has to say about them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -156,6 +156,30 @@ def listed(split: datasets.Dataset) -> str:
 def column_of(split: datasets.Dataset, name: str) -> pa.ChunkedArray:
     """A column as Arrow holds it."""
     return split.with_format("arrow").select_columns([name])[:].column(name)
+
+
+def read_texts(
+    split: datasets.Dataset, name: str, column_of_text: Mapping[str, str], flag: str
+) -> dict[str, pa.ChunkedArray]:
+    """Columns of texts, by what a `Corpus` calls them.
+
+    Args:
+        split: The dataset's split.
+        name: What it is called there.
+        column_of_text: The dataset's name of each column.
+        flag: What names another column on the command line.
+    Raises:
+        DataError: A column holds something else, or a row has no text there.
+    """
+    texts = {}
+    for target, column in column_of_text.items():
+        if not is_text(split.features[column]):
+            kind = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
+            raise DataError(f"Column {column!r} of the {name} split holds {kind}, not text; choose with {flag}.")
+        texts[target] = column_of(split, column).cast(pa.string())
+        blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts[target]), ""), True)
+        refuse_rows(blank.to_numpy(), f"no text in column {column!r}", name)
+    return texts
 
 
 def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, *, pair: bool) -> None:

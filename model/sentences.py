@@ -28,6 +28,7 @@ from model.rows import (
     label_value,
     listed,
     number_labels,
+    read_texts,
     refuse_rows,
     require_columns,
 )
@@ -70,16 +71,7 @@ class ClassData(TaskData):
 
     def check(self, split: datasets.Dataset, name: str, columns: Columns) -> Rows:
         require_columns(split, name, (*columns.texts, columns.label))
-        texts = {}
-        for target, column in zip(("text", "text_pair"), columns.texts, strict=False):
-            if not is_text(split.features[column]):
-                kind = getattr(split.features[column], "dtype", type(split.features[column]).__name__)
-                raise DataError(
-                    f"Column {column!r} of the {name} split holds {kind}, not text; choose with {TEXT_FLAG}."
-                )
-            texts[target] = column_of(split, column).cast(pa.string())
-            blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts[target]), ""), True)
-            refuse_rows(blank.to_numpy(), f"no text in column {column!r}", name)
+        texts = read_texts(split, name, dict(zip(("text", "text_pair"), columns.texts, strict=False)), TEXT_FLAG)
         return self.with_labels(split, name, columns.label, texts)
 
     def with_labels(

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import datasets
+import optuna
 import pandas
 import pytest
 import sqlalchemy
@@ -25,6 +26,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import hpo.cli
+from hpo.storage import open_storage
 from hpo.workload import Workload
 from model.data import DataSpec
 from studies.loader import FinetuneStudy, LengthsStudy, Range
@@ -32,6 +34,7 @@ from studies.loader import FinetuneStudy, LengthsStudy, Range
 GOOD, BAD = ("good", "fine", "great"), ("bad", "poor", "awful")
 NEUTRAL = ("film", "plot", "scene", "music", "actor", "story", "the", "a", "was", "is", "and", "very", "not")
 NUM_LAYERS = 3
+BROWSERS = ("chrome", "google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
 
 SERVERS = {
     "postgresql": ("postgresql+psycopg://postgres@127.0.0.1:5432/", "test", "DROP DATABASE {} WITH (FORCE)"),
@@ -39,11 +42,30 @@ SERVERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def private_caches(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HPO_STORAGE", raising=False)
-    monkeypatch.delenv("HPO_RUNS", raising=False)
+@pytest.fixture(scope="session", autouse=True)
+def private_caches(tmp_path_factory) -> Iterator[None]:
+    """What all tests read is converted for the first of them; nothing of the user's is read or written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("HPO_STORAGE", raising=False)
+        patch.delenv("HPO_RUNS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_browser(tmp_path_factory) -> Iterator[None]:
+    """Commands draw no images, which takes a browser for each; so it is in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BROWSER_PATH", str(tmp_path_factory.getbasetemp() / "no-browser"))
+        yield
+
+
+@pytest.fixture
+def browser(monkeypatch) -> None:
+    """Images are drawn after all."""
+    if not any(map(shutil.which, BROWSERS)):
+        pytest.skip("no Chrome or Chromium is installed")
+    monkeypatch.delenv("BROWSER_PATH")
 
 
 @pytest.fixture
@@ -116,7 +138,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def workload(tiny_encoder, tiny_dataset) -> Workload:
     return Workload(model=str(tiny_encoder), data=DataSpec(dataset=str(tiny_dataset), search_size=60))
 
@@ -124,6 +146,17 @@ def workload(tiny_encoder, tiny_dataset) -> Workload:
 @pytest.fixture
 def storage(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/hpo.db"
+
+
+@pytest.fixture
+def copied(storage, tmp_path) -> Callable[[Path], optuna.Study]:
+    """Copies the database and the runs of a lengths study to the test's own folder, and opens the study there."""
+
+    def copy(folder: Path) -> optuna.Study:
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        return optuna.load_study(study_name="lengths", storage=open_storage(storage))
+
+    return copy
 
 
 @contextmanager
@@ -215,13 +248,10 @@ class Server:
     Attributes:
         url: Its one database.
         admin_url: The server itself.
-        connections, kill, drop: SQL for connections of others, for ending one, and for dropping the database.
+        drop: SQL for dropping the database.
     """
 
     url: str
-    connections: str
-    kill: str
-
     admin_url: str
     drop: str
 
@@ -238,25 +268,8 @@ class Server:
             connection.execute(sqlalchemy.text(self.drop))
             connection.execute(sqlalchemy.text("CREATE DATABASE hpo"))
 
-    def cut(self) -> int:
-        """Cut all connections of others; returns how many there were."""
-        return self.cut_at(self.url)
-
-    @classmethod
-    def cut_at(cls, url: str) -> int:
-        """`cut` for any database of a server of this kind."""
-        engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool)
-        with engine.connect() as connection:
-            ids = list(connection.scalars(sqlalchemy.text(cls.connections)))
-            for number in ids:
-                with suppress(sqlalchemy.exc.DBAPIError):  # it has just been closed
-                    connection.execute(sqlalchemy.text(cls.kill.format(number)))
-        return len(ids)
-
 
 class PostgreSQL(Server):
-    connections = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    kill = "SELECT pg_terminate_backend({})"
     drop = "DROP DATABASE IF EXISTS hpo WITH (FORCE)"
 
     def __init__(self, folder: Path) -> None:
@@ -287,8 +300,6 @@ class PostgreSQL(Server):
 
 
 class MariaDB(Server):
-    connections = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND id <> CONNECTION_ID()"
-    kill = "KILL {}"
     drop = "DROP DATABASE IF EXISTS hpo"
 
     def __init__(self, folder: Path) -> None:
@@ -343,12 +354,6 @@ class MariaDB(Server):
 KINDS = {"postgresql": PostgreSQL, "mariadb": MariaDB}
 
 
-@pytest.fixture
-def cut_connections() -> Callable[[str], int]:
-    """Cuts the connections to a database of a server; returns how many there were."""
-    return lambda url: KINDS["postgresql" if url.startswith("postgresql") else "mariadb"].cut_at(url)
-
-
 @contextmanager
 def private_server(kind: str) -> Iterator[Server]:
     """A running server, which is stopped and removed in the end."""
@@ -395,7 +400,7 @@ def private_database(request, own_server_of) -> Server:
     return own_server_of(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def finetune() -> FinetuneStudy:
     return FinetuneStudy(
         name="finetune",
@@ -406,7 +411,7 @@ def finetune() -> FinetuneStudy:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lengths() -> LengthsStudy:
     return LengthsStudy(name="lengths", retention=Range(low=0.4, high=1.0, step=0.1), population_size=10, blocks=1)
 

@@ -38,9 +38,18 @@ def short_rounds(monkeypatch):
     monkeypatch.setattr("model.timing.PAUSE_S", 0.001)
 
 
+@pytest.fixture(scope="module")
+def searched(lengths, workload, tiny_encoder, tmp_path_factory):
+    """The folder of a search's database and runs; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("searched")
+    storage = f"sqlite:///{folder}/hpo.db"
+    search_lengths(lengths, workload, tiny_encoder, trials=15, storage=storage, runs=folder / "runs")
+    return folder
+
+
 @pytest.fixture
-def study(lengths, workload, tiny_encoder, storage, tmp_path):
-    return search_lengths(lengths, workload, tiny_encoder, trials=15, storage=storage, runs=tmp_path / "runs").study
+def study(searched, copied):
+    return copied(searched)
 
 
 class Clock:

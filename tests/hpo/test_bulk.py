@@ -9,9 +9,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.bulk import Batch, Known, Outcome, enter_trials, finish_trials, load_trials, look
+from hpo.bulk import Batch, Known, Outcome, enter_trials, finish_trials, look
 from hpo.once import TOKEN
-from hpo.storage import open_storage
+from hpo.storage import close, open_storage
 
 SPACE = {
     "retention_0": FloatDistribution(0.05, 1.0, step=0.05),
@@ -25,8 +25,7 @@ SPACE = {
 def database(any_url):
     storage = open_storage(any_url)
     yield storage
-    storage.remove_session()
-    storage.engine.dispose()
+    close(storage)
 
 
 def study_in(database, name="bulk"):
@@ -146,7 +145,7 @@ def test_trials_are_read_as_optuna_reads_them(database):
     finish_trials(database, [Outcome(trial_id=2, state=TrialState.COMPLETE, values=(float("inf"), -1e300))])
     database.create_new_trial(study._study_id)
     study.enqueue_trial({"epochs": 2})
-    ours = load_trials(database, range(1, 6))
+    _, ours = look(database, study._study_id, Known(), {})
     theirs = study.get_trials(deepcopy=False)
     assert list(map(in_order, ours)) == list(map(in_order, theirs))
     assert [list(trial.params) for trial in ours] == [list(trial.params) for trial in theirs]

@@ -55,12 +55,22 @@ def files(tmp_path) -> dict[str, str]:
     return {"finetune": str(tmp_path / "finetune.toml"), "lengths": str(tmp_path / "lengths.toml")}
 
 
+@pytest.fixture(scope="module")
+def first_tuned(tmp_path_factory) -> Path:
+    """Where the study of the first test that needs one is kept for those after it."""
+    return tmp_path_factory.mktemp("first") / "tuned"
+
+
 @pytest.fixture
-def tuned(command, files, tiny_encoder, tiny_dataset):
-    """A finetune study of one trial, and the command."""
+def tuned(command, files, tiny_encoder, tiny_dataset, first_tuned, tmp_path):
+    """A finetune study of one trial, which the test may change, and the command."""
+    if first_tuned.exists():
+        shutil.copytree(first_tuned, tmp_path, dirs_exist_ok=True)
+        return command
     model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--search-size", "60")
     code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "1")
     assert code == 0, err
+    shutil.copytree(tmp_path, first_tuned)
     return command
 
 
@@ -84,6 +94,15 @@ def test_tune_search_and_pareto_lead_to_a_chosen_point(tuned, files, tmp_path):
     code, out, _ = tuned("pareto", "--budget", "0.99")
     assert code == 0
     assert "%" in out
+
+
+@pytest.mark.usefixtures("browser")
+def test_search_draws_its_front(tuned, files, tmp_path):
+    code, _, err = tuned("search-lengths", "--study", files["lengths"], "--trials", "3")
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").glob("lengths-*")
+    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert (folder / "front.svg").read_text().startswith("<svg")
 
 
 def test_studies_lists_what_is_there(tuned, files):

@@ -9,6 +9,7 @@ import os
 import py_compile
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -67,18 +68,38 @@ def encoder(tiny_encoder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def study(lengths, workload, encoder, storage, tmp_path):
-    return search_lengths(lengths, workload, encoder, trials=15, storage=storage, runs=tmp_path / "runs").study
+@pytest.fixture(scope="module")
+def searched(lengths, workload, encoder, tmp_path_factory):
+    """The folder of a search's database and runs; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("searched")
+    storage = f"sqlite:///{folder}/hpo.db"
+    search_lengths(lengths, workload, encoder, trials=15, storage=storage, runs=folder / "runs")
+    return folder
 
 
 @pytest.fixture
-def served(command, study, tmp_path, monkeypatch):
-    """An export for transformers of a middling budget."""
+def study(searched, copied):
+    return copied(searched)
+
+
+@pytest.fixture(scope="module")
+def first_export(tmp_path_factory):
+    """Where the export of the first test that needs one is kept for those after it."""
+    return tmp_path_factory.mktemp("first") / "served"
+
+
+@pytest.fixture
+def served(command, study, first_export, tmp_path, monkeypatch):
+    """An export for transformers of a middling budget, which the test may change."""
     monkeypatch.setattr("sys.dont_write_bytecode", False)
-    code, _, err = command("export", "--budget", "0.8", "--out", str(tmp_path / "served"))
+    folder = tmp_path / "served"
+    if first_export.exists():
+        shutil.copytree(first_export, folder)
+        return folder
+    code, _, err = command("export", "--budget", "0.8", "--out", str(folder))
     assert code == 0, err
-    return tmp_path / "served"
+    shutil.copytree(folder, first_export)
+    return folder
 
 
 def shortest(folder):

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import logging
 import re
-import shutil
 import stat
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +13,6 @@ from hpo.front import Front, FrontPoint
 from hpo.plot import draw_front, draw_hypervolume, write_image, write_page
 
 HISTORY = [0.2, 0.3, 0.3, 0.45]
-BROWSERS = ("chrome", "google-chrome", "google-chrome-stable", "chromium", "chromium-browser")
 
 
 def point(trial, shares, metric, cost, report=None, report_cost=None):
@@ -279,7 +277,7 @@ def test_browser_that_dies_is_one_log_line_and_no_file(front, tmp_path, monkeypa
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chrome or Chromium is installed")
+@pytest.mark.usefixtures("browser")
 @pytest.mark.parametrize(("name", "start"), [("front.png", b"\x89PNG\r\n"), ("front.svg", b"<svg")])
 def test_image_is_drawn_where_a_browser_is_installed(front, tmp_path, name, start):
     path = tmp_path / "images" / name

@@ -28,7 +28,6 @@ from hpo.bulk import (
     claim_trials,
     enter_trials,
     finish_trials,
-    load_trials,
     look,
 )
 from hpo.errors import StorageError
@@ -227,7 +226,7 @@ def test_what_a_worker_knows_of_others_goes_through_the_server(remote):
     _, trial_id = entered[0]
     rows, (trial,) = look(remote, study._study_id, Known(), {})
     assert rows == [(trial_id, 0, TrialState.RUNNING)]
-    assert load_trials(remote, {trial_id}) == [trial]
+    assert study.trials == [trial]
     assert (trial.params, trial.user_attrs) == (running().params, running().user_attrs)
 
 
@@ -508,7 +507,7 @@ def test_trials_are_as_a_restored_backup_has_them(remote, direct, storage, tmp_p
     if entered_since:
         enter_trials(direct, study._study_id, [running(3)])
     time.sleep(1.1 * STALE_S)
-    there = [(trial._trial_id, trial.state, trial.params) for trial in load_trials(direct, range(9))]
+    there = [(trial._trial_id, trial.state, trial.params) for trial in direct.get_all_trials(study._study_id)]
     _, seen = look(remote, study._study_id, Known(), {})
     assert [(trial._trial_id, trial.state, trial.params) for trial in seen] == there
 

@@ -242,14 +242,14 @@ def test_impossible_students_are_refused(command, arguments, layers):
     assert "--student-layers" in err
 
 
-@pytest.mark.parametrize(("layers", "wrong"), [("[1, 9]", "9"), ("[1]", "2 layers"), ("[0, 1]", "0"), ("3", "3")])
-def test_a_layer_map_that_cannot_be_is_refused_and_leaves_no_study(command, arguments, distill_file, layers, wrong):
-    Path(distill_file).write_text(DISTILL.replace("[fixed.logits]", f"layer_map = {layers}\n[fixed.logits]"))
-    code, _, err = command("distill", *arguments)
-    assert code == 1
-    assert "layer_map" in err
-    assert wrong in " ".join(err.split())
-    assert "Traceback" not in err
+def test_a_layer_map_that_cannot_be_is_refused_and_leaves_no_study(command, arguments, distill_file):
+    for layers, wrong in (("[1, 9]", "9"), ("[1]", "2 layers"), ("[0, 1]", "0"), ("3", "3")):
+        Path(distill_file).write_text(DISTILL.replace("[fixed.logits]", f"layer_map = {layers}\n[fixed.logits]"))
+        code, _, err = command("distill", *arguments)
+        assert code == 1
+        assert "layer_map" in err
+        assert wrong in " ".join(err.split())
+        assert "Traceback" not in err
     Path(distill_file).write_text(DISTILL)
     code, _, err = command("distill", *arguments)
     assert code == 0, err

@@ -4,13 +4,14 @@ import signal
 import threading
 import time
 
+import numpy as np
 import optuna
 import pytest
 import sqlalchemy
 from optuna.distributions import FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import RandomSampler
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from hpo.bulk import (
     MAX_ATTEMPTS,
@@ -27,10 +28,12 @@ from hpo.bulk import (
 from hpo.errors import HpoError
 from hpo.heartbeats import Heartbeats, WorkerName, is_dead
 from hpo.mirror import MirroredStudy, Told, TrialLost
-from hpo.rehearsal import RehearsalJob, fill, measure_ask_and_tell
+from hpo.rehearsal import LAYERS, RehearsalJob, objectives
+from hpo.rehearsal import SPACE as REHEARSED
 from hpo.sharing import complete_study
 from hpo.storage import close, open_storage
 from hpo.transactions import FUNCTIONS
+from studies.loader import LengthsStudy
 
 SPACE = {name: FloatDistribution(0.0, 1.0) for name in ("x", "y")}
 
@@ -322,6 +325,29 @@ def test_what_a_user_queued_is_run_within_the_total(study, worker):
 # Long studies
 
 
+def fill(study, storage, count):
+    """Finished trials of random parameters, in generations as NSGA-II makes them."""
+    generator = np.random.default_rng(0)
+    trials = [
+        create_trial(
+            state=TrialState.RUNNING,
+            params=dict(zip(REHEARSED, np.round(generator.integers(1, 21, LAYERS) * 0.05, 10).tolist(), strict=True)),
+            distributions=REHEARSED,
+            system_attrs={"NSGAIISampler:generation": number // LengthsStudy.population_size},
+        )
+        for number in range(count)
+    ]
+    outcomes = [
+        Outcome(
+            trial_id=trial_id,
+            state=TrialState.COMPLETE,
+            values=objectives(trial.params)[: len(study.directions)],
+        )
+        for (_, trial_id), trial in zip(enter_trials(storage, study._study_id, trials), trials, strict=True)
+    ]
+    finish_trials(storage, outcomes)
+
+
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "surrogate"])
 def test_the_samplers_copy_of_a_long_study_stays_short(storage, sampler, monkeypatch):
     monkeypatch.setattr("hpo.mirror.MOST_TRIALS", 120)
@@ -329,7 +355,7 @@ def test_the_samplers_copy_of_a_long_study_stays_short(storage, sampler, monkeyp
     job = RehearsalJob(storage=storage, trials=1, sampler=sampler)
     opened = open_storage(storage)
     study = job.open_study(opened)
-    fill(study, opened, 200, one_value=sampler == "tpe")
+    fill(study, opened, 200)
     mirror = job.mirror(study, opened, None)
     best = study.best_trials[0].values
     for _ in range(3):
@@ -340,12 +366,6 @@ def test_the_samplers_copy_of_a_long_study_stays_short(storage, sampler, monkeyp
     assert best in [trial.values for trial in kept]
     assert mirror.ended == 290
     close(opened)
-
-
-def test_the_cost_of_asking_and_telling_can_be_measured(storage):
-    costs = measure_ask_and_tell(RehearsalJob(storage=storage, trials=1), [30, 60], measured=20)
-    assert [cost.trials for cost in costs] == [30, 60]
-    assert all(cost.ask_ms > 0 and cost.tell_ms > 0 for cost in costs)
 
 
 def test_asking_and_telling_reads_a_few_rows_of_a_long_study_on_postgresql(new_database):

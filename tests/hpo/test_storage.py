@@ -18,10 +18,12 @@ from optuna.trial import TrialState, create_trial
 from hpo.early_stopping import bits_to_text
 from hpo.errors import StorageError, StudyChanged, StudyNotFound
 from hpo.interrupts import uninterrupted
+from hpo.rehearsal import cut_connections
 from hpo.storage import (
     BUSY_TIMEOUT_S,
     DEFAULT_URL,
     IDENTITY,
+    close,
     count_finished,
     describe_studies,
     display_url,
@@ -47,11 +49,6 @@ def opened(url):
     storage = open_storage(url)
     yield storage
     close(storage)
-
-
-def close(storage):
-    storage.remove_session()
-    storage.engine.dispose()
 
 
 def make_study(storage, name="lengths", *, identity=None, attributes=None, directions=("maximize", "minimize")):
@@ -579,7 +576,7 @@ def test_several_may_open_a_new_database_of_a_server_at_the_same_moment(server_u
     gc.collect()  # Optuna does not close the connection of an attempt that failed; here and not in a later test
 
 
-def test_a_connection_that_was_cut_while_it_rested_is_made_anew(server_url, cut_connections, monkeypatch):
+def test_a_connection_that_was_cut_while_it_rested_is_made_anew(server_url, monkeypatch):
     storage = open_storage(server_url)
     make_study(storage)
     storage.remove_session()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from model.attention import SHORT, WIDTH_STEP, attention
+from model.attention import FEW_KEYS, WIDTH_STEP, attention
 
 B, H, L, HEAD = 3, 2, 7, 4
 MASK_BL = torch.arange(L) < torch.tensor([7, 4, 1])[:, None]
@@ -125,7 +125,7 @@ def test_inference_is_exact_however_large_the_products_are(heads, scale, shift, 
 
 
 LENGTHS = (1, 2, 12, 13, 16, 17, 28, 29, 40)
-assert {*SHORT.values()} <= {*LENGTHS}
+assert {*FEW_KEYS.values()} <= {*LENGTHS}
 
 
 def of_length(tokens, mask, bias):

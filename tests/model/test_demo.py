@@ -1,6 +1,7 @@
 """The embedded task: reproducible, well formed, hard to solve by counting words and learnable by its encoder."""
 
 import random
+import shutil
 import statistics
 from collections import deque
 from pathlib import Path
@@ -95,10 +96,16 @@ def test_a_seed_decides_every_file(task, tmp_path):
     assert file_contents(again.dataset) == file_contents(task.dataset)
 
 
-def test_another_seed_replaces_the_folder(tmp_path):
-    first = build_demo(tmp_path, seed=0)
+@pytest.fixture
+def own_task(task, tmp_path) -> DemoTask:
+    """A copy of the task, at the test's own `tmp_path`."""
+    shutil.copytree(task.model.parent, tmp_path, dirs_exist_ok=True)
+    return DemoTask(model=tmp_path / "model", dataset=tmp_path / "dataset")
+
+
+def test_another_seed_replaces_the_folder(own_task, tmp_path):
     before = file_contents(tmp_path)
-    assert build_demo(tmp_path, seed=1) == first
+    assert build_demo(tmp_path, seed=1) == own_task
     after = file_contents(tmp_path)
     assert after.keys() == before.keys()
     changed = {name for name in before if before[name] != after[name]}
@@ -113,8 +120,8 @@ def test_a_complete_folder_is_reused(task, monkeypatch):
 
 
 @pytest.mark.parametrize("lost", ["demo.json", "model/model.safetensors", "dataset/validation.parquet"])
+@pytest.mark.usefixtures("own_task")
 def test_an_incomplete_folder_is_rebuilt(tmp_path, lost):
-    build_demo(tmp_path)
     complete = file_contents(tmp_path)
     (tmp_path / lost).unlink()
     build_demo(tmp_path)
