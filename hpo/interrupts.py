@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+PRESSED_AGAIN_AFTER_S = 0.05
+"""After Python has dropped a Ctrl-C, it is out of the callback that it was raised in."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, of a class of its own: once Python's own has left an `exec` of text, as in the making of a dataclass, the
@@ -23,12 +26,12 @@ def _is_heard_here() -> bool:
 def heard() -> Iterator[Callable[[], None]]:
     """A Ctrl-C within the block is not lost: what this yields raises it once more.
 
-    Python drops what is raised in a destructor or in a callback of a weak reference, with a traceback that is not shown
-    here, and libraries catch more than they should. Outside the main thread, and where Ctrl-C is ignored, this does
-    nothing.
+    Python drops what is raised in a destructor or in a callback of a weak reference, with a traceback; here it shows
+    none, and is raised again a moment later. Libraries catch more than they should. Outside the main thread, and where
+    Ctrl-C is ignored, this does nothing.
     """
     pressed = False
-    show = sys.unraisablehook
+    show, presses = sys.unraisablehook, list[threading.Timer]()
 
     def press(_number: int, _frame: FrameType | None) -> None:
         nonlocal pressed
@@ -39,19 +42,27 @@ def heard() -> Iterator[Callable[[], None]]:
         if pressed:
             raise Interrupted
 
-    def show_others(dropped: "sys.UnraisableHookArgs") -> None:
+    def press_again_or_show(dropped: "sys.UnraisableHookArgs") -> None:
         if not issubclass(dropped.exc_type, Interrupted):
             show(dropped)
+            return
+        main = threading.main_thread().ident
+        press_again = threading.Timer(PRESSED_AGAIN_AFTER_S, signal.pthread_kill, (main, signal.SIGINT))
+        press_again.daemon = True
+        press_again.start()
+        presses.append(press_again)
 
     if not _is_heard_here():
         yield check
         return
     before = signal.signal(signal.SIGINT, press)
-    sys.unraisablehook = show_others
+    sys.unraisablehook = press_again_or_show
     try:
         yield check
     finally:
         sys.unraisablehook = show
+        for press_again in presses:
+            press_again.cancel()
         signal.signal(signal.SIGINT, before)
 
 

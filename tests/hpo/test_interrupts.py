@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -25,13 +26,12 @@ def test_what_a_library_swallowed_is_raised_at_the_next_check():
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-@pytest.mark.parametrize("error", [None, OSError])
-def test_what_python_drops_leaves_no_traceback_and_other_errors_theirs(error, monkeypatch):
-    shown = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: shown.append(dropped.exc_type))
+class Held:
+    """Something that a weak reference may be to."""
 
-    class Held:
-        pass
+
+def drop(error):
+    """Raise an error, or a Ctrl-C, where Python drops it."""
 
     def end(_reference: object) -> None:
         if error is None:
@@ -40,13 +40,42 @@ def test_what_python_drops_leaves_no_traceback_and_other_errors_theirs(error, mo
             raise error
 
     held = Held()
+    reference = weakref.ref(held, end)
+    del held
+    assert reference() is None
+
+
+@pytest.mark.parametrize("error", [None, OSError])
+def test_what_python_drops_leaves_no_traceback_and_other_errors_theirs(error, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: shown.append(dropped.exc_type))
+    monkeypatch.setattr("hpo.interrupts.PRESSED_AGAIN_AFTER_S", 60)
     with heard() as check:
-        reference = weakref.ref(held, end)
-        del held
-        assert reference() is None
+        drop(error)
         with pytest.raises(KeyboardInterrupt) if error is None else nullcontext():
             check()
     assert shown == ([] if error is None else [error])
+
+
+def test_what_python_drops_is_raised_again_in_work_that_never_checks():
+    steps = []
+
+    def work() -> None:
+        drop(None)
+        steps.append("goes on")
+        time.sleep(60)
+        steps.append("never")
+
+    with pytest.raises(KeyboardInterrupt), heard():
+        work()
+    assert steps == ["goes on"]
+
+
+def test_it_is_not_raised_again_once_the_block_is_left(monkeypatch):
+    monkeypatch.setattr("hpo.interrupts.PRESSED_AGAIN_AFTER_S", 0.5)
+    with heard():
+        drop(None)
+    time.sleep(1)
 
 
 def test_it_is_raised_at_once_where_nobody_swallows_it():
