@@ -1,12 +1,14 @@
 """Reading a dataset: a hub id, a folder or files become one table per split."""
 
 import contextlib
+import csv
 import errno
 import glob
 import logging
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,7 @@ def _read_file(path: Path, split: str) -> datasets.Dataset:
     builder, options = FORMATS[path.suffix.lower()]
     with _explained_errors(str(path)):
         pattern = glob.escape(str(path.resolve()))
+        options = {**options, **_quoting([path])}
         return datasets.load_dataset(builder, data_files={split: pattern}, split=split, **options)
 
 
@@ -119,7 +122,7 @@ def _read_folder(path: Path, config: str | None) -> dict[str, datasets.Dataset]:
     if not files:
         raise DataError(f"The folder {str(path)!r} holds no data; it needs files ending in {', '.join(FORMATS)}.")
     try:
-        return dict(_load_dataset(str(path.resolve()), config))
+        return dict(_load_dataset(str(path.resolve()), config, _quoting(files)))
     except Exception as error:
         if config is None and "Config name is missing" not in str(error):
             for file in files:
@@ -151,10 +154,27 @@ def _read_hub(dataset: str) -> dict[str, datasets.Dataset]:
         ) from error
 
 
-def _load_dataset(path: str, config: str | None) -> datasets.DatasetDict:
+def _load_dataset(path: str, config: str | None, quoting: Mapping[str, Any] | None = None) -> datasets.DatasetDict:
     builder = datasets.load_dataset_builder(path, config)
     is_csv = type(builder.config).__name__ == "CsvConfig"
-    return datasets.load_dataset(path, config, **(CSV_OPTIONS if is_csv else {}))
+    return datasets.load_dataset(path, config, **({**CSV_OPTIONS, **(quoting or {})} if is_csv else {}))
+
+
+def _quoting(files: Iterable[Path]) -> Mapping[str, Any]:
+    """Options for files of which a tab-separated one, as GLUE's, quotes no cells: a quote is one there, wherever it
+    stands. Read as a spreadsheet's, such a file loses the rows from one quote to the next."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        for path in files:
+            if path.suffix.lower() == ".tsv":
+                with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+                    for _ in csv.reader(lines, delimiter="\t", strict=True):
+                        pass
+    except csv.Error:
+        return {"quoting": csv.QUOTE_NONE}
+    finally:
+        csv.field_size_limit(limit)
+    return {}
 
 
 @contextlib.contextmanager

@@ -229,6 +229,28 @@ def test_each_format_gives_the_same_rows(tmp_path, ending):
     assert len(found) == 80
 
 
+@pytest.mark.parametrize("read", [lambda path: path, lambda path: path.parent], ids=["file", "folder"])
+def test_quotes_of_tab_separated_files_are_text_unless_they_quote_cells(tmp_path, read):
+    """As GLUE writes them, and as spreadsheets do."""
+    records = rows(100)
+    records[3]["text"] = '"Never, he said'
+    records[4]["text"] = 'he said "never"'
+    records[60]["text"] = '"Never" was a word'
+    texts = {record["text"] for record in records}
+    lines = ["\t".join(record.values()) for record in [dict(zip(records[0], records[0], strict=True)), *records]]
+    plain = tmp_path / "plain" / "train.tsv"
+    plain.parent.mkdir()
+    plain.write_text("\n".join(lines))
+    corpus = load(read(plain))
+    assert {text for text, _ in pairs_of(corpus.train)} <= texts
+    assert len(corpus.train) == 80
+    records[5]["text"] = 'first line\nsecond "line"\tand more'
+    texts.add(records[5]["text"])
+    corpus = load(read(write_csv(tmp_path / "quoted" / "train.tsv", records, "\t")))
+    assert {text for text, _ in pairs_of(corpus.train)} <= texts
+    assert len(corpus.train) == 80
+
+
 def test_files_can_be_named_by_split(tmp_path):
     train = write_csv(tmp_path / "a.csv", rows(100))
     report = write_parquet(tmp_path / "b.parquet", rows(20, tag="v"))
