@@ -1318,8 +1318,6 @@ def _absolute(place: str) -> str:
     """Local paths are recorded absolute, so that a later command may run elsewhere."""
     from hpo.workload import with_paths
 
-    if Path(place).exists():
-        return str(Path(place).resolve())
     return with_paths(place, lambda path: str(Path(path).resolve()) if Path(path).exists() else path)
 
 

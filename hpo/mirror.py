@@ -412,10 +412,7 @@ class MirroredStudy:
             for trial in asked
             if self._may_give_up(trial) and states.get(trial.trial_id) == TrialState.RUNNING
         ]
-        finish_trials(
-            self.storage,
-            [Outcome(trial_id=trial_id, state=TrialState.FAIL, attributes={FAILURE: reason}) for trial_id in running],
-        )
+        self._end_failed(running, reason)
         for trial_id in running:
             del self._mine[trial_id]
             self._forget(trial_id)
@@ -450,10 +447,14 @@ class MirroredStudy:
     def clear_queue(self, reason: str) -> None:
         """Fail trials that wait to be begun again; what a user has queued stays."""
         begun = [trial_id for trial_id, trial in self._waiting.items() if WORK in trial.system_attrs]
+        self._end_failed(begun, reason)
+
+    def _end_failed(self, trial_ids: Sequence[int], reason: str) -> None:
+        """Fail trials in the database, and record why."""
         fail = {FAILURE: reason}
         finish_trials(
             self.storage,
-            [Outcome(trial_id=trial_id, state=TrialState.FAIL, attributes=fail) for trial_id in begun],
+            [Outcome(trial_id=trial_id, state=TrialState.FAIL, attributes=fail) for trial_id in trial_ids],
         )
 
     def report(self, trial: AskedTrial, value: float, step: int) -> bool:
@@ -572,7 +573,8 @@ class MirroredStudy:
         for trial_id in claimed:
             trial = self._waiting.pop(trial_id)
             if (problem := self._outside(trial)) is not None:
-                self._refuse(trial, problem)
+                self._end_failed([trial_id], problem)
+                logger.warning("Trial %d failed: %s.", trial.number, problem)
                 continue
             if set(trial.params) != set(self.distributions):
                 trial = self._complete(trial)
@@ -589,12 +591,6 @@ class MirroredStudy:
             if name in queued and not _holds(distribution, queued[name]):
                 return f"it was queued with {name}={queued[name]!r}, outside the range in the study file"
         return None
-
-    def _refuse(self, trial: FrozenTrial, reason: str) -> None:
-        """Fail a trial that is claimed and cannot be run, so that nobody claims it again."""
-        outcome = Outcome(trial_id=trial._trial_id, state=TrialState.FAIL, attributes={FAILURE: reason})
-        finish_trials(self.storage, [outcome])
-        logger.warning("Trial %d failed: %s.", trial.number, reason)
 
     def _complete(self, trial: FrozenTrial) -> FrozenTrial:
         """Draw the parameters that a user's queued trial leaves open."""

@@ -12,9 +12,9 @@ import transformers
 
 from hpo.errors import HpoError
 from hpo.runs import CACHE, StudyRuns
-from hpo.workload import DEFAULT_NAME, LoadedWorkload, load_encoder
+from hpo.workload import LoadedWorkload, differing_labels, listed_labels, load_encoder
 from model.distill import DistillError, DistillSettings, check_pair, checked_layer_map, distil
-from model.encoder import LengthAdaptiveModel, labels_of, read_config
+from model.encoder import LengthAdaptiveModel
 from model.evaluate import score
 from model.length_config import LengthConfig
 from model.processes import check_processes, train_in_processes
@@ -334,12 +334,10 @@ def _check_vocabularies(loaded: LoadedWorkload, teacher_source: str) -> None:
 
 def _check_labels(loaded: LoadedWorkload, teacher_source: str) -> None:
     names = loaded.corpus.label_names
-    theirs = labels_of(read_config(teacher_source))
-    if not names or not theirs or theirs[0].startswith(DEFAULT_NAME):
+    theirs = differing_labels(teacher_source, names)
+    if not theirs:
         return
-    if [name.casefold() for name in names] == [name.casefold() for name in theirs]:
-        return
-    known, found = ", ".join(theirs[:8]), ", ".join(names[:8])
+    known, found = listed_labels(theirs), listed_labels(names)
     if names != tuple(str(number) for number in range(len(theirs))):
         raise HpoError(
             f"The teacher {teacher_source} knows the labels {known}, the dataset has {found}; choose a teacher that "

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ from hpo.samplers import Configs, RetentionSpace, make_sampler
 from hpo.seeds import learn_seeds
 from hpo.sharing import SearchTimes, complete_study, part_of, worker_seed
 from hpo.spool import Spool
-from hpo.storage import Storage, open_storage, open_study, while_it_is_there
+from hpo.storage import Storage, finished_trials, open_storage, open_study, while_it_is_there
 from hpo.workload import (
     LoadedWorkload,
     Progress,
@@ -237,12 +236,9 @@ def search_loaded(
 def stopped_and_reused(study: optuna.Study) -> tuple[int, int]:
     """Trials of a search that were stopped early, and those whose lengths had been scored before; in whichever run, and
     by whichever worker."""
-    kinds = Counter(
-        REUSED_FROM if REUSED_FROM in trial.user_attrs else STOPPED_BY
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        if REUSED_FROM in trial.user_attrs or STOPPED_BY in trial.user_attrs
-    )
-    return kinds[STOPPED_BY], kinds[REUSED_FROM]
+    attributes = [trial.user_attrs for trial in finished_trials(study)]
+    reused = sum(REUSED_FROM in own for own in attributes)
+    return sum(STOPPED_BY in own and REUSED_FROM not in own for own in attributes), reused
 
 
 def fitted_table(

@@ -150,8 +150,7 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
         encode(split, tokenizer, max_length, corpus.kind, stride)
         for split in (corpus.train, corpus.search, corpus.report)
     )
-    for purpose, split in (("train", train), ("search", search), ("report", report)):
-        _check_tokens(split, purpose, encoder)
+    _check_tokens({"train": train, "search": search, "report": report}, encoder)
     return LoadedWorkload(
         workload=dataclasses.replace(workload, task=corpus.task, metric=metric.name),
         corpus=corpus,
@@ -164,19 +163,21 @@ def load_workload(workload: Workload, encoder: str | Path) -> LoadedWorkload:
     )
 
 
-def _check_tokens(split: EncodedSplit, purpose: str, encoder: str | Path) -> None:
+def _check_tokens(splits: Mapping[str, EncodedSplit], encoder: str | Path) -> None:
     """Refuse sequences that the encoder cannot read: of no tokens, or of such as it has no vectors for."""
-    if empty := int((split.num_tokens == 0).sum()):
-        raise DataError(
-            f"{empty} texts of the {purpose} split have no tokens: the tokenizer of {encoder} drops all that they hold "
-            "and adds no [CLS]; remove them, or have it add one."
-        )
-    highest, vocabulary = max(map(max, split.input_ids), default=0), int(read_config(encoder).vocab_size)
-    if highest >= vocabulary:
-        raise CheckpointError(
-            f"The tokenizer of {encoder} numbers a token {highest}, but config.json has a vocab_size of {vocabulary}; "
-            "give the encoder its own tokenizer, or resize its embeddings."
-        )
+    vocabulary = int(read_config(encoder).vocab_size)
+    for purpose, split in splits.items():
+        if empty := int((split.num_tokens == 0).sum()):
+            raise DataError(
+                f"{empty} texts of the {purpose} split have no tokens: the tokenizer of {encoder} drops all that they "
+                "hold and adds no [CLS]; remove them, or have it add one."
+            )
+        highest = max(map(max, split.input_ids), default=0)
+        if highest >= vocabulary:
+            raise CheckpointError(
+                f"The tokenizer of {encoder} numbers a token {highest}, but config.json has a vocab_size of "
+                f"{vocabulary}; give the encoder its own tokenizer, or resize its embeddings."
+            )
 
 
 def lengths_of(workload: Workload, tokenizer: PreTrainedTokenizerBase, encoder: str | Path) -> tuple[int, int | None]:
@@ -218,17 +219,34 @@ def load_trained_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveMo
 
 def _check_classes(source: str | Path, names: Sequence[str]) -> None:
     """Refuse a head that numbers classes of these names otherwise; warn of one that calls them otherwise."""
-    its_names = labels_of(read_config(source))
-    ours, theirs = ([name.casefold() for name in each] for each in (names, its_names))
-    if not ours or ours == theirs or its_names[0].startswith(DEFAULT_NAME):
+    its_names = differing_labels(source, names)
+    if not its_names:
         return
-    found, known = ", ".join(names[:8]), ", ".join(its_names[:8])
+    ours, theirs = _folded(names), _folded(its_names)
+    found, known = listed_labels(names), listed_labels(its_names)
     if any(name in theirs and theirs.index(name) != number for number, name in enumerate(ours)):
         raise CheckpointError(
             f"{source} numbers the classes {known}, the dataset {found}, so that each would be scored as another; "
             "give the dataset a ClassLabel column in the checkpoint's order, or train the encoder with `hpo tune`."
         )
     logger.warning("The study takes %s for the checkpoint's classes %s, in this order.", found, known)
+
+
+def differing_labels(source: str | Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The labels of an encoder's head where they are not a dataset's, whatever their case; none where nobody named
+    either."""
+    theirs = labels_of(read_config(source))
+    unnamed = not names or not theirs or theirs[0].startswith(DEFAULT_NAME)
+    return () if unnamed or _folded(names) == _folded(theirs) else theirs
+
+
+def listed_labels(names: Sequence[str]) -> str:
+    """The first labels, as a sentence names them."""
+    return ", ".join(names[:8])
+
+
+def _folded(names: Sequence[str]) -> list[str]:
+    return [name.casefold() for name in names]
 
 
 def library_versions() -> dict[str, str]:
@@ -245,6 +263,8 @@ def with_paths(source: str, change: Callable[[str], str]) -> str:
     folder, colon, config = source.rpartition(":")
     if colon and (changed := change(folder)) != folder:
         return f"{changed}:{config}"
+    if Path(source).is_absolute():
+        return source
     parts = (part.partition("=") if "=" in part else ("", "", part) for part in source.split(","))
     return ",".join(f"{split}{equals}{change(path)}" for split, equals, path in parts)
 

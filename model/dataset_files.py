@@ -122,7 +122,7 @@ def _read_folder(path: Path, config: str | None) -> dict[str, datasets.Dataset]:
     if not files:
         raise DataError(f"The folder {str(path)!r} holds no data; it needs files ending in {', '.join(FORMATS)}.")
     try:
-        return dict(_load_dataset(str(path.resolve()), config, _quoting(files)))
+        return dict(_load_dataset(str(path.resolve()), config, files))
     except Exception as error:
         if config is None and "Config name is missing" not in str(error):
             for file in files:
@@ -154,10 +154,11 @@ def _read_hub(dataset: str) -> dict[str, datasets.Dataset]:
         ) from error
 
 
-def _load_dataset(path: str, config: str | None, quoting: Mapping[str, Any] | None = None) -> datasets.DatasetDict:
+def _load_dataset(path: str, config: str | None, files: Iterable[Path] = ()) -> datasets.DatasetDict:
+    """What a folder, whose files are named, or a hub id holds."""
     builder = datasets.load_dataset_builder(path, config)
     is_csv = type(builder.config).__name__ == "CsvConfig"
-    return datasets.load_dataset(path, config, **({**CSV_OPTIONS, **(quoting or {})} if is_csv else {}))
+    return datasets.load_dataset(path, config, **({**CSV_OPTIONS, **_quoting(files)} if is_csv else {}))
 
 
 def _quoting(files: Iterable[Path]) -> Mapping[str, Any]:

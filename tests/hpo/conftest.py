@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import hpo.cli
+from hpo.search_lengths import search_lengths
 from hpo.storage import open_storage
 from hpo.workload import Workload
 from model.data import DataSpec
@@ -148,6 +149,19 @@ def storage(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/hpo.db"
 
 
+@pytest.fixture(scope="session")
+def search_once(lengths, workload, tmp_path_factory) -> Callable[[Path], Path]:
+    """Searches an encoder's lengths; returns the folder of the search's database and runs, for `copied`."""
+
+    def search(encoder: Path) -> Path:
+        folder = tmp_path_factory.mktemp("searched")
+        storage = f"sqlite:///{folder}/hpo.db"
+        search_lengths(lengths, workload, encoder, trials=15, storage=storage, runs=folder / "runs")
+        return folder
+
+    return search
+
+
 @pytest.fixture
 def copied(storage, tmp_path) -> Callable[[Path], optuna.Study]:
     """Copies the database and the runs of a lengths study to the test's own folder, and opens the study there."""
@@ -157,6 +171,21 @@ def copied(storage, tmp_path) -> Callable[[Path], optuna.Study]:
         return optuna.load_study(study_name="lengths", storage=open_storage(storage))
 
     return copy
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory) -> Callable[[Path, Callable[[], None]], None]:
+    """Fills a folder, by a copy of what the first test of the file that needs it has made there."""
+    first = tmp_path_factory.mktemp("first") / "made"
+
+    def fill(folder: Path, make: Callable[[], None]) -> None:
+        if first.exists():
+            shutil.copytree(first, folder, dirs_exist_ok=True)
+        else:
+            make()
+            shutil.copytree(folder, first)
+
+    return fill
 
 
 @contextmanager

@@ -20,7 +20,6 @@ import model.timing
 from hpo.bench import bench, spread
 from hpo.errors import HpoError
 from hpo.front import LATENCY, NothingFits, choose, compute_front
-from hpo.search_lengths import search_lengths
 from hpo.storage import open_storage
 from model import LengthAdaptivePipeline
 from model.apart import Engine, apart
@@ -39,12 +38,8 @@ def short_rounds(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def searched(lengths, workload, tiny_encoder, tmp_path_factory):
-    """The folder of a search's database and runs; tests change copies of it."""
-    folder = tmp_path_factory.mktemp("searched")
-    storage = f"sqlite:///{folder}/hpo.db"
-    search_lengths(lengths, workload, tiny_encoder, trials=15, storage=storage, runs=folder / "runs")
-    return folder
+def searched(search_once, tiny_encoder):
+    return search_once(tiny_encoder)
 
 
 @pytest.fixture

@@ -55,22 +55,16 @@ def files(tmp_path) -> dict[str, str]:
     return {"finetune": str(tmp_path / "finetune.toml"), "lengths": str(tmp_path / "lengths.toml")}
 
 
-@pytest.fixture(scope="module")
-def first_tuned(tmp_path_factory) -> Path:
-    """Where the study of the first test that needs one is kept for those after it."""
-    return tmp_path_factory.mktemp("first") / "tuned"
-
-
 @pytest.fixture
-def tuned(command, files, tiny_encoder, tiny_dataset, first_tuned, tmp_path):
+def tuned(command, files, tiny_encoder, tiny_dataset, made_once, tmp_path):
     """A finetune study of one trial, which the test may change, and the command."""
-    if first_tuned.exists():
-        shutil.copytree(first_tuned, tmp_path, dirs_exist_ok=True)
-        return command
-    model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--search-size", "60")
-    code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "1")
-    assert code == 0, err
-    shutil.copytree(tmp_path, first_tuned)
+
+    def tune() -> None:
+        model = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset), "--search-size", "60")
+        code, _, err = command("tune", "--study", files["finetune"], *model, "--trials", "1")
+        assert code == 0, err
+
+    made_once(tmp_path, tune)
     return command
 
 

@@ -9,7 +9,6 @@ import os
 import py_compile
 import random
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -69,12 +68,8 @@ def encoder(tiny_encoder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def searched(lengths, workload, encoder, tmp_path_factory):
-    """The folder of a search's database and runs; tests change copies of it."""
-    folder = tmp_path_factory.mktemp("searched")
-    storage = f"sqlite:///{folder}/hpo.db"
-    search_lengths(lengths, workload, encoder, trials=15, storage=storage, runs=folder / "runs")
-    return folder
+def searched(search_once, encoder):
+    return search_once(encoder)
 
 
 @pytest.fixture
@@ -82,23 +77,17 @@ def study(searched, copied):
     return copied(searched)
 
 
-@pytest.fixture(scope="module")
-def first_export(tmp_path_factory):
-    """Where the export of the first test that needs one is kept for those after it."""
-    return tmp_path_factory.mktemp("first") / "served"
-
-
 @pytest.fixture
-def served(command, study, first_export, tmp_path, monkeypatch):
+def served(command, study, made_once, tmp_path, monkeypatch):
     """An export for transformers of a middling budget, which the test may change."""
     monkeypatch.setattr("sys.dont_write_bytecode", False)
     folder = tmp_path / "served"
-    if first_export.exists():
-        shutil.copytree(first_export, folder)
-        return folder
-    code, _, err = command("export", "--budget", "0.8", "--out", str(folder))
-    assert code == 0, err
-    shutil.copytree(folder, first_export)
+
+    def export() -> None:
+        code, _, err = command("export", "--budget", "0.8", "--out", str(folder))
+        assert code == 0, err
+
+    made_once(folder, export)
     return folder
 
 
