@@ -18,9 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-import tokenizers
+try:
+    import numpy as np
+    import onnxruntime
+    import tokenizers
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"runner.py: {error}; install what it needs by `pip install onnxruntime tokenizers numpy`.")
 
 BATCH = 32
 ON_PROCESSOR = "CPUExecutionProvider"
@@ -328,8 +333,12 @@ def value_of(line: bytes) -> Any:
 
 def main() -> None:
     """Answer standard input line by line; lines that cannot be read are answered with what is wrong with them."""
-    runner, unread = Runner(Path(__file__).parent), 0
+    for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
+        if stream is None:
+            sys.exit(f"runner.py: Standard {name} is closed; run `python runner.py < in.jsonl > out.jsonl`.")
+    unread = 0
     try:
+        runner = _beside(Path(__file__))
         for line in sys.stdin.buffer:
             try:
                 (said,) = runner([value_of(line)])
@@ -337,11 +346,25 @@ def main() -> None:
                 said, unread = {"error": str(error)}, unread + 1
             sys.stdout.buffer.write(f"{json.dumps(said, ensure_ascii=False)}\n".encode())
             sys.stdout.buffer.flush()
-    except BrokenPipeError:  # whoever read the answers has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what could not be written
+        has_enough = isinstance(error, BrokenPipeError)  # whoever read the answers
+        sys.exit(1 if has_enough else f"runner.py: Cannot read or write: {error.strerror}.")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if unread:
         sys.exit(1)
+
+
+def _beside(file: Path) -> Runner:
+    try:
+        return Runner(file.parent)
+    except Exception as error:  # each library has classes of its own
+        sys.exit(
+            f"runner.py: {file.parent} cannot be served by onnxruntime {onnxruntime.__version__} "
+            f"({[*str(error).splitlines(), type(error).__name__][0]}); copy the whole folder again, or install a newer "
+            "onnxruntime."
+        )
 
 
 if __name__ == "__main__":

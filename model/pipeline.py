@@ -326,9 +326,9 @@ class _OnnxNetwork:
             )
         except Exception as error:  # the library has a class of its own for every code
             raise ExportError(
-                f"onnxruntime {__version__} cannot read {folder / graph.file}, whose operators are of opset "
-                f"{graph.opset} ({str(error).splitlines()[0]}); install a newer onnxruntime, or export again with "
-                "a lower --opset."
+                f"onnxruntime {__version__} cannot read {folder / graph.file} ({str(error).splitlines()[0]}); copy the "
+                f"whole folder again, or, where opset {graph.opset} is too new for it, install a newer onnxruntime or "
+                "export again with a lower --opset."
             ) from error
         self.pad, self.fixed_length = pad, graph.fixed_length
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -239,6 +240,38 @@ def test_the_runner_stops_quietly_where_nobody_reads_on(graph_of):
     program = f"{sys.executable} -I runner.py < in.jsonl | head -1"
     done = subprocess.run(program, shell=True, capture_output=True, text=True, cwd=folder, check=False)
     assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "redirection", "message"),
+    [
+        ("-S", "", "No module named 'numpy'; install what it needs by `pip install onnxruntime tokenizers numpy`."),
+        ("", "<&-", "Standard input is closed; run `python runner.py < in.jsonl > out.jsonl`."),
+        ("", "< /dev/null >&-", "Standard output is closed; run `python runner.py < in.jsonl > out.jsonl`."),
+        ("", "< in.jsonl > /dev/full", "Cannot read or write: No space left on device."),
+    ],
+)
+def test_the_runner_says_in_a_sentence_why_it_cannot_answer(options, redirection, message, graph_of):
+    folder = graph_of("question-answering")
+    (folder / "in.jsonl").write_text(f"{json.dumps(INPUTS['question-answering'][0])}\n")
+    program = f"{sys.executable} -I {options} runner.py {redirection}"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, cwd=folder, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"runner.py: {message}\n")
+
+
+def test_a_graph_that_is_gone_or_cut_off_is_told_in_a_sentence(graph_of, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(graph_of("multi-label"), folder)
+    graph = folder / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    for problem in ("failed:Protobuf parsing failed.", "File doesn't exist"):
+        with pytest.raises(ExportError, match=rf"model.onnx \(.*{problem}\); copy the whole folder again"):
+            LengthAdaptivePipeline(folder)
+        done = subprocess.run([sys.executable, "-I", folder / "runner.py"], capture_output=True, text=True, check=False)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1
+        assert f"{problem}); copy the whole folder again, or install a newer onnxruntime." in line
+        graph.unlink(missing_ok=True)
 
 
 def runner_of(folder):
