@@ -142,12 +142,15 @@ class ServedFront:
 
     def _problem(self) -> str | None:
         """What is wrong with values that a file may hold; None if nothing."""
-        layers = {point.length_config.num_layers for point in (self.full, self.chosen, *self.points)}
+        every = (self.full, self.chosen, *self.points)
+        layers = {point.length_config.num_layers for point in every}
+        numbers = [number for point in every for number in (point.metric, point.relative_macs, point.latency_ms or 0.0)]
         lengths = (self.max_length, 0 if self.stride is None else self.stride)
         for is_wrong, problem in (
             (not self.points, "no points"),
             (len(layers) > 1, f"length configs of {' and '.join(map(str, sorted(layers)))} layers"),
             (not all(isinstance(length, int) for length in lengths), "lengths that are no whole numbers"),
+            (not all(isinstance(number, Real) for number in numbers), "points whose quality or cost is no number"),
             (not self.text_columns, "no text columns"),
         ):
             if is_wrong:

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import datasets
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from model.data import encode
 from model.encoded import EncodedSplit
 from model.encoder import LengthAdaptiveModel
-from model.front_file import ExportError, Graph, ServedFront
+from model.front_file import FRONT_FILE, ExportError, Graph, ServedFront
 from model.hardware import compute_device, gains_from_bf16
 from model.length_config import LengthConfig
 from model.onnx_export import input_names, padded
@@ -79,8 +79,11 @@ class LengthAdaptivePipeline:
         Raises:
             ExportError: It is no export, one of a later version, a graph that the installed runtime cannot read, or one
                 that is asked for bf16.
+            ValueError: The precision is unknown.
             CheckpointError: Weights or tokenizer are damaged.
         """
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision={precision!r}; choose one of {', '.join(get_args(Precision))}.")
         self.front = ServedFront.read(folder)
         if self.front.kind not in FIELDS:
             raise ExportError(
@@ -137,6 +140,8 @@ class LengthAdaptivePipeline:
         point = self.front.choose(max_drop=max_drop, budget=budget, max_latency_ms=max_latency_ms)
         if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
             raise DataError("Predictions are asked for as a list; put the one input into a list.")
+        if getattr(inputs, "ndim", 1) != 1:  # a table of pandas gives the names of its columns
+            raise DataError("Predictions are asked for as a list; make one of the table's rows.")
         rows = []
         for number, given in enumerate(inputs):
             try:
@@ -228,6 +233,8 @@ class LengthAdaptivePipeline:
     def _said(self, split: EncodedSplit, logits: Sequence[Logits]) -> list[Prediction]:
         """What the logits of each sequence, (C,) or (L, C), mean."""
         names, everything = self.front.label_names, np.arange(len(split))
+        if names and len(names) != (outputs := logits[0].shape[-1]):
+            raise ExportError(f"{FRONT_FILE} names {len(names)} labels, but the model tells {outputs} apart.")
         if isinstance(split, WindowSplit):
             best = split.n_best([torch.from_numpy(own) for own in logits], everything)
             nothing = {"answer": "", "start": 0, "end": 0, "score": 0.0}

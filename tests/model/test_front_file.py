@@ -116,6 +116,10 @@ def test_other_folders_are_refused_in_a_sentence(tmp_path, text, message):
         ({"text_columns": ()}, "no text columns"),
         ({"max_length": "64"}, "no whole numbers"),
         ({"chosen": point(9, 0.8, 0.5, LengthConfig.full(3))}, "configs of 2 and 3 layers"),
+        ({"points": (point(4, None, 0.2), point(7, 0.85, 0.4))}, "no number"),
+        ({"points": (dataclasses.replace(point(4, 0.7, 0.2), relative_macs="0.2"),)}, "no number"),
+        ({"full": point(0, "0.9", 1.0)}, "no number"),
+        ({"chosen": dataclasses.replace(point(9, 0.8, 0.5), latency_ms="20")}, "no number"),
     ],
 )
 def test_values_that_serve_nobody_are_refused(front, tmp_path, change, message):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -343,6 +344,25 @@ def test_a_folder_that_says_too_little_is_refused(change, message, tmp_path):
     write_transformers_folder(tmp_path, model, make_tokenizer(), dataclasses.replace(front, **change))
     with pytest.raises(ExportError, match=message):
         LengthAdaptivePipeline(tmp_path)
+
+
+def test_labels_that_are_fewer_than_the_model_tells_apart_are_refused(tmp_path):
+    model, front = make("classification")
+    write_transformers_folder(tmp_path, model, make_tokenizer(), dataclasses.replace(front, label_names=("no", "yes")))
+    with pytest.raises(ExportError, match="names 2 labels, but the model tells 3 apart"):
+        LengthAdaptivePipeline(tmp_path)(INPUTS["classification"])
+
+
+def test_a_precision_that_is_mistyped_and_a_table_are_refused(tmp_path):
+    model, front = make("regression")
+    write_transformers_folder(tmp_path, model, make_tokenizer(), front)
+    with pytest.raises(ValueError, match="precision='float32'; choose one of fp32, mixed, bf16"):
+        LengthAdaptivePipeline(tmp_path, precision="float32")
+    table = pandas.DataFrame({"text": SENTENCES})
+    pipeline = LengthAdaptivePipeline(tmp_path)
+    with pytest.raises(DataError, match="one of the table's rows"):
+        pipeline(table)
+    assert pipeline(table["text"]) == pipeline(table.to_dict("records")) == pipeline(SENTENCES)
 
 
 def test_a_list_of_words_has_to_be_one(tmp_path):
