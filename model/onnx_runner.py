@@ -178,7 +178,8 @@ class Runner:
         """Predict, in the order of the inputs.
 
         Raises:
-            ValueError: An input is something else, blank, or longer than a model that knows no windows can read.
+            ValueError: An input is something else, blank, without tokens, or longer than a model that knows no windows
+                can read.
         """
         if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
             raise ValueError("Predictions are asked for as a list; put the one input into a list.")
@@ -186,6 +187,8 @@ class Runner:
         encodings, owners = [], []
         for number, given in enumerate(inputs):
             for encoding in self._windows(given):
+                if not encoding.ids:
+                    raise ValueError("An input has no tokens: the tokenizer drops all of its text and adds none.")
                 encodings.append(encoding)
                 owners.append(number)
         logits: list[Any] = [None] * len(encodings)

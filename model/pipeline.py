@@ -181,7 +181,16 @@ class LengthAdaptivePipeline:
                 raise DataError(f"has half a character in {name!r}, a lone surrogate as of an emoji that was cut.")
         if self.front.kind == "question-answering" and self.front.stride is None:
             self._refuse_longer(*values)
+        if not self._tokenizer.num_special_tokens_to_add():
+            self._refuse_nothing(values)
         return values
+
+    def _refuse_nothing(self, values: Sequence[Any]) -> None:
+        """Refuse that of which a tokenizer that adds no tokens leaves none."""
+        texts = [text for value in values for text in ([value] if isinstance(value, str) else value)]
+        with self._tokenizer_lock:
+            if not any(map(self._tokenizer.tokenize, texts)):
+                raise DataError("has no tokens: the tokenizer drops all of its text and adds none.")
 
     def _refuse_longer(self, question: str, context: str) -> None:
         """Refuse what does not fit where the model knows no windows."""

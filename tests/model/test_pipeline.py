@@ -18,7 +18,7 @@ from transformers import BertConfig, PreTrainedTokenizerFast, pipeline
 
 from model.encoder import HEADS, MULTI_LABEL, LengthAdaptiveModel
 from model.export import quantise_folder, write_onnx_folder, write_transformers_folder
-from model.front_file import ExportError, ServedFront, ServedPoint
+from model.front_file import ExportError, Graph, ServedFront, ServedPoint
 from model.length_config import LengthConfig
 from model.pipeline import FIELDS, LengthAdaptivePipeline, batches
 from model.rows import DataError
@@ -363,6 +363,32 @@ def test_a_precision_that_is_mistyped_and_a_table_are_refused(tmp_path):
     with pytest.raises(DataError, match="one of the table's rows"):
         pipeline(table)
     assert pipeline(table["text"]) == pipeline(table.to_dict("records")) == pipeline(SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "nothing"),
+    [
+        ("classification", ("\u200b", "\u200b")),
+        ("token-classification", ["\u200b"]),
+        ("question-answering", ("\u200b", "\u200b")),
+    ],
+)
+def test_what_leaves_no_tokens_is_refused(kind, nothing, tmp_path, monkeypatch):
+    onnx_runner = pytest.importorskip("model.onnx_runner")
+    model, front = make(kind)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B:1", special_tokens=[]
+    )
+    write_transformers_folder(tmp_path, model, tokenizer, front)
+    pipeline = LengthAdaptivePipeline(tmp_path)
+    with pytest.raises(DataError, match=r"Input 1 .* has no tokens"):
+        pipeline([INPUTS[kind][0], nothing])
+    monkeypatch.setattr(onnx_runner, "SplitSession", lambda *_, **__: None)
+    graph = Graph(file="model.onnx", opset=18, precision="float32", fixed_length=None, token_types=True)
+    dataclasses.replace(front, graph=graph).write(tmp_path)
+    with pytest.raises(ValueError, match="An input has no tokens"):
+        onnx_runner.Runner(tmp_path)([nothing])
 
 
 def test_a_list_of_words_has_to_be_one(tmp_path):
