@@ -14,10 +14,18 @@ from hpo.errors import HpoError
 from hpo.front import BASELINE, Front, FrontPoint, choose, compute_front, flops_text, percents, quality_text
 from hpo.runs import write_folder
 from hpo.storage import IDENTITY
-from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload, with_paths
+from hpo.workload import (
+    DEFAULT_NAME,
+    LoadedWorkload,
+    Workload,
+    lengths_of,
+    library_versions,
+    load_workload,
+    with_paths,
+)
 from model.data import encode, load_corpus
 from model.encoded import EncodedSplit
-from model.encoder import CheckpointError, LengthAdaptiveModel
+from model.encoder import CheckpointError, LengthAdaptiveModel, labels_of, read_config
 from model.evaluate import Evaluator
 from model.export import (
     LEAST_LENGTH,
@@ -119,7 +127,8 @@ def export(
     scored_length, scored_stride = lengths_of(workload, tokenizer, checkpoint)
     if fixed_length is not None and LEAST_LENGTH <= fixed_length <= scored_length:
         workload = dataclasses.replace(workload, max_length=fixed_length)
-    model = LengthAdaptiveModel.from_pretrained(checkpoint, workload.task).eval()
+    names = _names_of_unnamed(study, checkpoint)
+    model = LengthAdaptiveModel.from_pretrained(checkpoint, workload.task, label_names=names).eval()
     if model.fingerprint() != study.user_attrs.get(IDENTITY, {}).get("model"):
         raise HpoError(f"The model in {checkpoint} is not the one that study {front.study!r} searched; restore it.")
     max_length, stride = lengths_of(workload, tokenizer, checkpoint)
@@ -341,6 +350,12 @@ def _text_columns(study: optuna.Study, workload: Workload) -> tuple[str, ...]:
     if "text_columns" in study.user_attrs:
         return tuple(study.user_attrs["text_columns"])
     return workload.data.text_columns or load_corpus(workload.data, workload.task).columns.texts
+
+
+def _names_of_unnamed(study: optuna.Study, checkpoint: Path) -> tuple[str, ...] | None:
+    """The dataset's names of classes that nobody named in the checkpoint; studies of earlier versions record none."""
+    is_named = not all(name.startswith(DEFAULT_NAME) for name in labels_of(read_config(checkpoint)))
+    return None if is_named else tuple(study.user_attrs.get("label_names", ())) or None
 
 
 def served_point(point: FrontPoint) -> ServedPoint:

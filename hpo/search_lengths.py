@@ -341,6 +341,7 @@ def open_search(
             "kind": "lengths",
             "workload": loaded.workload.to_attribute(),
             "text_columns": list(loaded.corpus.columns.texts),
+            "label_names": list(loaded.corpus.label_names),
             "checkpoint": str(checkpoint.resolve() if checkpoint.exists() else checkpoint),  # or a hub id
             "seed": seed,
             "versions": library_versions(),

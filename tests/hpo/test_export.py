@@ -175,7 +175,7 @@ def test_predictions_are_those_of_the_model_at_every_budget(served, encoder):
             with torch.no_grad():
                 logits = model(**tokenizer(text, return_tensors="pt"), length_config=point.length_config).logits[0]
             label = int(logits.argmax())
-            assert one == {"label": f"LABEL_{label}", "score": pytest.approx(float(logits.softmax(0)[label]), abs=1e-5)}
+            assert one == {"label": str(label), "score": pytest.approx(float(logits.softmax(0)[label]), abs=1e-5)}
 
 
 def test_threads_may_share_a_pipeline(served):
@@ -422,6 +422,29 @@ def test_labels_are_named_by_their_ids_in_whatever_order_a_config_has_them(serve
     config["label2id"] = {f"class {number}": int(number) for number in numbers}
     (served / "config.json").write_text(json.dumps(config))
     assert labels_of(read_config(served)) == tuple(f"class {number}" for number in range(12))
+
+
+@pytest.mark.parametrize(
+    ("own", "served"),
+    [
+        (("LABEL_0", "LABEL_1"), ("bad", "good")),
+        (("no", "yes"), ("no", "yes")),
+    ],
+)
+def test_classes_that_the_checkpoint_does_not_name_are_called_as_the_dataset_calls_them(
+    command, study, encoder, tmp_path, own, served
+):
+    assert study.user_attrs["label_names"] == ["0", "1"]
+    study.set_user_attr("label_names", ["bad", "good"])
+    network = AutoModelForSequenceClassification.from_pretrained(encoder)
+    network.config.id2label = dict(enumerate(own))
+    network.save_pretrained(tmp_path / "checkpoint")
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path / "checkpoint")
+    study.set_user_attr("checkpoint", str(tmp_path / "checkpoint"))
+    code, _, err = command("export", "--budget", "0.8", "--out", str(tmp_path / "served"))
+    assert code == 0, err
+    assert ServedFront.read(tmp_path / "served").label_names == served
+    assert labels_of(read_config(tmp_path / "served")) == served
 
 
 def test_labels_whose_ids_are_left_out_are_refused_where_they_would_name_predictions(served):
