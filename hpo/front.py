@@ -542,7 +542,7 @@ def _latencies(attrs: Mapping[str, Any]) -> tuple[LatencySource | None, float | 
     """One record of `hpo bench`: where it was measured, full length's milliseconds, and those of each trial.
 
     This machine's records come before others', then those of what a study's times are predicted for, over as many
-    sequences, single sequences before batches, and the newest before older ones.
+    sequences, those over fewer than usual last, single sequences before batches, and the newest before older ones.
     """
     records = [value for name, value in attrs.items() if name.startswith(LATENCY)]
     if not records:
@@ -555,7 +555,8 @@ def _latencies(attrs: Mapping[str, Any]) -> tuple[LatencySource | None, float | 
 
     def rank(one: Mapping[str, Any]) -> tuple[Any, ...]:
         is_wanted = _source(one) == wanted
-        apart = abs(one["sequences"] - SEQUENCES) if is_wanted else 0  # a smaller split has all its sequences timed
+        fewer = SEQUENCES - one["sequences"]  # a smaller split has all its sequences timed
+        apart = abs(fewer) if is_wanted else max(0, fewer)
         return one["processor"] != own, not is_wanted, apart, one["batch_size"]
 
     record = min(records, key=rank)

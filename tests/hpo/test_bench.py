@@ -121,6 +121,17 @@ def test_times_are_kept_with_the_study_and_measured_again_replace_themselves(stu
     assert front.full.latency_ms == first[0].full.ms
 
 
+def test_a_quick_look_at_few_sequences_does_not_hide_what_was_timed_before(study, storage, tmp_path):
+    (record,) = bench(study, storage, tmp_path / "runs", batch_sizes=(1,), **QUICK)
+    kept = compute_front(study, storage)
+    for sequences, is_shown in ((4, False), (8, True), (100, True)):
+        later = {**study.user_attrs[record.key], "sequences": sequences, "threads": 99, "points": []}
+        study.set_user_attr(f"{LATENCY}quick", {**later, "measured_at": "9999-01-01T00:00:00"})
+        front = compute_front(study, storage)
+        assert front.latency.threads == (99 if is_shown else record.threads)
+        assert is_shown or front.points == kept.points
+
+
 def test_a_default_run_times_no_fewer_points_than_the_one_it_replaces(study, storage, tmp_path, monkeypatch):
     """A search by time has timed its whole front; what `--max-latency-ms` chooses among must not become less."""
     monkeypatch.setattr("hpo.bench.POINTS", 1)
