@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +35,7 @@ from model.export import (
     write_onnx_folder,
     write_transformers_folder,
 )
-from model.front_file import FRONT_FILE, ServedFront, ServedPoint
+from model.front_file import FRONT_FILE, ExportError, ServedFront, ServedPoint
 from model.length_config import LengthConfig
 from model.onnx_export import OPSET, require_onnx
 from model.pipeline import LengthAdaptivePipeline
@@ -172,8 +173,9 @@ def export(
         if written.graph:
             graph = dataclasses.replace(written.graph, report_metric=measured.get("int8", measured.get("float32")))
             written = dataclasses.replace(written, graph=graph)
-            written.write(folder)
         (folder / "README.md").write_text(model_card(front, chosen, written, measured), encoding="utf-8")
+        written = dataclasses.replace(written, files=tuple(sorted(entry.name for entry in folder.iterdir())))
+        written.write(folder)
         results.append(Exported(folder=out, front=written, difference=difference, **measured))
 
     try:
@@ -305,15 +307,25 @@ def _check_place(out: Path) -> None:
         raise HpoError("The export would take the place of the current folder; choose a new one in it as --out.")
     if out.exists() and not out.is_dir():
         raise HpoError(f"{out} is a file; choose another --out.")
-    entries = list(out.iterdir()) if out.is_dir() else []
-    if entries and (not (out / FRONT_FILE).is_file() or any(map(_is_foreign, entries))):
-        raise HpoError(f"{out} holds files that no export wrote; choose another --out, or empty it.")
+    entries = sorted(out.iterdir()) if out.is_dir() else []
+    known = _files_of(out)
+    if foreign := [entry.name for entry in entries if _is_foreign(entry, known)]:
+        raise HpoError(f"{out} holds {foreign[0]}, which no export wrote; choose another --out, or move it away.")
 
 
-def _is_foreign(entry: Path) -> bool:
-    """Whether it is a folder that neither an export nor Python, which runs an export's files, has put there."""
+def _files_of(out: Path) -> tuple[str, ...] | None:
+    """The names of what an export put into a folder; empty where it is none, None where that does not tell."""
+    if not (out / FRONT_FILE).is_file():
+        return ()
+    with suppress(ExportError):  # of another version, or damaged
+        return ServedFront.read(out).files or None
+    return None
+
+
+def _is_foreign(entry: Path, known: tuple[str, ...] | None) -> bool:
+    """Whether it is neither an export's nor bytecode, which Python puts there as it runs an export's files."""
     is_bytecode = entry.name == "__pycache__" and all(file.suffix == ".pyc" for file in entry.glob("*"))
-    return entry.is_dir() and not is_bytecode
+    return not is_bytecode and (entry.is_dir() if known is None else entry.name not in known)
 
 
 def _chosen(front: Front, *, trial: int | None, **wish: float | None) -> FrontPoint:

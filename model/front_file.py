@@ -109,6 +109,7 @@ class ServedFront:
         versions: Libraries it was made with.
         graph: An ONNX graph; None where the folder holds a transformers model.
         scored_length: What `max_length` was where the points were scored; None in folders that do not tell.
+        files: Names of all that `hpo export` put into the folder; empty in folders that do not tell.
     """
 
     task: str
@@ -124,6 +125,7 @@ class ServedFront:
     versions: Mapping[str, str] = field(default_factory=dict)
     graph: Graph | None = None
     scored_length: int | None = None
+    files: tuple[str, ...] = ()
 
     def choose(
         self, *, max_drop: float | None = None, budget: float | None = None, max_latency_ms: float | None = None
@@ -188,8 +190,8 @@ class ServedFront:
                 fields[name] = _point_from_json(fields[name])
             fields["points"] = tuple(_point_from_json(point) for point in fields["points"])
             fields["graph"] = None if fields["graph"] is None else Graph(**fields["graph"])
-            for name in ("label_names", "text_columns"):
-                fields[name] = tuple(fields[name])
+            for name in ("label_names", "text_columns", "files"):
+                fields[name] = tuple(fields.get(name, ()))
             front = cls(**fields)
             if problem := front._problem():
                 raise ValueError(problem)

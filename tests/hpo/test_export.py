@@ -309,6 +309,16 @@ def test_an_export_is_replaced_and_other_folders_are_left_alone(command, served,
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_what_a_user_put_beside_an_export_is_not_replaced_with_it(command, served):
+    assert set(ServedFront.read(served).files) == {entry.name for entry in served.iterdir()}
+    (served / "serve.py").write_text("mine")
+    code, _, err = command("export", "--max-drop", "0", "--out", str(served))
+    assert code == 1
+    assert "holds serve.py, which no export wrote" in " ".join(err.split())
+    (served / "serve.py").unlink()
+    assert command("export", "--max-drop", "0", "--out", str(served))[0] == 0
+
+
 def test_an_export_through_a_link_takes_the_place_of_what_it_leads_to(command, study, tmp_path):
     (tmp_path / "current").symlink_to("first version")
     for _ in range(2):
