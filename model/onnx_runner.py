@@ -183,6 +183,8 @@ class Runner:
         """
         if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
             raise ValueError("Predictions are asked for as a list; put the one input into a list.")
+        if getattr(inputs, "ndim", 1) != 1:  # a table of pandas gives the names of its columns
+            raise ValueError("Predictions are asked for as a list; make one of the table's rows.")
         inputs = [self._read(given) for given in inputs]
         encodings, owners = [], []
         for number, given in enumerate(inputs):

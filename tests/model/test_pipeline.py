@@ -212,6 +212,8 @@ def test_the_runner_refuses_what_the_pipeline_refuses(kind, graph_of):
             pipeline(given)
         with pytest.raises(ValueError, match="into a list"):
             runner(given)
+    with pytest.raises(ValueError, match="one of the table's rows"):
+        runner(pandas.DataFrame({"text": ["film"]}))
 
 
 def test_the_runner_goes_on_over_lines_that_it_cannot_read(graph_of):
