@@ -40,7 +40,7 @@ from model.hardware import SurplusMemory, gains_from_bf16, is_out_of_memory, kee
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
 from model.prefix_tree import Ints, PrefixTree, paths_of
-from model.prepacked import pack
+from model.prepacked import arrange
 from model.tasks import Metric
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Evaluator:
         has_room = int(split.num_tokens.sum()) * _row_bytes(model, precision) <= states_bytes
         self._states = _Memory[_Rows](states_bytes if has_room else 0, lambda made: made.nbytes)
         self._network = snapshot(model.network, precision)
-        pack(model.family, self._network, model.num_layers)
+        arrange(model.family, self._network, model.num_layers)
         self.blocks = stratified_blocks(split.num_tokens, num_blocks, seed)
         self._bundles = _cut_blocks(split, self.blocks, rows_per_chunk)
 

@@ -540,13 +540,11 @@ def lay_side_by_side(family: EncoderFamily, network: Any, num_layers: int) -> No
     """Have the queries', keys' and values' weights of each layer lie together, so that one product takes them all.
 
     Args:
-        family: The network's adapter.
+        family: The network's adapter, which has them apart.
         network: Frozen; changed in place, not in what it computes.
         num_layers: Its layers.
     """
     for layer in range(num_layers):
-        if not family.has_projections_apart:
-            return
         projections = family.projections(family.layer(network, layer))
         for name in ("weight", "bias"):
             parts = [getattr(projection, name) for projection in projections]

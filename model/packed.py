@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.encoder import LengthAdaptiveModel, significant
-from model.families import lay_side_by_side
 from model.hardware import keep_freed_memory
 from model.length_config import LengthConfig
 from model.precision import Precision, snapshot
-from model.prepacked import can_pack, pack
+from model.prepacked import arrange
 
 FEW_ROWS = 512
 ROW_STEPS = {"fp32": 8, "mixed": 16, "bf16": 16}
@@ -52,7 +51,6 @@ class PackedNetwork:
         self.family, self.reads_first = model.family, model.reads_first
         self.precision: Precision = precision
         self.network: Any = snapshot(model.network, precision)
-        arrange = pack if can_pack(self.network) else lay_side_by_side
         arrange(self.family, self.network, model.num_layers)
 
     def logits(
