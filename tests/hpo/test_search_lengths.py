@@ -235,6 +235,15 @@ def test_front_and_full_length_are_scored_on_the_report_split_once(run, workload
     run(20)
 
 
+def test_of_equal_trials_the_first_alone_is_scored_on_the_report_split(run, lengths, storage):
+    coarse = dataclasses.replace(lengths, retention=Range(low=0.5, high=1.0, step=0.5))
+    study = run(40, definition=coarse).study
+    front = compute_front(study, storage)
+    scored = {int(key.split(":")[1]) for key in study.user_attrs if key.startswith("report_metric:")}
+    assert len(study.best_trials) > len(front.points)
+    assert scored == {front.full.trial, *(point.trial for point in front.points)}
+
+
 def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny_encoder, tmp_path, storage):
     run(4)
     other_data = dataclasses.replace(workload, data=dataclasses.replace(workload.data, seed=5))
