@@ -440,11 +440,13 @@ class _Run:
     def score_front_on_report_split(self) -> None:
         """Score the front and the full length once on the report split, and record both metric and cost.
 
-        Several workers begin at different points, and leave out what others have recorded meanwhile.
+        Of trials that are equal in all, the first stands for the others, as in `compute_front`. Several workers begin
+        at different points, and leave out what others have recorded meanwhile.
         """
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         full = [trial for trial in complete if constant_rate(trial.params) == 1.0][:1]
-        wanted = {trial.number: config_of(trial.params) for trial in (*full, *self.study.best_trials)}
+        first_of = {tuple(trial.values): trial for trial in reversed(self.study.best_trials)}
+        wanted = {trial.number: config_of(trial.params) for trial in (*full, *first_of.values())}
         alike = sorted(wanted, key=lambda number: wanted[number].shares or ())  # those scored together share layers
         numbers = self._not_reported(alike)
         if not numbers:

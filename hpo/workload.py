@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +208,15 @@ def load_trained_encoder(source: str | Path, corpus: Corpus) -> LengthAdaptiveMo
     """`load_encoder` for what is not trained any further; a head that it has not learned is warned of.
 
     Raises:
-        CheckpointError: It cannot be loaded, or numbers the dataset's classes in another order.
+        CheckpointError: It cannot be loaded, computes no numbers, or numbers the dataset's classes in another order.
     """
     model = load_encoder(source, corpus)
+    for name, weight in model.network.named_parameters():
+        if not all(map(isfinite, weight.detach().aminmax())):
+            raise CheckpointError(
+                f"The weight {name} of {source} holds what is no finite number, as after a training that diverged; "
+                "give another checkpoint."
+            )
     if model.has_new_head:
         logger.warning(RANDOM_HEAD, source, model.task)
     else:

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, TypeGuard
@@ -69,7 +70,7 @@ class Range:
             _check_number("step", self.step)
             if self.step <= 0:
                 raise StudyFileError(f"step={self.step} is not above 0")
-            if not self._on_grid(self.high):
+            if not _leads_to(self.low, self.high, self.step):
                 raise StudyFileError(f"step={self.step} does not lead from low={self.low} to high={self.high}")
 
     @property
@@ -437,6 +438,14 @@ def _check_keys(where: str, table: Mapping[str, Any], known: Sequence[str], need
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _leads_to(low: float, high: float, step: float) -> bool:
+    """Whether whole steps lead from one number to the other, in decimals: Optuna, which counts so, moves other ends."""
+    try:
+        return not (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step))
+    except InvalidOperation:  # more steps than it can count
+        return False
 
 
 def _is_value(value: object) -> TypeGuard[Value]:

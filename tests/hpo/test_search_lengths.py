@@ -31,7 +31,7 @@ from hpo.search_lengths import (
 from hpo.storage import finished_trials, open_storage
 from hpo.workload import load_encoder, load_workload
 from model.data import SEED_LIMIT
-from model.encoder import LengthAdaptiveModel
+from model.encoder import CheckpointError, LengthAdaptiveModel
 from model.evaluate import Evaluator, predict, score, stratified_blocks
 from model.length_config import LengthConfig
 from model.macs import mean_macs
@@ -233,6 +233,15 @@ def test_front_and_full_length_are_scored_on_the_report_split_once(run, workload
 
     monkeypatch.setattr(Evaluator, "predict_block", never)
     run(20)
+
+
+def test_of_equal_trials_the_first_alone_is_scored_on_the_report_split(run, lengths, storage):
+    coarse = dataclasses.replace(lengths, retention=Range(low=0.5, high=1.0, step=0.5))
+    study = run(40, definition=coarse).study
+    front = compute_front(study, storage)
+    scored = {int(key.split(":")[1]) for key in study.user_attrs if key.startswith("report_metric:")}
+    assert len(study.best_trials) > len(front.points)
+    assert scored == {front.full.trial, *(point.trial for point in front.points)}
 
 
 def test_changed_workload_space_or_model_is_refused(run, workload, lengths, tiny_encoder, tmp_path, storage):
@@ -520,6 +529,20 @@ def test_a_head_that_nobody_trained_is_warned_of(run, tiny_encoder, tmp_path, ca
 
 
 # Seeds of another method
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_no_finite_numbers_are_refused_before_a_study_is_made(
+    run, tiny_encoder, tmp_path, storage, value
+):
+    network = BertForSequenceClassification.from_pretrained(tiny_encoder)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    network.get_parameter(name).data[3, 5] = value
+    network.save_pretrained(tmp_path / "diverged")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "diverged")
+    with pytest.raises(CheckpointError, match=f"The weight {name} of .*diverged holds what is no finite number"):
+        run(5, checkpoint=tmp_path / "diverged")
+    assert not optuna.get_all_study_names(open_storage(storage))
 
 
 @pytest.fixture

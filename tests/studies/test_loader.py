@@ -444,6 +444,12 @@ def test_a_finetune_study_that_declares_something_impossible_is_refused(write, o
             "low = 0.2\nhigh = 1.0\nstep = 0.07",
             "retention: step=0.07 does not lead from low=0.2 to high=1.0",
         ),
+        (
+            RETENTION,
+            "low = 0.3333333333\nhigh = 1.0\nstep = 0.1666666667",
+            "retention: step=0.1666666667 does not lead from low=0.3333333333 to high=1.0",
+        ),
+        (RETENTION, "low = 0.2\nhigh = 1.0\nstep = 1e-30", "retention: step=1e-30 does not lead from low=0.2"),
         (RETENTION, "choices = [0.5, 1.0]", "[retention] lists choices"),
         (RETENTION, "low = 0.2", "retention: a range lacks high"),
         ("population_size = 50", "population_size = 3", "population_size=3"),
