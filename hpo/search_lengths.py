@@ -488,12 +488,17 @@ class _Run:
         return {metric.name: split.quality(metric, answers_X) for metric in self.loaded.metrics}
 
     def _score_new(self, asked: Sequence[AskedTrial]) -> None:
-        """Score the trials whose lengths were not scored before, each distinct one once."""
+        """Score the trials whose lengths were not scored before, each distinct one once.
+
+        Constant rates, full length among them, are what a front is compared with: they are not stopped, not even where
+        another trial of their lengths was.
+        """
         done = self.mirror.ended
         new: dict[bytes, AskedTrial] = {}
-        for trial in asked:
+        for trial in sorted(asked, key=lambda trial: constant_rate(trial.params) is None):
             key = self._key(config_of(trial.params))
-            if key not in self._result_of:
+            known = self._result_of.get(key)
+            if known is None or (known.metric is None and constant_rate(trial.params) is not None):
                 new.setdefault(key, trial)
 
         def report_share(share: float) -> None:
@@ -535,7 +540,7 @@ class _Run:
                 continue
             for index in alive:
                 if constant_rate(asked[index].params) is not None:
-                    continue  # constant rates, full length among them, are what a front is compared with
+                    continue
                 correct_M = answers_CX[index, seen_M] == split.labels[seen_M]
                 defeat = rivals.beats(costs[index], correct_M, seen_M, self.definition.confidence)
                 if defeat is not None:
@@ -599,7 +604,8 @@ class _Run:
     def _remember(self, trial: FrozenTrial) -> None:
         config = config_of(trial.params)
         key = self._key(config)
-        if key in self._result_of:
+        known = self._result_of.get(key)
+        if known is not None and (known.metric is not None or trial.state != TrialState.COMPLETE):
             return
         attrs = trial.user_attrs
         kept = {name: attrs[name] for name in (METRICS, *PARTIAL_FIGURES) if name in attrs}

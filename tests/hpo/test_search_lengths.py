@@ -373,6 +373,21 @@ def test_a_resumed_study_knows_what_was_stopped(run, stopping, monkeypatch):
     assert len(after) == 60
 
 
+def test_full_length_is_scored_whole_where_what_keeps_as_much_was_stopped(run, stopping, lengths, monkeypatch, storage):
+    fine = dataclasses.replace(stopping, retention=Range(low=0.4, high=1.0, step=0.01))
+    with monkeypatch.context() as patch:  # as where another worker has these, and is interrupted
+        patch.setattr(hpo.search_lengths._Run, "first", lambda self: [])
+        study = run(8, definition=fine).study
+        study.enqueue_trial({"retention_0": 0.99, "retention_1": 1.0, "retention_2": 1.0})
+        study = run(9, definition=fine).study
+        assert study.trials[8].state == TrialState.PRUNED
+    for trials in (12, 30):
+        front = compute_front(run(trials, definition=fine).study, storage)
+    full = front.full
+    assert full.shares == (1.0, 1.0, 1.0)
+    assert "reused_from" not in study.trials[full.trial].user_attrs
+
+
 def test_only_a_share_of_examples_is_stopped_early(run, stopping, workload):
     by_f1 = dataclasses.replace(workload, metric="f1")
     study = run(30, definition=stopping, workload=by_f1).study
