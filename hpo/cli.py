@@ -608,7 +608,7 @@ def export_command(
     _check_choice(max_drop, budget, max_latency_ms)
     if (trial is None) == (max_drop is None and budget is None and max_latency_ms is None):
         raise typer.BadParameter("give one of --max-drop, --budget, --max-latency-ms and --trial")
-    if format != "onnx" and (fixed_length or opset or int8):
+    if format != "onnx" and (fixed_length, opset, int8) != (None, None, None):
         raise typer.BadParameter("--fixed-length, --opset and --int8 go with --format onnx")
     from hpo.export import FORMATS, INT8, NOTABLE, export
     from hpo.runs import runs_folder

@@ -1,8 +1,10 @@
 """What the examples start is what the command line takes, and what texts say to install is ours to install."""
 
+import ast
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -14,6 +16,13 @@ from hpo.cli import app
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+RUNNER = ROOT / "model" / "onnx_runner.py"
+"""Runs where nothing of ours is installed, so that it says itself what it imports."""
+
+
+def told_by(file: Path) -> list[str]:
+    """What a file says to install by pip."""
+    return re.findall(r"pip install ([^`\"\n]+)", file.read_text())
 
 
 def options_of(command: list[str]) -> dict[str, object]:
@@ -58,12 +67,8 @@ def test_slurm_script_is_bash():
 def test_texts_say_to_install_this_checkout_or_packages_that_an_extra_names():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     packages = {re.split("[>=<]", needed)[0] for extra in extras.values() for needed in extra}
-    sources = (file for folder in ("hpo", "model", "studies") for file in (ROOT / folder).glob("*.py"))
-    told = [
-        wanted
-        for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *sources)
-        for wanted in re.findall(r"pip install ([^`\"\n]+)", file.read_text())
-    ]
+    sources = {file for folder in ("hpo", "model", "studies") for file in (ROOT / folder).glob("*.py")} - {RUNNER}
+    told = [wanted for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *sources) for wanted in told_by(file)]
     checkouts = [wanted for wanted in told if wanted.startswith("-e ")]
     for wanted in checkouts:
         extra = re.fullmatch(r"-e (?:\.|'\.\[(\w+)\]')", wanted)
@@ -79,3 +84,10 @@ def test_every_package_that_is_installed_tells_type_checkers_that_it_is_typed():
     assert "py.typed" in setuptools["package-data"]["*"]
     for package in setuptools["packages"]:
         assert (ROOT / package / "py.typed").is_file()
+
+
+def test_the_runner_says_to_install_all_that_it_imports():
+    imports = [node for node in ast.walk(ast.parse(RUNNER.read_text())) if isinstance(node, ast.Import)]
+    packages = {alias.name for node in imports for alias in node.names} - sys.stdlib_module_names
+    (told,) = told_by(RUNNER)
+    assert set(shlex.split(told)) == packages

@@ -472,6 +472,7 @@ def test_labels_whose_ids_are_left_out_are_refused_where_they_would_name_predict
         (("--trial", "999"), 1, "no completed trial 999"),
         (("--budget", "0.9", "--format", "tflite"), 2, "hf or onnx"),
         (("--budget", "0.9", "--int8", "dynamic"), 2, "--format onnx"),
+        (("--budget", "0.9", "--opset", "0"), 2, "--format onnx"),
         (("--budget", "0.9", "--format", "onnx", "--fixed-length", "600"), 1, "choose 4 to 32"),
         (("--budget", "0.9", "--format", "onnx", "--opset", "9"), 1, "opset 9; choose 18"),
         (("--budget", "0.9", "--study", "other"), 1, "No study 'other'"),
