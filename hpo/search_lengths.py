@@ -31,7 +31,7 @@ from hpo.early_stopping import (
     bits_to_text,
 )
 from hpo.errors import HpoError
-from hpo.front import ORIGIN, PREDICTION, RETENTION, SKIP, Front, compute_front, config_of, constant_rate
+from hpo.front import ORIGIN, PREDICTION, RETENTION, SKIP, Front, compute_front, config_of, constant_rate, non_dominated
 from hpo.heartbeats import Heartbeats
 from hpo.mirror import AskedTrial, MirroredStudy, Told
 from hpo.outage import DEFAULT_TIMEOUT_S
@@ -445,8 +445,8 @@ class _Run:
         """
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         full = [trial for trial in complete if constant_rate(trial.params) == 1.0][:1]
-        first_of = {tuple(trial.values): trial for trial in reversed(self.study.best_trials)}
-        wanted = {trial.number: config_of(trial.params) for trial in (*full, *first_of.values())}
+        on_front = non_dominated([trial.values[1:] for trial in complete], [trial.values[0] for trial in complete])
+        wanted = {trial.number: config_of(trial.params) for trial in (*full, *(complete[index] for index in on_front))}
         alike = sorted(wanted, key=lambda number: wanted[number].shares or ())  # those scored together share layers
         numbers = self._not_reported(alike)
         if not numbers:
