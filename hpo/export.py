@@ -15,18 +15,10 @@ from hpo.errors import HpoError
 from hpo.front import BASELINE, Front, FrontPoint, choose, compute_front, flops_text, percents, quality_text
 from hpo.runs import write_folder
 from hpo.storage import IDENTITY
-from hpo.workload import (
-    DEFAULT_NAME,
-    LoadedWorkload,
-    Workload,
-    lengths_of,
-    library_versions,
-    load_workload,
-    with_paths,
-)
+from hpo.workload import LoadedWorkload, Workload, lengths_of, library_versions, load_workload, with_paths
 from model.data import encode, load_corpus
 from model.encoded import EncodedSplit
-from model.encoder import CheckpointError, LengthAdaptiveModel, labels_of, read_config
+from model.encoder import CheckpointError, LengthAdaptiveModel, given_labels, read_config
 from model.evaluate import Evaluator
 from model.export import (
     LEAST_LENGTH,
@@ -366,8 +358,9 @@ def _text_columns(study: optuna.Study, workload: Workload) -> tuple[str, ...]:
 
 def _names_of_unnamed(study: optuna.Study, checkpoint: Path) -> tuple[str, ...] | None:
     """The dataset's names of classes that nobody named in the checkpoint; studies of earlier versions record none."""
-    is_named = not all(name.startswith(DEFAULT_NAME) for name in labels_of(read_config(checkpoint)))
-    return None if is_named else tuple(study.user_attrs.get("label_names", ())) or None
+    if given_labels(read_config(checkpoint)):
+        return None
+    return tuple(study.user_attrs.get("label_names", ())) or None
 
 
 def served_point(point: FrontPoint) -> ServedPoint:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hpo.errors import HpoError
 from model.data import KINDS, Corpus, DataSpec, encode, load_corpus
 from model.encoded import EncodedSplit
-from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, labels_of, max_tokens, read_config
+from model.encoder import CheckpointError, LengthAdaptiveModel, check_task, given_labels, max_tokens, read_config
 from model.question_answering import DEFAULT_STRIDE
 from model.rows import DataError
 from model.tasks import Metric, choose_metric
@@ -30,8 +30,6 @@ RANDOM_HEAD = (
     "%s has no trained head for %s. A random one is searched, another each time it is loaded, so that its answers mean "
     "nothing and the study cannot be gone on with; train the encoder with `hpo tune` first."
 )
-DEFAULT_NAME = "LABEL_"
-"""How transformers calls labels that nobody named."""
 
 ProgressHook = Callable[[float, int, str], None]
 """Called with what is done, of how much in all, and a remark; trials that run count in part."""
@@ -242,9 +240,8 @@ def _check_classes(source: str | Path, names: Sequence[str]) -> None:
 def differing_labels(source: str | Path, names: Sequence[str]) -> tuple[str, ...]:
     """The labels of an encoder's head where they are not a dataset's, whatever their case; none where nobody named
     either."""
-    theirs = labels_of(read_config(source))
-    unnamed = not names or not theirs or theirs[0].startswith(DEFAULT_NAME)
-    return () if unnamed or _folded(names) == _folded(theirs) else theirs
+    theirs = given_labels(read_config(source))
+    return theirs if names and _folded(names) != _folded(theirs) else ()
 
 
 def listed_labels(names: Sequence[str]) -> str:

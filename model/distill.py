@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model.encoded import EncodedSplit
-from model.encoder import LengthAdaptiveModel, labels_of
+from model.encoder import LengthAdaptiveModel, given_labels
 from model.families import Places
 from model.hardware import compute_device
 from model.precision import snapshot
@@ -739,9 +739,8 @@ def check_pair(student: LengthAdaptiveModel, teacher: LengthAdaptiveModel, setti
     ):
         if left != right:
             raise ValueError(f"The student's {what} is {left}, the teacher's {right}; use two that agree.")
-    names, its_names = (list(labels_of(config)) for config in (ours, its))
-    unnamed = [f"LABEL_{index}" for index in range(ours.num_labels)]
-    if unnamed not in (names, its_names) and names != its_names:
+    names, its_names = (list(given_labels(config)) for config in (ours, its))
+    if names and its_names and names != its_names:
         raise ValueError(f"The student's labels are {names}, the teacher's {its_names}; use two that agree.")
     for setting in ("attention_weight", "relation_weight"):
         if getattr(settings, setting) and ours.num_attention_heads != its.num_attention_heads:

@@ -358,6 +358,12 @@ def labels_of(config: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(names[number] for number in sorted(names))
 
 
+def given_labels(config: PreTrainedConfig) -> tuple[str, ...]:
+    """As `labels_of`; none where nobody named them and transformers numbers them."""
+    names = labels_of(config)
+    return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
+
+
 def max_tokens(source: str | Path) -> int:
     """The longest sequence that a folder's or hub id's encoder takes, special tokens included.
 
