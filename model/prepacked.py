@@ -3,8 +3,8 @@
 torch has oneDNN lay them out anew at every call, and leaves products in float32 to another library that does the same.
 On two cores of an AMD EPYC with AVX-512, products of 64 to 4,096 rows with MiniLM's weights take 0.80 to 0.91 of the
 time in float32 and 0.85 to 0.96 in bf16; without AVX-512, those of 8 to 48 rows in float32 0.6 to 1.0 (one thread), and
-more rows about as long as before. Operators of torch's own compiler do it; where it lacks them, on other
-processors and on GPUs, queries, keys and values are still made by one product.
+more rows about as long as before. Operators of torch's own compiler do it; where it lacks them, on other processors and
+on GPUs, queries, keys and values are still made by one product.
 
 Shape letters: R rows, X and Y inputs and outputs of a layer.
 """
@@ -52,12 +52,14 @@ class PackedLinear(nn.Module):
 
 def can_pack(network: nn.Module) -> bool:
     """Whether the network is on a processor, and torch has what it takes to be quicker there with all its layers."""
-    is_exact = all(parameter.dtype == torch.float32 for parameter in network.parameters())
+    parameters = list(network.parameters())
+    is_exact = all(parameter.dtype == torch.float32 for parameter in parameters)
+    quick = ("AVX2", "AVX512") if is_exact else ("AVX512",)  # oneDNN has no bf16 products without AVX-512
     return (
-        all(parameter.device.type == "cpu" for parameter in network.parameters())
+        all(parameter.device.type == "cpu" for parameter in parameters)
         and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and bool(torch.backends.mkldnn.enabled)
-        and torch.backends.cpu.get_cpu_capability() in ("AVX512", *(("AVX2",) if is_exact else ()))
+        and torch.backends.cpu.get_cpu_capability() in quick
         and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     )
 
