@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hpo.errors import HpoError
+from model.paths import user_path
 from studies.loader import StudyFileError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
+
 
 Storage = Annotated[
     str | None,
@@ -413,7 +415,9 @@ def search_lengths_command(
     ] = LENGTHS,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Trained encoder.", show_default="best model of the finetune study"),
+        typer.Option(
+            metavar="DIR", parser=user_path, help="Trained encoder.", show_default="best model of the finetune study"
+        ),
     ] = None,
     finetune_study: Annotated[
         str, typer.Option(metavar="NAME", help="Study whose best model and dataset are taken.")
@@ -541,12 +545,16 @@ def pareto_command(
     budget: Budget = None,
     max_latency_ms: MaxLatency = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the page goes.", show_default="in the runs folder")
+        Path | None,
+        typer.Option(metavar="FILE", parser=user_path, help="Where the page goes.", show_default="in the runs folder"),
     ] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="Also draw a PNG, SVG, PDF, JPEG or WebP; may be repeated.", show_default=False
+            metavar="FILE",
+            parser=user_path,
+            help="Also draw a PNG, SVG, PDF, JPEG or WebP; may be repeated.",
+            show_default=False,
         ),
     ] = None,
     storage: Storage = None,
@@ -578,7 +586,7 @@ def pareto_command(
 
 @app.command("export")
 def export_command(
-    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the folder goes.")],
+    out_folder: Annotated[Path, typer.Option("--out", metavar="DIR", parser=user_path, help="Where the folder goes.")],
     study: Annotated[str, typer.Option(metavar="NAME", help="A lengths study.")] = LENGTHS,
     max_drop: MaxDrop = None,
     budget: Budget = None,
@@ -727,6 +735,8 @@ def bench_command(
         raise typer.BadParameter(f"--baselines {unknown[0]}: choose among {', '.join(BASELINES)}, or none")
     _quieten_libraries()
     if threads is not None:
+        if threads > (most := os.cpu_count() or threads):
+            raise typer.BadParameter(f"--threads {threads}: this machine has {most} processors")
         torch.set_num_threads(threads)
     url = storage_url(storage)
     with _abandoned_by_ctrl_c(), _database(url), _progress("size", say=True) as progress:
@@ -755,7 +765,7 @@ def bench_command(
 
 @app.command("predict")
 def predict_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `hpo export` wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", parser=user_path, help="What `hpo export` wrote.")],
     max_drop: MaxDrop = None,
     budget: Budget = None,
     max_latency_ms: MaxLatency = None,
@@ -782,7 +792,7 @@ def predict_command(
             answered += 1
             if answer.problem is not None:
                 unread += 1
-                err.print(f"Line {answer.number} {answer.problem}", markup=False, highlight=False, soft_wrap=True)
+                _remark(f"Line {answer.number} {answer.problem}")
         sys.stdout.buffer.flush()
     except BrokenPipeError:  # whoever read the predictions has enough; nothing is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -792,8 +802,14 @@ def predict_command(
         err.print(f"\nInterrupted after {answered} lines.", markup=False)
         raise typer.Exit(130) from None
     if unread:
-        err.print(f"{unread} of {answered} lines could not be read.", markup=False)
+        _remark(f"{unread} of {answered} lines could not be read.")
         raise typer.Exit(1)
+
+
+def _remark(line: str) -> None:
+    """Say something on standard error that the output says too; without it where that is closed or full."""
+    with suppress(OSError):
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("studies")
@@ -1318,7 +1334,7 @@ def _absolute(place: str) -> str:
     """Local paths are recorded absolute, so that a later command may run elsewhere."""
     from hpo.workload import with_paths
 
-    return with_paths(place, lambda path: str(Path(path).resolve()) if Path(path).exists() else path)
+    return with_paths(place, lambda path: str(user_path(path).resolve()) if user_path(path).exists() else path)
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import optuna
 
 from hpo.errors import HpoError
 from model.modes import as_the_umask_says
+from model.paths import user_path
 from studies.loader import STAGES
 
 if TYPE_CHECKING:  # listing and drawing studies needs no torch
@@ -49,7 +50,7 @@ FOLDER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 def runs_folder(given: Path | None) -> Path:
     """The folder to use: the given one, else `HPO_RUNS`, else `runs`."""
-    return given or Path(os.environ.get("HPO_RUNS") or DEFAULT_RUNS)
+    return user_path(given or os.environ.get("HPO_RUNS") or DEFAULT_RUNS)
 
 
 def new_folder_name(study_name: str) -> str:

@@ -17,6 +17,7 @@ from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from model.hub import hub_answers
+from model.paths import user_path
 from model.rows import DataError
 
 TRAIN_SPLIT = "train"
@@ -51,7 +52,7 @@ def _without_network() -> Iterator[None]:
 def read_splits(dataset: str) -> dict[str, datasets.Dataset]:
     """Every split of `dataset` by its name, none of them empty."""
     with _quiet_libraries(), _explained_errors(dataset):
-        path = Path(dataset).expanduser()
+        path = user_path(dataset)
         folder, _, config = dataset.rpartition(":")
         if path.is_dir():
             splits = _read_folder(path, None)
@@ -59,8 +60,8 @@ def read_splits(dataset: str) -> dict[str, datasets.Dataset]:
             splits = {TRAIN_SPLIT: _read_file(path, TRAIN_SPLIT)}
         elif "=" in dataset:
             splits = _read_named_files(dataset)
-        elif folder and Path(folder).expanduser().is_dir():
-            splits = _read_folder(Path(folder).expanduser(), config)
+        elif folder and user_path(folder).is_dir():
+            splits = _read_folder(user_path(folder), config)
         elif _looks_like_path(dataset):
             raise DataError(f"There is no file or folder {dataset!r}; check the path given as --dataset.")
         else:
@@ -91,7 +92,7 @@ def _read_named_files(dataset: str) -> dict[str, datasets.Dataset]:
                 f"Cannot read {part!r} in --dataset {dataset!r}; write train=FILE,validation=FILE, each split once, "
                 f"with split names from {', '.join(allowed)}."
             )
-        path = Path(file).expanduser()
+        path = user_path(file)
         if not path.is_file():
             raise DataError(f"There is no file {file!r} for the {name} split; check the path given as --dataset.")
         splits[name] = _read_file(path, name)

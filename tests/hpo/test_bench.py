@@ -392,6 +392,7 @@ def test_the_commands_measure_show_and_serve_a_time(study, command, tmp_path):
         (["bench", "--batch-size", "1,x"], "--batch-size 1,x"),
         (["bench", "--batch-size", "0"], "1 or more"),
         (["bench", "--baselines", "tensorrt"], "tensorrt"),
+        (["bench", "--threads", "100000"], "--threads 100000"),
         (["pareto", "--max-latency-ms", "0"], "above 0"),
         (["pareto", "--max-latency-ms", "3", "--budget", "0.5"], "not both"),
         (["export", "--out", "x"], "--max-latency-ms"),

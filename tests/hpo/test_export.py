@@ -283,6 +283,16 @@ def test_predict_without_its_input_or_output_says_so(redirection, name):
     assert done.stderr == f"hpo: Standard {name} is closed; run `hpo predict served < in.jsonl > out.jsonl`.\n"
 
 
+@pytest.mark.parametrize("redirection", ["2>&-", "2> /dev/full"])
+def test_predict_answers_every_line_where_nobody_can_be_told_of_bad_ones(served, redirection):
+    (served.parent / "some.jsonl").write_text('{\n{"text": "a film"}\n[]\n{"text": "another"}\n')
+    program = f"{sys.executable} -m hpo.cli predict {served} < some.jsonl {redirection}"
+    done = subprocess.run(program, shell=True, capture_output=True, cwd=served.parent, check=False, env=here())
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert ["error" in answer for answer in answers] == [True, False, True, False]
+    assert done.returncode == 1
+
+
 def here():
     """This process's environment, with the checkout on the path."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -317,6 +327,16 @@ def test_what_a_user_put_beside_an_export_is_not_replaced_with_it(command, serve
     assert "holds serve.py, which no export wrote" in " ".join(err.split())
     (served / "serve.py").unlink()
     assert command("export", "--max-drop", "0", "--out", str(served))[0] == 0
+
+
+def test_a_home_that_the_shell_did_not_read_is_where_an_export_goes(command, served, monkeypatch):
+    monkeypatch.setenv("HOME", str(served.parent))
+    code, _, err = command("export", "--max-drop", "0", "--out=~/another")
+    assert code == 0, err
+    assert (served.parent / "another" / "config.json").is_file()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "a good film"}')))
+    code, _, err = command("predict", "~/another")
+    assert code == 0, err
 
 
 def test_an_export_through_a_link_takes_the_place_of_what_it_leads_to(command, study, tmp_path):
