@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,11 @@ class Range:
     def whole(self) -> bool:
         """Whether the range holds whole numbers only."""
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
+
+    def in_floats(self) -> "Range":
+        """The same range with 1 written as 1.0."""
+        step = None if self.step is None else float(self.step)
+        return Range(low=float(self.low), high=float(self.high), log=self.log, step=step)
 
     def __contains__(self, value: object) -> bool:
         if not _is_number(value) or (self.whole and not isinstance(value, int)):
@@ -305,7 +311,7 @@ def load(name_or_path: str, offered: tuple[type[Study], ...] = (FinetuneStudy, L
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise StudyFileError(f"Cannot read the study file {path}: {error}.") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of tomllib's own, or Python's of a number of thousands of digits
         raise StudyFileError(f"The study file {path} is not valid TOML: {error}.") from error
     try:
         match document.pop("kind", None):
@@ -394,7 +400,7 @@ def _read_lengths(document: dict[str, Any], default_name: str) -> LengthsStudy:
     _check_keys(f"[sampler] {name}", sampler, SAMPLERS[name])
     return LengthsStudy(
         name=document.get("name", default_name),
-        retention=retention,
+        retention=retention.in_floats(),
         skippable=tuple(layers) if isinstance(layers, list) else layers,
         cost=document.get("cost", "macs"),
         **{f"latency_{key}": value for key, value in _table(document, "latency", ("batch_size", "precision")).items()},
@@ -437,7 +443,8 @@ def _check_keys(where: str, table: Mapping[str, Any], known: Sequence[str], need
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a float may hold it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _leads_to(low: float, high: float, step: float) -> bool:

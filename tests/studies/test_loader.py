@@ -235,6 +235,12 @@ def test_fingerprints_are_the_same_for_equal_declarations(write):
     assert load("lengths").space_fingerprint() == load(write(as_built_in)).space_fingerprint()
 
 
+def test_a_retention_of_one_may_be_written_whole(write):
+    whole = load_lengths(str(write(edited(LENGTHS, "high = 1.0", "high = 1"))))
+    assert whole.space_fingerprint() == load_lengths(str(write(LENGTHS))).space_fingerprint()
+    assert isinstance(whole.retention.high, float)
+
+
 @pytest.mark.parametrize(
     ("text", "old", "new"),
     [
@@ -371,6 +377,8 @@ def test_a_file_that_declares_no_study_is_refused(write, content, says):
         ('objective = "area"', 'objective = ["area"]', "objective=['area']"),
         # ranges
         (EPOCHS, "epochs = { low = 4, high = 2 }", "epochs: low=4 is above high=2"),
+        (EPOCHS, f"epochs = {{ low = 2, high = 1{'0' * 400} }}", "is not a finite number"),
+        (EPOCHS, f"epochs = {{ low = 2, high = 1{'0' * 5000} }}", "is not valid TOML"),
         (EPOCHS, "epochs = { low = 2 }", "epochs: a range lacks high"),
         (EPOCHS, "epochs = {}", "epochs: a range lacks low and high"),
         (EPOCHS, 'epochs = { low = "2", high = 4 }', "epochs: low='2'"),
@@ -434,6 +442,7 @@ def test_a_finetune_study_that_declares_something_impossible_is_refused(write, o
         ("confidence = 3.0", "confidence = 0", "confidence=0; choose a number of standard errors above 0"),
         ("confidence = 3.0", "patience = 3", "[early_stopping] has no setting patience"),
         (RETENTION, "low = 0.2\nhigh = 0.9\nstep = 0.05", "[retention] runs from 0.2 to 0.9"),
+        (RETENTION, f"low = 0.2\nhigh = 1.0\nstep = 1{'0' * 400}", "is not a finite number"),
         (RETENTION, "low = 0.2\nhigh = 1.5\nstep = 0.05", "[retention] runs from 0.2 to 1.5"),
         (RETENTION, "low = 0.0\nhigh = 1.0\nstep = 0.05", "[retention] runs from 0.0 to 1.0"),
         (RETENTION, "low = -0.5\nhigh = 1.0\nstep = 0.05", "[retention] runs from -0.5 to 1.0"),
