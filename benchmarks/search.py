@@ -411,7 +411,8 @@ def peak_memory_gib() -> float:
 
 def where() -> dict[str, Any]:
     """The hardware and the versions."""
-    hardware = {"processor": processor_name(), "threads": torch.get_num_threads()}
+    amx = torch.cpu._is_amx_tile_supported()
+    hardware = {"processor": processor_name(), "threads": torch.get_num_threads(), "amx": amx}
     return {"hardware": hardware, "versions": library_versions()}
 
 

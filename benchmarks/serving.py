@@ -336,6 +336,7 @@ def hardware() -> dict[str, Any]:
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "bf16_products": computes_in_bf16(),
+        "amx": torch.cpu._is_amx_tile_supported(),
     }
 
 
