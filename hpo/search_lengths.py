@@ -401,6 +401,11 @@ class _Run:
     def learn(self, trials: Sequence[FrozenTrial]) -> None:
         """Remember what others scored."""
         for trial in trials:
+            if missing := self.mirror.distributions.keys() - trial.params.keys():
+                raise HpoError(
+                    f"Trial {trial.number} of study {self.study.study_name!r} was added without "
+                    f"{', '.join(sorted(missing))}; a search cannot go on beside it, so begin one under another name."
+                )
             self._seen.add(_frozen(trial.params))
             self._remember(trial)
 

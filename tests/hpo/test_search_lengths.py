@@ -104,6 +104,17 @@ def test_what_a_user_queued_outside_the_search_space_fails_alone(run, caplog, qu
     assert f"{name}={value!r}" in study.trials[8].user_attrs["failure"]
 
 
+@pytest.mark.parametrize("missing", [("retention_1",), ("retention_0", "retention_1", "retention_2")])
+def test_a_trial_that_a_user_added_without_a_retention_is_named(run, missing):
+    study = run(8).study
+    whole = study.trials[0]
+    there = [name for name in whole.params if name not in missing]
+    params, spaces = ({name: of[name] for name in there} for of in (whole.params, whole.distributions))
+    study.add_trial(optuna.create_trial(params=params, distributions=spaces, values=whole.values))
+    with pytest.raises(HpoError, match=f"Trial 8 of study 'lengths' .* {missing[0]}.*another name"):
+        run(12)
+
+
 def test_first_generation_holds_every_constant_rate_then_random_ones(run, lengths):
     study = run(10).study
     rates = constant_rates(lengths)
