@@ -334,7 +334,7 @@ def _definition(study: str, objective: str | None) -> "FinetuneStudy":
     """A study file, with the objective that a flag names."""
     from studies.loader import load_finetune
 
-    definition = load_finetune(study)
+    definition = load_finetune(_name_or_file(study))
     if objective is None:
         return definition
     return dataclasses.replace(definition, objective=objective)  # type: ignore[arg-type]  # checks itself
@@ -480,7 +480,7 @@ def search_lengths_command(
         raise typer.BadParameter(f"--seed-with {seed_with}: choose {' or '.join(METHODS)}")
     cluster = _cluster(ray, cpus_per_worker, gpus_per_worker)
     url, root = storage_url(storage), runs_folder(runs)
-    definition = load_lengths(study)
+    definition = load_lengths(_name_or_file(study))
     if cost is not None:
         definition = dataclasses.replace(definition, cost=cost)  # type: ignore[arg-type]  # checks itself
     flags = _data_flags(dataset, text_columns, label_column, train_limit, search_size, seed)
@@ -1327,7 +1327,12 @@ def _study_name(name_or_path: str) -> str:
         return name_or_path
     from studies.loader import load
 
-    return load(name_or_path).name
+    return load(_name_or_file(name_or_path)).name
+
+
+def _name_or_file(study: str) -> str:
+    """What a user calls a study; only a file has a home in front of it."""
+    return str(user_path(study)) if study.startswith("~") else study
 
 
 def _absolute(place: str) -> str:

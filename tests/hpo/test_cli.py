@@ -264,6 +264,15 @@ def test_runs_folder_that_is_a_file_is_refused(tuned, files, tmp_path):
     assert str(tmp_path / "taken") in err
 
 
+@pytest.mark.parametrize("arguments", [("tune",), ("search-lengths",), ("pareto",)])
+def test_a_study_file_may_lie_in_the_home_that_the_shell_did_not_read(command, monkeypatch, tmp_path, arguments):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_storage(f"sqlite:///{tmp_path}/hpo.db")
+    code, _, err = command(*arguments, "--study=~/absent.toml", "--storage", f"sqlite:///{tmp_path}/hpo.db")
+    assert code == 1
+    assert f"no study file {tmp_path}/absent.toml" in err
+
+
 def test_password_of_the_storage_is_in_no_output(command, tiny_encoder, tiny_dataset):
     given = ("--model", str(tiny_encoder), "--dataset", str(tiny_dataset))
     for url in ("postgresql+psycopg://u:hidden-s3cret@127.0.0.1:1/x", "nonsense://u:hidden-s3cret@h/x"):
