@@ -12,9 +12,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -795,7 +795,7 @@ def predict_command(
                 _remark(f"Line {answer.number} {answer.problem}")
         sys.stdout.buffer.flush()
     except BrokenPipeError:  # whoever read the predictions has enough; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         sys.stdout.buffer.flush()
@@ -807,9 +807,16 @@ def predict_command(
 
 
 def _remark(line: str) -> None:
-    """Say something on standard error that the output says too; without it where that is closed or full."""
-    with suppress(OSError):
+    """Say something on standard error that the output says too; where that is closed or full, nothing from then on."""
+    try:
         err.print(line, markup=False, highlight=False, soft_wrap=True)
+    except OSError:  # what is left in the stream's buffer would fail again at the end, and change the exit code
+        _silence(sys.stderr)
+
+
+def _silence(stream: TextIO) -> None:
+    """Have what is still written to a stream go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @app.command("studies")
