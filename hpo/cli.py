@@ -51,7 +51,6 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-
 Storage = Annotated[
     str | None,
     typer.Option(
@@ -816,7 +815,8 @@ def _remark(line: str) -> None:
 
 def _silence(stream: TextIO) -> None:
     """Have what is still written to a stream go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @app.command("studies")
